@@ -83,7 +83,7 @@ def _weights(self:LossDynamics):
     if self.weighting=='normalized' and total>0: return {o:2*v/total for o,v in self.fl.items()}
     return dict.fromkeys(self.parts, 1.)
 
-# %% ../nbs/08_dynamic.ipynb #c6d95a33
+# %% ../nbs/08_dynamic.ipynb #b93b7427
 def _over_ranks(loss):
     "The mean of `loss` over all training processes"
     if num_distrib()<2: return loss
@@ -106,14 +106,17 @@ class DynamicLossWeights(Callback):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
         train = self.dls.train
         if not hasattr(train, 'mode'): raise ValueError("Dynamic training switches the sampler, and this training loader has no `mode`. Use ReIDDataLoaders, or dynamic=False")
-        train.mode = self.dynamics.mode if self.run else 'pk'
+        self.given_mode = train.mode
+        if self.run: train.mode = self.dynamics.mode
+
+    def after_fit(self): self.dls.train.mode = self.given_mode
 
     def after_loss(self):
         parts,rule = self.loss_func.parts,self.dynamics
         mode = rule.mode
         losses = {o:_over_ranks(parts[o].detach()).item() for o in (rule.parts if mode=='pk' else rule.parts[:1])}
         weights,self.dls.train.mode = rule.step(losses)
-        self.learn.loss_grad = sum(w*parts[o] for o,w in weights.items() if w)
+        self.learn.loss_grad = sum([w*parts[o] for o,w in weights.items() if w] or [0*parts[rule.parts[0]]])
         self.learn.loss = self.learn.loss_grad.detach().clone()
         self._note(mode, losses, weights)
 

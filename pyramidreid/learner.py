@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LossParts', 'ReIDLearner', 'pyramid_learner']
 
-# %% ../nbs/11_learner.ipynb #2c3fb69c
+# %% ../nbs/11_learner.ipynb #e705b770
 import random
 from fastai.vision.all import *
 from .backbone import backbone_stats,create_backbone
 from .core import Role,whole_file
 from .dynamic import DynamicLossWeights
-from .evaluation import evaluate,mAP,rank1,rank5
+from .evaluation import evaluate,known_cams,mAP,rank1,rank5
 from .losses import PyramidLoss
 from .pyramid import PyramidNet,pyramid_split
 from .results import plot_ranking,rank_gallery
@@ -49,7 +49,7 @@ def _parts(dl):
         if not (items.role==role).any(): raise ValueError(f"There is no {role.name.lower()} among the {len(items)} images: the table's `split` column must have rows of 'query' and of 'gallery'")
     return items,(items.role==Role.QUERY).to_numpy(),(items.role==Role.GALLERY).to_numpy()
 
-# %% ../nbs/11_learner.ipynb #18713c9d
+# %% ../nbs/11_learner.ipynb #f9e5563a
 @patch
 def evaluate(self:ReIDLearner,
     dl=None, # Queries and gallery; None: the validation loader
@@ -59,16 +59,18 @@ def evaluate(self:ReIDLearner,
     dl = ifnone(dl, self.dls.valid)
     items,q,g = _parts(dl)
     emb = self.embed(dl)
-    cams = None if (items.camera<0).all() else items.camera.to_numpy()
-    ids = items.label.to_numpy()
-    return evaluate(emb[q], emb[g], ids[q], ids[g], None if cams is None else cams[q], None if cams is None else cams[g], **{'about':self.about(dl), **kwargs})
+    cams = known_cams(items.camera.tolist())
+    ids = items.label.to_numpy(copy=True)
+    cams = {} if cams is None else dict(query_cams=cams[q], gallery_cams=cams[g])
+    return evaluate(emb[q], emb[g], ids[q], ids[g], **{'about':self.about(dl), **cams, **kwargs})
 
 @patch
 def about(self:ReIDLearner, dl): # The images that are evaluated
     "What a protocol card says of model and data"
     head = self.model.head
     return {'data':getattr(self.dls, 'data_name', ''), 'backbone':self.arch_name, 'input':'{}×{}'.format(*_image_size(dl)),
-            'pyramid':f'n_parts={head.n_parts}, levels={head.levels}, {len(head.windows)} branches', 'embedding':f"{len(head.windows)*head.bn.num_features//len(head.windows)}-d, norm={self.model.norm}",
+            'pyramid':f'n_parts={head.n_parts}, levels={head.levels}, {len(head.windows)} branches',
+            'embedding':f"{head.bn.num_features}-d, norm={self.model.norm}",
             'flip':'none', 're-ranking':'none'}
 
 def _image_size(dl):

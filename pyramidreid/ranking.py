@@ -71,7 +71,7 @@ class MatchIndex:
         same = self.order[(self.start[i][:,None] + p).clamp(max=len(self.order)-1)].masked_fill(pad, -1)
         return same, ~pad if self.cams is None else ~pad & (self.cams[1][same] != self.cams[0][i][:,None])
 
-# %% ../nbs/08a_ranking.ipynb #920914cb
+# %% ../nbs/08a_ranking.ipynb #d2df9e7f
 _n_buckets = 4096
 
 def _count_nearer(d, q, t, k):
@@ -118,6 +118,6 @@ def match_ranks(dist,  # (Q, G) distances, smaller is nearer; any constant or sc
                 match  # (Q, P) bool, which of them are true matches; the others take no place in the ranking
                ):
     "Places (Q, P) of the true matches, nearest first, 0 = first place, padded with -1; and how many of them are in a tie"
-    n = max(1, 2**(24 if dist.is_cuda else 19)//max(dist.shape[1], _n_buckets))
+    n = max(1, 2**(24 if dist.is_cuda else 20)//max(dist.shape[1], _n_buckets))
     blocks = [_block_ranks(*o) for o in zip(dist.split(n), same.split(n), match.split(n))]
     return torch.cat([r for r,_ in blocks]), sum(t for _,t in blocks)

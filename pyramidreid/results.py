@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .core import Role
 from .data import open_image
 
-# %% ../nbs/10_results.ipynb #b9c61e26
+# %% ../nbs/10_results.ipynb #abd708d9
 def rank_gallery(query_emb,   # (Q, D)
                  gallery_emb, # (G, D)
                  queries,     # Encoded table of the Q queries
@@ -20,7 +20,7 @@ def rank_gallery(query_emb,   # (Q, D)
                 ):
     "The `k` nearest allowed gallery images of each query: a table of `query`, `rank`, `similarity`, `right` and the gallery's columns"
     sim = F.normalize(query_emb.float(), dim=-1) @ F.normalize(gallery_emb.float(), dim=-1).T
-    col = lambda df,c: torch.tensor(df[c].to_numpy())
+    col = lambda df,c: torch.tensor(df[c].to_numpy(copy=True))
     same = col(queries,'label')[:,None]==col(gallery,'label')
     q_cam,g_cam = col(queries,'camera')[:,None],col(gallery,'camera')
     sim = sim.masked_fill((same & (q_cam==g_cam) & (q_cam>=0)) | (col(gallery,'label')<0), -torch.inf)

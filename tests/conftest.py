@@ -1,0 +1,50 @@
+"What several test files share: a few synthetic people, and a small learner trained on them"
+import matplotlib
+matplotlib.use('Agg')
+import pytest
+from fastai.vision.all import set_seed
+from pyramidreid.backbone import resnet10
+from pyramidreid.data import ReIDDataLoaders
+from pyramidreid.learner import pyramid_learner
+from pyramidreid.synth import synth_persons
+
+SIZE = (96,48)
+
+@pytest.fixture(scope='session')
+def people(tmp_path_factory):
+    "Folder in Market's layout: 12 training and 6 test people, 4 cameras, 4 distractors, 2 junk images"
+    return synth_persons(path=tmp_path_factory.mktemp('data')/'people', n_train=12, n_test=6, size=SIZE, distractors=4, junk=2)
+
+@pytest.fixture(scope='session')
+def make_dls(people):
+    "`make_dls(**kwargs)`: fresh loaders of `people`, 4×2 to a batch, without workers"
+    def make(**kwargs): return ReIDDataLoaders.from_market(people, **{**dict(p=4, k=2, size=SIZE, num_workers=0), **kwargs})
+    return make
+
+@pytest.fixture(scope='session')
+def make_learner(make_dls, tmp_path_factory):
+    "`make_learner(dls=None, **kwargs)`: a fresh untrained learner in a folder of its own, quiet"
+    def make(dls=None, **kwargs):
+        set_seed(0)
+        learn = pyramid_learner(make_dls() if dls is None else dls, kwargs.pop('arch', resnet10),
+                                **{**dict(pretrained=False, emb_sz=8, path=tmp_path_factory.mktemp('learner'), lr=3e-3), **kwargs})
+        return quiet(learn)
+    return make
+
+def quiet(learn):
+    "No progress bar and no table"
+    learn.logger,learn.create_mbar = lambda *args: None,False
+    return learn
+
+@pytest.fixture(scope='session')
+def trained(make_learner):
+    "A learner after one short epoch, for tests that do not change it"
+    learn = make_learner()
+    learn.fit(1)
+    return learn
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    import matplotlib.pyplot as plt
+    plt.close('all')

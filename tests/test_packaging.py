@@ -1,0 +1,61 @@
+"The repository: modules and notebooks, README, metadata."
+import re,subprocess,sys
+from configparser import ConfigParser
+from importlib.metadata import metadata,requires,version
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+modules = sorted((root/'pyramidreid').glob('*.py'))
+hand_written = {'__init__.py','all.py','_modidx.py'}
+
+@pytest.mark.parametrize('module', [m for m in modules if m.name not in hand_written], ids=lambda m: m.name)
+def test_every_module_has_its_notebook(module):
+    source = re.search(r'File to edit: \.\./(\S+)\.$', module.read_text(encoding='utf-8'), re.M)
+    assert source and (root/source[1]).exists()
+
+@pytest.mark.parametrize('module', [m for m in modules if m.name!='_modidx.py'], ids=lambda m: m.name)
+def test_modules_are_small(module): assert len(module.read_text(encoding='utf-8').splitlines()) <= 260
+
+def test_metadata_comes_from_settings():
+    import pyramidreid
+    cfg = ConfigParser(delimiters=['='])
+    cfg.read(root/'settings.ini')
+    cfg = cfg['DEFAULT']
+    assert version('pyramidreid')==cfg['version']==pyramidreid.__version__
+    assert metadata('pyramidreid')['Requires-Python']==f">={cfg['min_python']}"
+    core = {re.match(r'[\w-]+', r)[0] for r in requires('pyramidreid') if 'extra ==' not in r}
+    assert core=={'fastai','torch','torchvision','pandas','matplotlib','safetensors'}
+
+def test_readme_is_fresh():
+    sys.path.insert(0, str(root/'dev'))
+    from readme import readme
+    assert (root/'README.md').read_text(encoding='utf-8')==readme(), 'run `make readme`'
+
+def test_readme_links_lead_somewhere():
+    text = (root/'README.md').read_text(encoding='utf-8')
+    for link in re.findall(r'\]\((?!http)([^)]+)\)', text): assert (root/link).exists(), link
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    "The README's lines, on a smaller scale"
+    import matplotlib
+    matplotlib.use('agg')
+    from pyramidreid.all import resnet10
+    code = re.search(r'```python\n(.*?)```', (root/'README.md').read_text(encoding='utf-8'), re.S)[1]
+    for old,new in {'n_train=60, n_test=40':f'path=r"{tmp_path}/people", n_train=8, n_test=4, size=(96,48)', '(384,128)':'(96,48), num_workers=0',
+                    'resnet50)':f'resnet10, pretrained=False, path=r"{tmp_path}")', '60, 3.5e-4':'1, 1e-3'}.items():
+        assert old in code
+        code = code.replace(old, new)
+    space = {}
+    exec(code, space)
+    assert (tmp_path/'person.pkl').exists() and space['learn'].model.trained
+
+def test_help_of_the_demo_is_quick():
+    "Nothing heavy is imported for it"
+    code = "import sys,pyramidreid.demo as d\ntry: d.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    assert 'epochs' in subprocess.run([sys.executable,'-c',code], capture_output=True, text=True, check=True).stdout
+
+def test_no_images_of_a_data_set_are_tracked():
+    if not (root/'.git').exists(): pytest.skip('no git checkout')
+    files = subprocess.run(['git','ls-files'], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    assert not [f for f in files if re.search(r'(^|/)-?\d{1,4}_c\d.*\.(jpg|png)$', f)]

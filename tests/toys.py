@@ -1,0 +1,54 @@
+"A data set and a network small enough to follow by hand"
+import random
+import pandas as pd, torch
+from functools import partial
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from pyramidreid.losses import PyramidLoss
+from pyramidreid.sampler import PKDataLoader
+
+class Toy:
+    "Items that are their own index, and a table of labels"
+    def __init__(self, labels): self.items = pd.DataFrame(dict(label=list(labels)))
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return torch.tensor(i),torch.tensor(int(self.items.label.iloc[i]))
+
+class Vectors:
+    "`n` vectors around 8 centres"
+    def __init__(self, n, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.y = torch.arange(n)%8
+        self.x = torch.randn(8,6,generator=g)[self.y] + torch.randn(n,6,generator=g)
+        self.items = pd.DataFrame(dict(label=self.y.numpy()))
+    def __len__(self): return len(self.y)
+    def __getitem__(self, i): return self.x[i],self.y[i]
+
+class Branches(nn.Module):
+    "Two branches of four numbers, and logits"
+    def __init__(self):
+        super().__init__()
+        self.body,self.fc = nn.Linear(6,2*4),nn.Linear(4,8)
+    def forward(self, x):
+        feats = self.body(x).view(len(x),2,4)
+        return (feats,self.fc(feats)) if self.training else feats.flatten(1)
+
+class Spy(Callback):
+    "What every training batch held, what it was trained with, and the gradients it left"
+    order,run_valid = 100,False
+    def __init__(self): self.seen = []
+    def before_batch(self):
+        self.now = dict(x=self.xb[0].clone(), y=self.yb[0].clone(), state={k:v.clone() for k,v in self.model.state_dict().items()})
+    def after_backward(self):
+        self.now['grads'] = {k:p.grad.clone() for k,p in self.model.named_parameters()}
+        self.seen.append(self.now)
+
+def toy_learner(cbs=None, num_workers=0, train=None, seed=0, loss_func=None, lr=0.1, **kwargs):
+    torch.manual_seed(seed); random.seed(seed)
+    train = PKDataLoader(Vectors(64), p=4, k=2, shuffle=True, num_workers=num_workers) if train is None else train
+    dls = DataLoaders(train, PKDataLoader(Vectors(16), num_workers=0))
+    learn = Learner(dls, Branches(), PyramidLoss() if loss_func is None else loss_func, opt_func=partial(SGD, mom=0.), lr=lr, cbs=cbs, **kwargs)
+    learn.logger,learn.create_mbar = lambda *args: None,False
+    return learn
