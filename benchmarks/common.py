@@ -15,9 +15,10 @@ def hardware():
     name = next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
     return f'{name}, {os.cpu_count()} cores'
 
-def circumstances(command):
-    "Command, hardware, date and versions, as they belong beside every figure"
+def circumstances():
+    "Command (without folders of this machine), hardware, date and versions, as they belong beside every figure"
     import fastai,torchvision
+    command = ' '.join(['python',f'benchmarks/{Path(sys.argv[0]).name}',*(Path(a).name for a in sys.argv[1:])])
     return dict(command=command, hardware=hardware(), date=str(date.today()), torch=torch.__version__, torchvision=torchvision.__version__, fastai=fastai.__version__)
 
 def train_synthetic(name, seed, misalign=0.5, epochs=12, lr=3e-3, n_train=80, n_test=40, size=(96,48), only=None, mode='pk', **learner_args):
@@ -60,7 +61,7 @@ def run_grid(fname, configs, jobs):
         for i,run in enumerate(as_completed([pool.submit(_call, c) for c in todo])):
             res = run.result()
             done.append(res)
-            f.write_text(json.dumps(dict(circumstances(f'python {" ".join(sys.argv)}'), runs=done), indent=1))
+            f.write_text(json.dumps(dict(circumstances(), runs=done), indent=1))
             print(f"{i+1}/{len(todo)}", {k:round(v,4) if isinstance(v,float) else v for k,v in res.items()}, flush=True)
     return pd.DataFrame(done)
 

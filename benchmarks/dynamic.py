@@ -20,6 +20,9 @@ if __name__=='__main__':
     runs = run_grid('dynamic.json', [dict(name=n, seed=s, **o) for s in range(args.seeds) for n,o in schemes().items()], args.jobs)
     by = runs.groupby('name', sort=False)
     table = by.agg(mAP=('mAP',mean_std), rank1=('rank1',mean_std)).rename(columns={'rank1':'rank-1'})
+    paired = runs.pivot(index='seed', columns='name', values='mAP')
+    paired = paired.sub(paired['fixed sum, P×K'], axis=0)
+    table['mAP against fixed sum, same seed: mean (least … most)'] = [f'{d.mean():+.3f} ({d.min():+.3f} … {d.max():+.3f})' for d in (paired[n] for n in table.index)]
     for c,title in (('both','steps with both losses'),('random','random batches')): table[title] = [f'{v:.0%}' if v==v else '' for v in by[c].mean()]
     write_table('dynamic', 'ID loss, triplet loss, and how they are joined', markdown(table),
         f"Synthetic people, misalign 0.5; resnet10 from scratch at 96×48, pyramid of 6 parts, {runs.steps.iloc[0]} steps of 8×8, Adam one-cycle 3e-3; "

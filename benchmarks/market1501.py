@@ -1,7 +1,7 @@
 """Train on Market-1501 and evaluate once, at the end, on its full official test split.
 `PYRAMIDREID_DATA=DIR python benchmarks/market1501.py --arch tf_efficientnet_lite0 --weights FILE --size 192 64 --epochs 5`
 No image of the test split is looked at before the end, and no checkpoint is chosen by it."""
-import argparse,json,os,sys,time
+import argparse,json,os,time
 from pathlib import Path
 from common import circumstances,results
 
@@ -44,7 +44,7 @@ if __name__=='__main__':
     start = time.perf_counter()
     card = learn.evaluate()
     print(card)
-    note = dict(circumstances(f'python {" ".join([Path(sys.argv[0]).name]+[Path(a).name for a in sys.argv[1:]])}'), minutes_training=round(trained/60,1),
+    note = dict(circumstances(), minutes_training=round(trained/60,1),
         minutes_evaluation=round((time.perf_counter()-start)/60,1), steps=len(history), both=round((history.weight_triplet>0).mean(),3),
         random=round((history['mode']=='random').mean(),3), epochs=[[float(v) for v in e] for e in epochs], card=json.loads(card.to_json()))
     results.mkdir(exist_ok=True)

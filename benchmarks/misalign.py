@@ -10,7 +10,7 @@ models = {'global, levels=[6]':[6], 'parts, levels=[1]':[1], 'pyramid, all level
 
 if __name__=='__main__':
     args = parser.parse_args()
-    runs = run_grid('misalign.json', [dict(name=n, seed=s, misalign=m, levels=l) for s in range(args.seeds) for m in (0.,0.5,1.) for n,l in models.items()], args.jobs)
+    runs = run_grid('misalign.json', [dict(name=n, seed=s, misalign=m, levels=l, epochs=10) for s in range(args.seeds) for m in (0.,0.5,1.) for n,l in models.items()], args.jobs)
     table = runs.groupby(['name','misalign'], sort=False).mAP.agg(mean_std).unstack()
     table.columns = [f'mAP, misalign {c}' for c in table.columns]
     write_table('misalign', 'Pyramid, parts and global branch under misalignment', markdown(table),

@@ -160,6 +160,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'pyramidreid/learner.py'),
                                      'pyramidreid.learner._image_size': ('learner.html#_image_size', 'pyramidreid/learner.py'),
                                      'pyramidreid.learner._parts': ('learner.html#_parts', 'pyramidreid/learner.py'),
+                                     'pyramidreid.learner._plain': ('learner.html#_plain', 'pyramidreid/learner.py'),
                                      'pyramidreid.learner.pyramid_learner': ('learner.html#pyramid_learner', 'pyramidreid/learner.py')},
             'pyramidreid.losses': { 'pyramidreid.losses.PyramidLoss': ('losses.html#pyramidloss', 'pyramidreid/losses.py'),
                                     'pyramidreid.losses.PyramidLoss.__getstate__': ( 'losses.html#pyramidloss.__getstate__',

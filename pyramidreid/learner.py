@@ -111,28 +111,47 @@ def predict(self:ReIDLearner,
     best = sim.argsort(descending=True, stable=True)[:k]
     return dl.dataset.items.iloc[best.tolist()].assign(similarity=sim[best].tolist()).reset_index(drop=True)
 
-# %% ../nbs/11_learner.ipynb #878b19f8
+# %% ../nbs/11_learner.ipynb #45ec61e4
+def _plain(o):
+    "`o` with lists, dicts and numbers of Python's own"
+    if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
+    if isinstance(o, (list,tuple,L)): return [_plain(v) for v in o]
+    return o.item() if isinstance(o, np.generic) else o
+
 @patch
-def save(self:ReIDLearner, file, with_opt=True, **kwargs):
-    "Save weights, optimizer (if `with_opt`) and the state of dynamic training to `self.path/self.model_dir/file`"
+def save(self:ReIDLearner,
+    file,           # Name below `self.path/self.model_dir`, or a path
+    with_opt=True,  # With the state of the optimizer?
+    **kwargs        # Passed to `torch.save`
+):
+    "Save weights, optimizer and the state of dynamic training; returns the path"
     file = join_path_file(file, self.path/self.model_dir, ext='.pth')
     if rank_distrib(): return file
     state = dict(model=get_model(self.model).state_dict())
-    if with_opt and self.opt is not None: state['opt'] = self.opt.state_dict()
+    if with_opt and self.opt is not None: state['opt'] = _plain(self.opt.state_dict())
     if hasattr(self, 'dynamic_loss_weights'): state['dynamic'] = self.dynamic_loss_weights.state_dict()
     with whole_file(file) as f: torch.save(state, f, **kwargs)
     return file
 
 @patch
-def load(self:ReIDLearner, file, with_opt=True, device=None, strict=True, **kwargs):
-    "Load what `save` wrote, and return the learner"
+def load(self:ReIDLearner,
+    file,               # As given to `save`
+    with_opt=True,      # Also the state of the optimizer?
+    device=None,        # Of the weights; None: that of the loaders
+    strict=True,        # Must every weight fit?
+    weights_only=True,  # Refuse files that hold more than tensors and plain values?
+    **kwargs            # Passed to `torch.load`
+):
+    "Load what `save` wrote; returns the learner"
     file = join_path_file(file, self.path/self.model_dir, ext='.pth')
+    if not Path(file).exists(): raise FileNotFoundError(f"There is no saved learner {file}")
     distrib_barrier()
-    state = torch.load(file, map_location=ifnone(device, self.dls.device), weights_only=False)
+    state = torch.load(file, map_location=ifnone(device, self.dls.device), weights_only=weights_only, **kwargs)
+    if 'model' not in state: raise ValueError(f"{file} was not written by `save`. Weights of a backbone go into pyramid_learner(weights=…), released checkpoints through released_state_dict")
     get_model(self.model).load_state_dict(state['model'], strict=strict)
     if with_opt and 'opt' in state:
         if self.opt is None: self.create_opt()
-        self.opt.load_state_dict(state['opt'])
+        self.opt.load_state_dict({**state['opt'], 'hypers':L(state['opt']['hypers'])})
     if 'dynamic' in state and hasattr(self, 'dynamic_loss_weights'): self.dynamic_loss_weights.load_state_dict(state['dynamic'])
     return self
 

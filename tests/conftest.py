@@ -7,6 +7,7 @@ from pyramidreid.backbone import resnet10
 from pyramidreid.data import ReIDDataLoaders
 from pyramidreid.learner import pyramid_learner
 from pyramidreid.synth import synth_persons
+from toys import quiet
 
 SIZE = (96,48)
 
@@ -17,8 +18,8 @@ def people(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def make_dls(people):
-    "`make_dls(**kwargs)`: fresh loaders of `people`, 4×2 to a batch, without workers"
-    def make(**kwargs): return ReIDDataLoaders.from_market(people, **{**dict(p=4, k=2, size=SIZE, num_workers=0), **kwargs})
+    "`make_dls(**kwargs)`: fresh loaders of `people`, 4×4 to a batch, without workers"
+    def make(**kwargs): return ReIDDataLoaders.from_market(people, **{**dict(p=4, k=4, size=(48,24), num_workers=0), **kwargs})
     return make
 
 @pytest.fixture(scope='session')
@@ -27,14 +28,9 @@ def make_learner(make_dls, tmp_path_factory):
     def make(dls=None, **kwargs):
         set_seed(0)
         learn = pyramid_learner(make_dls() if dls is None else dls, kwargs.pop('arch', resnet10),
-                                **{**dict(pretrained=False, emb_sz=8, path=tmp_path_factory.mktemp('learner'), lr=3e-3), **kwargs})
+                                **{**dict(pretrained=False, n_parts=3, emb_sz=8, path=tmp_path_factory.mktemp('learner'), lr=3e-3), **kwargs})
         return quiet(learn)
     return make
-
-def quiet(learn):
-    "No progress bar and no table"
-    learn.logger,learn.create_mbar = lambda *args: None,False
-    return learn
 
 @pytest.fixture(scope='session')
 def trained(make_learner):

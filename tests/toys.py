@@ -4,6 +4,7 @@ import pandas as pd, torch
 from functools import partial
 from torch import nn
 from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD
@@ -45,10 +46,14 @@ class Spy(Callback):
         self.now['grads'] = {k:p.grad.clone() for k,p in self.model.named_parameters()}
         self.seen.append(self.now)
 
-def toy_learner(cbs=None, num_workers=0, train=None, seed=0, loss_func=None, lr=0.1, **kwargs):
+def toy_learner(cbs=None, num_workers=0, train=None, seed=1, loss_func=None, lr=0.1, **kwargs):
     torch.manual_seed(seed); random.seed(seed)
     train = PKDataLoader(Vectors(64), p=4, k=2, shuffle=True, num_workers=num_workers) if train is None else train
     dls = DataLoaders(train, PKDataLoader(Vectors(16), num_workers=0))
     learn = Learner(dls, Branches(), PyramidLoss() if loss_func is None else loss_func, opt_func=partial(SGD, mom=0.), lr=lr, cbs=cbs, **kwargs)
-    learn.logger,learn.create_mbar = lambda *args: None,False
-    return learn
+    return quiet(learn)
+
+def quiet(learn):
+    "No progress bar and no table"
+    learn.logger = lambda *args: None
+    return learn.remove_cbs(ProgressCallback)

@@ -1,0 +1,506 @@
+"Everything one does with a learner: train, show, predict, evaluate, save, stop and go on"
+import importlib,math,os,random
+import matplotlib.pyplot as plt
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
+from fastai.vision.all import (Adam,CrossEntropyLossFlat,EarlyStoppingCallback,Normalize,SaveModelCallback,load_learner,
+                               resnet18,set_seed)
+from torchvision import models
+from pyramidreid import evaluation
+from pyramidreid.backbone import resnet10
+from pyramidreid.data import ReIDDataLoaders
+from pyramidreid.dynamic import DynamicLossWeights
+from pyramidreid.learner import *
+from pyramidreid.losses import PyramidLoss
+from pyramidreid.tables import market_table
+
+pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
+timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is an extra')
+
+@pytest.fixture(scope='session')
+def table(people): return market_table(people)
+
+@pytest.fixture(scope='session')
+def test_table(table): return table[table.split!='train'].reset_index(drop=True)
+
+def copied(model): return {k:v.clone() for k,v in model.state_dict().items()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def column(learn, name): return [row[list(learn.recorder.metric_names).index(name)-1] for row in learn.recorder.values]
+def titles(): return [ax.get_title() for ax in plt.gcf().axes]
+def embed_by_hand(learn, dl):
+    learn.model.eval()
+    with torch.no_grad(): return torch.cat([learn.model(b[0]).as_subclass(torch.Tensor) for b in dl])
+
+# the progress table
+
+class PartsSpy(Callback):
+    "Parts of every training batch, and whether it was P×K"
+    order,run_valid = 90,False
+    def __init__(self): self.seen = []
+    def before_batch(self): self.pk = self.yb[0][:,0].unique(return_counts=True)[1].tolist()==[4]*4
+    def after_batch(self): self.seen.append((self.epoch, self.pk, {o:v.item() for o,v in self.loss_func.parts.items()}))
+
+@pytest.mark.parametrize('dynamic', [True,False])
+def test_columns_of_the_parts(make_learner, dynamic):
+    "Mean of the batches' ID losses, and of the P×K batches' triplet losses"
+    learn = make_learner(dynamic=dynamic, cbs=PartsSpy())
+    learn.fit(2)
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','id_loss','triplet_loss','mAP','rank1','rank5','time']
+    for e in range(2):
+        parts = [(pk,p) for epoch,pk,p in learn.parts_spy.seen if epoch==e]
+        assert len(parts)==len(learn.dls.train)
+        assert column(learn, 'id_loss')[e]==pytest.approx(np.mean([p['id'] for _,p in parts]), rel=1e-5)
+        assert column(learn, 'triplet_loss')[e]==pytest.approx(np.mean([p['triplet'] for pk,p in parts if pk]), rel=1e-5)
+    if dynamic: assert not all(pk for _,pk,_ in learn.parts_spy.seen)
+
+def test_random_batches_by_choice_have_a_triplet_column(make_dls, make_learner):
+    "With dynamic=False the triplet loss is trained on them, so the table should show it"
+    learn = make_learner(make_dls(mode='random'), dynamic=False)
+    learn.fit(1)
+    assert math.isfinite(column(learn, 'triplet_loss')[0])
+
+def test_metrics_are_those_of_evaluate(trained):
+    res = trained.evaluate()
+    for name in ('mAP','rank1','rank5'): assert column(trained, name)[-1]==pytest.approx(getattr(res, name), abs=1e-6)
+    values = dict(zip(list(trained.recorder.metric_names)[2:-1], trained.validate()))
+    assert values['mAP']==pytest.approx(res.mAP, abs=1e-6)
+
+@pytest.mark.parametrize('metrics,names', [([],[]), (evaluation.rank1,['rank1']), ([evaluation.mAP(distance='euclidean')],['mAP'])])
+def test_metrics_of_ones_own(make_learner, metrics, names):
+    learn = make_learner(metrics=metrics)
+    assert [m.name for m in learn.metrics]==['id_loss','triplet_loss']+names
+
+def test_training_improves(make_learner):
+    learn = make_learner()
+    before = learn.evaluate().mAP
+    learn.fit_one_cycle(4, 3e-3)
+    assert column(learn, 'id_loss')[-1]<column(learn, 'id_loss')[0]
+    assert learn.evaluate().mAP>before
+
+def test_a_loss_without_parts_is_refused_with_a_reason(make_learner):
+    with pytest.raises(ValueError, match='parts'): make_learner(loss_func=CrossEntropyLossFlat()).fit(1)
+
+# show_results
+
+def test_show_results(trained):
+    n = len(plt.get_fignums())
+    assert trained.show_results(max_n=3, k=4, seed=0) is None
+    assert len(plt.get_fignums())==n+1
+    t = titles()
+    assert len(t)==3*5 and all(o.startswith('query') for o in t[::5])
+    rest = [o for i,o in enumerate(t) if i%5]
+    assert all(o[0] in '✓✗' and 'pid' in o for o in rest)
+    for row in range(3): # right is right, and nobody is found by the query's own camera
+        pid,cam = t[5*row].split('pid ')[1].split(' · c')
+        for o in t[5*row+1:5*row+5]:
+            p,c = o.split('pid ')[1].split(' · c')
+            assert (o[0]=='✓')==(p==pid) and not (p==pid and c==cam) and p!='-1'
+    trained.show_results(max_n=3, k=4, seed=0)
+    assert titles()==t
+    assert any((trained.show_results(max_n=3, k=4), titles()!=t)[1] for _ in range(4))
+
+def test_show_results_with_more_than_there_is(trained):
+    trained.show_results(max_n=1000, k=2)
+    assert sum(o.startswith('query') for o in titles())==24
+    trained.show_results(max_n=1, k=10**4)
+    assert len(titles())==1+1+52-2 or len(titles())>40
+
+def test_show_results_before_training(make_learner):
+    learn = make_learner()
+    with pytest.raises(ValueError, match='not been trained'): learn.show_results()
+    assert not plt.get_fignums()
+
+def test_show_results_needs_queries_and_a_gallery(trained, test_table):
+    dl = lambda t: trained.dls.test_dl(t, with_labels=True)
+    with pytest.raises(ValueError, match='no gallery'): trained.show_results(dl=dl(test_table[test_table.split=='query']))
+    with pytest.raises(ValueError, match='no query'): trained.show_results(dl=dl(test_table[test_table.split=='gallery']))
+    with pytest.raises(ValueError, match='no query'): trained.show_results(ds_idx=0)
+    with pytest.raises(ValueError, match='no labels.*with_labels=True'): trained.show_results(dl=trained.dls.test_dl(test_table))
+    with pytest.raises(ValueError, match='no labels'): trained.show_results(dl=trained.dls.test_dl(list(test_table.fn[:3])))
+
+def test_show_results_of_a_query_without_any_candidate(trained, test_table):
+    "Its person was seen by its own camera only, and all others are junk"
+    q = test_table[test_table.split=='query'].iloc[:1]
+    g = pd.concat([test_table[(test_table.split=='gallery') & (test_table.pid==q.pid.iloc[0]) & (test_table.cam==q.cam.iloc[0])],
+                   test_table[test_table.pid==-1]])
+    assert len(g)>=3
+    trained.show_results(dl=trained.dls.test_dl(pd.concat([q,g]), with_labels=True))
+    assert titles()[0].startswith('query')
+
+# predict
+
+def test_predict_an_embedding(trained, test_table):
+    fn = test_table.fn[0]
+    want = embed_by_hand(trained, trained.dls.test_dl([fn]))[0]
+    for o in (fn, str(fn), Image.open(fn), np.array(Image.open(fn))):
+        emb = trained.predict(o)
+        assert emb.shape==(6*8,) and emb.norm().item()==pytest.approx(1., abs=1e-5)
+        torch.testing.assert_close(emb, want)
+
+def test_predict_in_a_gallery(trained, test_table):
+    g = test_table[test_table.split=='gallery'].reset_index(drop=True).assign(shelf=lambda d: range(len(d)))
+    fn = g.fn[5]
+    emb = trained.embed(trained.dls.test_dl(g))
+    sim = emb@emb[5]
+    best = sim.argsort(descending=True)[:4]
+    for gallery in (g, list(g.fn), trained.dls.test_dl(g), trained.dls.test_dl(g, with_labels=True)):
+        res = trained.predict(fn, gallery=gallery, k=4)
+        assert res.fn.tolist()==[g.fn[i] for i in best.tolist()] and res.fn[0]==fn and list(res.index)==[0,1,2,3]
+        assert res.similarity.tolist()==pytest.approx(sim[best].tolist(), abs=1e-5) and res.similarity[0]==pytest.approx(1, abs=1e-5)
+    res = trained.predict(fn, gallery=g, k=4)
+    assert res.shelf.tolist()==best.tolist() and {'pid','cam'} <= set(res)
+    assert len(trained.predict(fn, gallery=g, k=10**6))==len(g)
+    images = [Image.open(f) for f in g.fn[:6]]
+    assert trained.predict(fn, gallery=images, k=1).fn[0] is images[5]
+
+def test_predict_errors(trained, tmp_path):
+    with pytest.raises(ValueError, match='gallery is empty'): trained.predict(np.zeros((48,24,3), np.uint8), gallery=[])
+    with pytest.raises(ValueError, match='gallery is empty'): trained.predict(np.zeros((48,24,3), np.uint8), gallery=pd.DataFrame(dict(fn=[])))
+    (tmp_path/'x.jpg').write_text('no image')
+    with pytest.raises(OSError, match='x.jpg'): trained.predict(tmp_path/'x.jpg')
+    with pytest.raises(OSError, match='nobody.jpg'): trained.predict(tmp_path/'nobody.jpg')
+
+# embed and evaluate
+
+def test_embed_keeps_the_order(trained, test_table):
+    for dl in (trained.dls.valid, trained.dls.test_dl(list(test_table.fn), bs=7), trained.dls.train.new(shuffle=False, drop_last=False)):
+        torch.testing.assert_close(trained.embed(dl), embed_by_hand(trained, dl), atol=1e-5, rtol=1e-4)
+    assert trained.embed(trained.dls.train).shape==(len(trained.dls.train_ds),48)
+    torch.testing.assert_close(trained.embed(), trained.get_preds()[0])
+
+def test_evaluate_by_hand(trained):
+    items,emb = trained.dls.valid.items,trained.embed()
+    q,g = ((items.split==s).to_numpy() for s in ('query','gallery'))
+    want = evaluation.evaluate(emb[q], emb[g], items.pid[q].to_numpy(), items.pid[g].to_numpy(), items.cam[q].to_numpy(), items.cam[g].to_numpy())
+    res = trained.evaluate()
+    assert (res.mAP,res.rank1,res.n_junk,res.n_distractor)==(want.mAP,want.rank1,2,4) and res.cameras
+    card = repr(res)
+    for o in ('resnet10','48×24','n_parts=3','6 branches','48-d','norm=branch','people','cosine'): assert o in card
+    assert trained.evaluate(distance='euclidean').distance=='euclidean'
+    assert trained.evaluate(about={'a':1}).about=={'a':1}
+
+def test_evaluate_another_table(trained, table, test_table):
+    "Of other people, without cameras, with names for ids"
+    ev = lambda t: trained.evaluate(trained.dls.test_dl(t, with_labels=True))
+    assert ev(test_table).mAP==pytest.approx(trained.evaluate().mAP, abs=1e-6)
+    some = table[(table.split=='train') & (table.pid<9)]
+    some = some.assign(split=['query' if i%3==0 else 'gallery' for i in range(len(some))])
+    res = ev(some)
+    assert res.n_query==len(some)//3 and res.n_gallery==len(some)-res.n_query and 0<res.mAP<=1
+    assert ev(some.assign(pid=[f'person {p}' for p in some.pid])).mAP==pytest.approx(res.mAP)
+    assert ev(some.iloc[::-1]).mAP==pytest.approx(res.mAP, abs=1e-6)
+    no_cams = ev(some.assign(cam=None))
+    assert not no_cams.cameras and no_cams.mAP!=res.mAP
+    with pytest.raises(ValueError, match='no query'): trained.evaluate(trained.dls.train)
+    with pytest.raises(ValueError, match='no labels'): trained.evaluate(trained.dls.test_dl(some))
+
+def test_unknown_cameras_exclude_nobody(trained, test_table):
+    "The ranking that is shown, and the one that is counted, agree"
+    t = test_table.assign(cam=[c if i%2 else None for i,c in enumerate(test_table.cam)])
+    dl = trained.dls.test_dl(t, with_labels=True)
+    emb,q,g = trained.embed(dl),(t.split=='query').to_numpy(),(t.split=='gallery').to_numpy()
+    res = trained.evaluate(dl)
+    from pyramidreid.results import rank_gallery
+    ranked = rank_gallery(emb[q], emb[g], dl.items[q], dl.items[g], 10**4)
+    first = ranked[ranked.right].groupby('query')['rank'].min()
+    assert [first.get(i, 0) for i in range(q.sum())]==res.first_rank.tolist()
+
+def test_looking_does_not_disturb_training(make_learner, test_table):
+    learn = make_learner()
+    learn.fit(1)
+    rec,state,cbs = learn.recorder,copied(learn.model),[type(c).__name__ for c in learn.cbs.sorted('order')]
+    before = [list(map(list, rec.values)),list(rec.losses),list(rec.lrs),list(rec.iters),list(rec.metric_names)]
+    dynamic = learn.dynamic_loss_weights.state_dict(),len(learn.dynamic_loss_weights.steps),learn.dls.train.mode
+    learn.evaluate(); learn.embed(); learn.show_results(max_n=1, k=2); learn.predict(test_table.fn[0], gallery=test_table)
+    with pytest.raises(OSError): learn.predict('nobody.jpg')
+    assert learn.recorder is rec and [type(c).__name__ for c in learn.cbs.sorted('order')]==cbs
+    assert [list(map(list, rec.values)),list(rec.losses),list(rec.lrs),list(rec.iters),list(rec.metric_names)]==before
+    assert same(state, learn.model.state_dict())
+    assert (learn.dynamic_loss_weights.state_dict(),len(learn.dynamic_loss_weights.steps),learn.dls.train.mode)==dynamic
+    rec.plot_loss()
+    learn.fit(1)
+    assert len(learn.recorder.values)==1 and not same(state, learn.model.state_dict())
+
+def test_evaluate_during_training(make_learner):
+    "From a callback, as one would to follow a second data set"
+    class Follow(Callback):
+        order = 70
+        def __init__(self): self.seen = []
+        def after_epoch(self): self.seen.append(self.learn.evaluate().mAP)
+    learn = make_learner(cbs=Follow())
+    learn.fit(2)
+    assert learn.follow.seen==pytest.approx(column(learn, 'mAP'), abs=1e-6) and len(learn.recorder.values)==2
+
+# export, save, load
+
+def test_export_and_load_learner(trained, test_table, tmp_path):
+    emb,res,dls = trained.embed(),trained.evaluate(),trained.dls
+    old_path,trained.path = trained.path,tmp_path
+    try: trained.export()
+    finally: trained.path = old_path
+    assert trained.dls is dls and torch.equal(trained.embed(), emb)
+    assert (tmp_path/'export.pkl').stat().st_size<1.5*sum(v.numel()*v.element_size() for v in trained.model.state_dict().values())
+    loaded = load_learner(tmp_path/'export.pkl')
+    assert isinstance(loaded, ReIDLearner) and loaded.arch_name=='resnet10' and loaded.model.trained
+    torch.testing.assert_close(loaded.embed(loaded.dls.test_dl(test_table)), emb)
+    torch.testing.assert_close(loaded.predict(test_table.fn[0]), emb[0])
+    assert loaded.predict(test_table.fn[0], gallery=list(test_table.fn), k=1).fn[0]==test_table.fn[0]
+    dl = loaded.dls.test_dl(test_table, with_labels=True)
+    assert loaded.evaluate(dl).mAP==pytest.approx(res.mAP, abs=1e-6)
+    assert loaded.evaluate(dl).about==res.about
+    loaded.show_results(dl=dl, max_n=1, k=3)
+    assert titles()[0].startswith('query')
+
+def test_a_loaded_learner_without_images_says_so(trained, tmp_path):
+    old_path,trained.path = trained.path,tmp_path
+    try: trained.export('e.pkl')
+    finally: trained.path = old_path
+    loaded = load_learner(tmp_path/'e.pkl')
+    for f in (loaded.evaluate, loaded.show_results):
+        with pytest.raises(ValueError, match='test_dl'): f()
+
+def perturb(learn):
+    with torch.no_grad():
+        for p in learn.model.parameters(): p.add_(1.)
+
+def opt_tensors(learn): return [{k:v for k,v in learn.opt.state[p].items()} for p in learn.model.parameters()]
+
+@pytest.mark.parametrize('with_opt', [True,False])
+def test_save_and_load(make_learner, with_opt):
+    learn = make_learner()
+    learn.fit(1)
+    state,opt,dynamic = copied(learn.model),learn.opt.state_dict(),learn.dynamic_loss_weights.state_dict()
+    f = learn.save('here', with_opt=with_opt)
+    assert f==learn.path/'models'/'here.pth' and f.exists()
+    perturb(learn)
+    learn.dynamic_loss_weights.dynamics.reset()
+    assert learn.load('here') is learn
+    assert same(learn.model.state_dict(), state) and learn.dynamic_loss_weights.state_dict()==dynamic
+    other = make_learner(path=learn.path)
+    other.load('here', with_opt=with_opt)
+    assert same(other.model.state_dict(), state) and other.dynamic_loss_weights.state_dict()==dynamic and other.model.trained
+    torch.testing.assert_close(other.embed(), learn.embed())
+    if with_opt:
+        got = other.opt.state_dict()
+        assert [dict(h) for h in got['hypers']]==[dict(h) for h in opt['hypers']]
+        for a,b in zip(got['state'], opt['state']):
+            assert a.keys()==b.keys()
+            for k in a: assert torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k]==b[k]
+    other.fit(1)
+    assert not same(other.model.state_dict(), state)
+
+def test_a_learner_that_has_not_started_can_be_saved(make_learner):
+    learn = make_learner()
+    state = copied(learn.model)
+    learn.save('start'); perturb(learn)
+    assert same(learn.load('start').model.state_dict(), state) and not learn.model.trained
+
+def test_load_errors(make_learner, tmp_path):
+    learn = make_learner()
+    with pytest.raises(FileNotFoundError, match='nothing.pth'): learn.load('nothing')
+    f = learn.save('whole')
+    torch.save(learn.model.state_dict(), learn.path/'models'/'bare.pth')
+    with pytest.raises(ValueError, match='bare.pth'): learn.load('bare')
+    state = copied(learn.model)
+    data = f.read_bytes()
+    (learn.path/'models'/'cut.pth').write_bytes(data[:len(data)//2])
+    with pytest.raises(Exception): learn.load('cut')
+    assert same(state, learn.model.state_dict())
+    with pytest.raises(RuntimeError, match='head'): make_learner(n_parts=1, path=learn.path).load('whole')
+    static = make_learner(dynamic=False, path=learn.path)
+    assert same(static.load('whole').model.state_dict(), state)
+    static.save('static')
+    learn.load('static')
+
+def test_load_runs_no_code(make_learner, tmp_path):
+    class Evil:
+        def __reduce__(self): return (os.mkdir, (str(tmp_path/'pwned'),))
+    learn = make_learner()
+    learn.save('x')
+    torch.save(dict(model=learn.model.state_dict(), opt=Evil()), learn.path/'models'/'evil.pth')
+    with pytest.raises(Exception): learn.load('evil')
+    assert not (tmp_path/'pwned').exists()
+
+@pytest.mark.parametrize('error', [OSError('disk full'),KeyboardInterrupt()])
+def test_a_failed_save_leaves_the_old_file_whole(make_learner, monkeypatch, error):
+    learn = make_learner()
+    f = learn.save('kept')
+    data,state = f.read_bytes(),copied(learn.model)
+    perturb(learn)
+    def fail(obj, path, **kwargs):
+        with open(path, 'wb') as o: o.write(b'half a fi')
+        raise error
+    with monkeypatch.context() as m:
+        m.setattr(torch, 'save', fail)
+        with pytest.raises(type(error)): learn.save('kept')
+        with pytest.raises(type(error)): learn.save('fresh')
+    assert f.read_bytes()==data and [o.name for o in f.parent.iterdir()]==['kept.pth']
+    assert same(learn.load('kept').model.state_dict(), state)
+
+# training as one is used to
+
+def convs(m): return [o.weight.detach().clone() for o in m.modules() if isinstance(o, torch.nn.Conv2d)]
+def equal(a, b): return [torch.equal(x, y) for x,y in zip(a, b)]
+
+def test_freeze_and_unfreeze(make_learner):
+    learn = make_learner()
+    body,head = convs(learn.model.body),learn.model.head.reduce.weight.detach().clone()
+    learn.freeze()
+    learn.fit(1)
+    assert all(equal(body, convs(learn.model.body))) and not torch.equal(head, learn.model.head.reduce.weight)
+    learn.unfreeze()
+    learn.fit(1)
+    assert not any(equal(body, convs(learn.model.body)))
+
+def test_fine_tune(make_learner):
+    class Frozen(Callback):
+        def __init__(self): self.seen = []
+        def before_train(self): self.seen.append(next(self.model.body.parameters()).requires_grad)
+    learn = make_learner(cbs=Frozen())
+    learn.fine_tune(1, base_lr=2e-3)
+    assert learn.frozen.seen==[False,True] and len(learn.dynamic_loss_weights.steps)==2*len(learn.dls.train)
+
+def test_discriminative_learning_rates(make_learner):
+    learn = make_learner()
+    body = convs(learn.model.body)
+    learn.fit(1, slice(0.,1e-2))
+    now = equal(body, convs(learn.model.body))
+    assert now[0] and not now[-1] # the first third at 0, the second at 5e-3
+    assert len(learn.opt.hypers)==3
+    learn.fit_one_cycle(1, slice(1e-5,1e-3))
+    assert learn.recorder.hps['lr'] and learn.opt.hypers[0]['lr']<learn.opt.hypers[-1]['lr']
+
+def test_lr_find(make_learner):
+    learn = make_learner()
+    learn.fit(1)
+    state,dynamic,n = copied(learn.model),learn.dynamic_loss_weights.state_dict(),len(learn.dynamic_loss_weights.steps)
+    res = learn.lr_find(num_it=12, show_plot=False)
+    assert 1e-8<res.valley<10 and same(state, learn.model.state_dict())
+    assert learn.dynamic_loss_weights.state_dict()==dynamic and len(learn.dynamic_loss_weights.steps)==n
+    learn.fit(1, res.valley)
+
+def test_lr_find_first(make_learner):
+    learn = make_learner()
+    learn.lr_find(num_it=6, show_plot=False)
+    assert not learn.model.trained
+    with pytest.raises(ValueError, match='not been trained'): learn.show_results()
+
+@pytest.mark.parametrize('kind', ['to_fp16','to_bf16'])
+def test_mixed_precision(make_learner, kind):
+    learn = getattr(make_learner(), kind)()
+    learn.fit(1)
+    assert math.isfinite(column(learn, 'mAP')[0]) and learn.evaluate().mAP==pytest.approx(column(learn, 'mAP')[0], abs=.05)
+    learn.to_fp32().fit(1)
+
+def test_gradient_accumulation(make_learner):
+    learn = make_learner(cbs=GradientAccumulation(32))
+    learn.fit(1)
+    assert math.isfinite(column(learn, 'id_loss')[0])
+
+def test_save_the_best_by_mAP(make_learner):
+    learn = make_learner(cbs=SaveModelCallback(monitor='mAP', fname='best'))
+    learn.fit(3)
+    assert (learn.path/'models'/'best.pth').exists()
+    assert learn.save_model.best==max(column(learn, 'mAP')) and learn.evaluate().mAP==pytest.approx(max(column(learn, 'mAP')), abs=1e-6)
+
+def test_early_stopping_by_mAP(make_learner, capsys):
+    learn = make_learner(cbs=EarlyStoppingCallback(monitor='mAP', min_delta=2., patience=1))
+    learn.fit(5)
+    assert len(learn.recorder.values)==2
+
+def test_batches_of_one_size_only(make_dls, make_learner):
+    "A data set smaller than a batch still gives one"
+    dls = make_dls(p=8, k=24)
+    learn = make_learner(dls)
+    learn.fit(1)
+    assert len(dls.train)==1 and len(learn.dynamic_loss_weights.steps)==1
+
+# the model asked for
+
+@pytest.mark.parametrize('kw,branches', [(dict(n_parts=1),1), (dict(n_parts=3),6), (dict(levels=[1]),3), (dict(levels=[3]),1), (dict(levels=[3,1]),4)])
+def test_parts_and_levels(make_learner, kw, branches):
+    learn = make_learner(**{'emb_sz':5, **kw})
+    assert learn.embed(learn.dls.test_dl(learn.dls.valid.items[:2])).shape==(2,5*branches)
+    assert len(learn.model.head.windows)==branches
+    learn.one_batch(0, learn.dls.one_batch()) if False else learn.model.train()(learn.dls.one_batch()[0])
+
+def test_norms(make_learner):
+    emb = {n:(lambda l: l.embed(l.dls.test_dl(l.dls.valid.items[:3])))(make_learner(norm=n)) for n in ('branch','whole',None)}
+    assert torch.allclose(emb['branch'].view(3,6,8).norm(dim=-1), torch.tensor(6**-.5))
+    assert torch.allclose(emb['whole'], emb[None]/emb[None].norm(dim=-1, keepdim=True), atol=1e-6)
+    with pytest.raises(ValueError, match="norm='no'"): make_learner(norm='no')
+
+def test_the_paper_s_pyramid(make_dls, make_learner):
+    learn = make_learner(make_dls(size=(96,48)), n_parts=6, emb_sz=128)
+    assert learn.model.head.bn.num_features==21*128 and learn.model.head.classify.weight.shape==(21,128,12)
+    assert learn.model.head.drop.p==.2
+
+def test_dynamic_of_ones_own(make_learner):
+    cb = DynamicLossWeights(weighting='normalized', delta=.3)
+    learn = make_learner(dynamic=cb)
+    assert learn.dynamic_loss_weights is cb
+    learn.fit(1)
+    assert len(cb.steps)==len(learn.dls.train)
+
+def test_a_height_that_does_not_fit(make_dls, make_learner):
+    with pytest.raises(ValueError) as e: make_learner(make_dls(size=(64,32)), n_parts=3)
+    msg = str(e.value)
+    assert 'H=4' in msg and 'n_parts=3' in msg and '48' in msg and '96' in msg
+    with pytest.raises(ValueError, match='n_parts=0'): make_learner(n_parts=0)
+    with pytest.raises(ValueError, match='levels'): make_learner(levels=[4])
+
+@pytest.mark.parametrize('n_parts,fits', [(4,True),(3,False)])
+def test_a_height_that_is_no_multiple_of_the_stride(make_dls, make_learner, n_parts, fits):
+    "56 rows become 4: what counts is the map"
+    dls = make_dls(size=(56,32))
+    if fits: assert make_learner(dls, n_parts=n_parts).evaluate().mAP>0
+    else:
+        with pytest.raises(ValueError, match='H=4'): make_learner(dls, n_parts=n_parts)
+
+def test_wrong_archs(make_learner):
+    with pytest.raises(ValueError, match='vit_b_16'): make_learner(arch=models.vit_b_16)
+    with pytest.raises(ValueError, match='pretrained=False'): make_learner(pretrained=True)
+
+@timm
+def test_unknown_and_unfit_timm_archs(make_learner):
+    with pytest.raises(Exception, match='resnet_of_nobody'): make_learner(arch='resnet_of_nobody')
+    with pytest.raises(ValueError, match='test_vit'): make_learner(arch='test_vit')
+
+@timm
+def test_a_timm_arch(make_dls, make_learner, test_table, tmp_path):
+    learn = make_learner(arch='test_resnet', path=tmp_path)
+    learn.fit(1)
+    assert learn.arch_name=='test_resnet' and 'test_resnet' in repr(learn.evaluate())
+    learn.export()
+    torch.testing.assert_close(load_learner(tmp_path/'export.pkl').predict(test_table.fn[0]), learn.predict(test_table.fn[0]))
+
+def test_weights_from_a_file(make_learner, tmp_path):
+    torch.manual_seed(9)
+    sd = resnet10().state_dict()
+    torch.save(sd, tmp_path/'w.pth')
+    learn = make_learner(weights=tmp_path/'w.pth')
+    assert torch.equal(learn.model.body[0].weight, sd['conv1.weight'])
+    with pytest.raises(ValueError, match='w.pth.*does not fit'): make_learner(arch=resnet18, weights=tmp_path/'w.pth')
+
+def test_images_are_normalised_once(make_dls, make_learner):
+    n = lambda dl: sum(isinstance(f, Normalize) for f in dl.after_batch.fs)
+    dls = make_dls()
+    make_learner(dls); make_learner(dls)
+    assert n(dls.train)==n(dls.valid)==n(dls.test_dl(dls.valid.items[:1]))==1
+    dls = make_dls()
+    make_learner(dls, normalize=False)
+    assert n(dls.train)==0
+
+def test_seeds(make_dls, make_learner):
+    def run():
+        set_seed(3)
+        dls = make_dls()
+        learn = make_learner(dls)
+        set_seed(4)
+        learn.fit(1)
+        return learn
+    a,b = run(),run()
+    assert a.dynamic_loss_weights.steps==b.dynamic_loss_weights.steps or a.dynamic_loss_weights.history.equals(b.dynamic_loss_weights.history)
+    assert same(a.model.state_dict(), b.model.state_dict())
