@@ -83,5 +83,5 @@ def main(argv=None):
     parser.add_argument('--seed', type=int, default=42, help='of data and training (default: %(default)s)')
     demo(**vars(parser.parse_args(argv)))
 
-# %% ../nbs/13_demo.ipynb #12e0fa9d
-if __name__=='__main__': main()
+# %% ../nbs/13_demo.ipynb #72c49ca9
+if __name__=='__main__' and '__file__' in globals(): main() # a notebook has no file

@@ -236,10 +236,14 @@ class Follow(Callback):
 
 def test_evaluate_from_a_callback(make_learner):
     "Evaluating is no epoch of training: it must not call the callbacks of one, or this one would wait for itself for ever"
-    learn = make_learner(cbs=Follow())
-    learn.fit(2)
-    assert learn.follow.seen==pytest.approx(column(learn, 'mAP'), abs=1e-6) and len(learn.recorder.values)==2
-    assert learn.follow.nested==0
+    learn = make_learner(cbs=[Follow(),SaveModelCallback(monitor='mAP')])
+    given = learn.dls.train.mode
+    learn.fit(3)
+    assert learn.follow.seen==pytest.approx(column(learn, 'mAP'), abs=1e-6) and len(learn.recorder.values)==3
+    assert learn.follow.nested==0 and learn.save_model.best==max(learn.follow.seen)
+    assert len(learn.dynamic_loss_weights.steps)==3*len(learn.dls.train) and learn.dls.train.mode==given
+    best = learn.evaluate().mAP
+    assert learn.save_model.best==pytest.approx(best, abs=1e-6) # nor afterwards: fastai's get_preds would start the search anew
 
 # export, save, load
 
@@ -454,6 +458,12 @@ def test_dynamic_of_ones_own(make_learner):
     assert learn.dynamic_loss_weights is cb
     learn.fit(1)
     assert len(cb.steps)==len(learn.dls.train)
+
+def test_dynamic_training_given_among_the_callbacks(make_learner):
+    "As one adds any other callback: it takes the place of the default one"
+    cb = DynamicLossWeights(weighting='normalized')
+    learn = make_learner(cbs=cb)
+    assert [c for c in learn.cbs if isinstance(c, DynamicLossWeights)]==[cb]
 
 def test_a_height_that_does_not_fit(make_dls, make_learner):
     with pytest.raises(ValueError) as e: make_learner(make_dls(size=(64,32)), n_parts=3)
