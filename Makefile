@@ -7,10 +7,12 @@ BIN     = $(VENV)/bin
 demo: $(VENV)/.ready   ## synthetic people, training, evaluation, pictures
 	$(BIN)/python -W ignore -m pyramidreid.demo
 
+test: export OMP_NUM_THREADS = 1
+test: export PYTHONWARNINGS = ignore
 test: $(VENV)/.ready   ## notebooks and modules in sync, README fresh, every notebook run, pytest
 	$(BIN)/python dev/check_sync.py
 	$(BIN)/python dev/readme.py --check
-	$(BIN)/nbdev-test --path nbs --n-workers 2 --timing
+	$(BIN)/nbdev-test nbs --n-workers 2 --timing
 	$(BIN)/python -m pytest -q
 
 export: $(VENV)/.ready ## modules from notebooks

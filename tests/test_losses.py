@@ -84,7 +84,7 @@ def test_branches_are_judged_apart_and_summed():
 @pytest.mark.parametrize('margin', [None,1.4])
 def test_bf16_autocast_on_the_cpu_keeps_distances_in_float32(margin):
     torch.manual_seed(0)
-    feats,labels = torch.randn(12,3,16),torch.arange(12)//3
+    feats,labels = torch.randn(96,3,16),torch.arange(96)//8 # many near ties for 8 bits
     want = triplet_loss(feats, labels, margin)
     with torch.autocast('cpu', torch.bfloat16):
         assert (feats[:,0]@feats[:,0].T).dtype==torch.bfloat16 # autocast is on
