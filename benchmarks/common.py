@@ -19,7 +19,7 @@ def circumstances():
     "Command (without folders of this machine), hardware, date and versions, as they belong beside every figure"
     import fastai,torchvision
     command = ' '.join(['python',f'benchmarks/{Path(sys.argv[0]).name}',*(Path(a).name for a in sys.argv[1:])])
-    return dict(command=command, hardware=hardware(), date=str(date.today()), torch=torch.__version__, torchvision=torchvision.__version__, fastai=fastai.__version__)
+    return dict(command=command, hardware=hardware(), threads=torch.get_num_threads(), date=str(date.today()), torch=torch.__version__, torchvision=torchvision.__version__, fastai=fastai.__version__)
 
 def train_synthetic(name, seed, misalign=0.5, epochs=12, lr=3e-3, n_train=80, n_test=40, size=(96,48), only=None, mode='pk', **learner_args):
     "Train a small network from scratch on synthetic people and evaluate it once, at the end; a dict of figures"

@@ -42,7 +42,7 @@ if __name__=='__main__':
         t,f = step(fused, lambda a,b,y: both((a,b), y), fmap, labels); times['fused'].append(t)
     assert abs(p-f) < 1e-3*abs(p), (p,f)
     best = {k:min(v) for k,v in times.items()}
-    note = dict(circumstances(), threads=torch.get_num_threads(), seconds=best, ratio=best['plain']/best['fused'], loss=dict(plain=p, fused=f))
+    note = dict(circumstances(), seconds=best, ratio=best['plain']/best['fused'], loss=dict(plain=p, fused=f))
     results.mkdir(exist_ok=True)
     (results/f'head-{device}.json').write_text(json.dumps(note, indent=1))
     print(markdown(pd.DataFrame({'seconds':{k:f'{v:.3f}' for k,v in best.items()}})), f"\nplain / fused: {note['ratio']:.1f}")

@@ -48,4 +48,4 @@ if __name__=='__main__':
         minutes_evaluation=round((time.perf_counter()-start)/60,1), steps=len(history), both=round((history.weight_triplet>0).mean(),3),
         random=round((history['mode']=='random').mean(),3), epochs=[[float(v) for v in e] for e in epochs], card=json.loads(card.to_json()))
     results.mkdir(exist_ok=True)
-    (results/f'{args.out}.json').write_text(json.dumps(note, indent=1))
+    (results/f'{args.out}.json').write_text(json.dumps(note))

@@ -42,24 +42,27 @@ class EncodeTarget(Transform):
 
 def _name(names, i): return 'junk' if i<0 else names[i] if i<len(names) else f'#{i}'
 
-# %% ../nbs/04_data.ipynb #dfb0d886
+# %% ../nbs/04_data.ipynb #56528056
 @dispatch
-def show_batch(x:TensorImage, y:ReIDTarget, samples, ctxs=None, max_n=8, ncols=8, figsize=None, **kwargs):
-    "People in a row, each with identity and camera above"
+def show_batch(x:TensorImage, y:ReIDTarget, samples, ctxs=None, max_n=9, ncols=9, figsize=None, **kwargs):
+    "People in rows, each with identity and camera above"
     n = min(len(samples), max_n)
-    if ctxs is None: ctxs = get_grid(n, ncols=min(ncols,n), figsize=figsize or (1.3*min(ncols,n), 2.8*math.ceil(n/ncols)))
+    rows = math.ceil(n/ncols)
+    if ctxs is None: ctxs = get_grid(n, nrows=rows, ncols=math.ceil(n/rows), figsize=figsize or (1.3*math.ceil(n/rows), 2.8*rows))
     for (img,label),ctx in zip(samples, ctxs): label.show(img.show(ctx=ctx, **kwargs))
     return ctxs
 
 @dispatch
-def show_results(x:TensorImage, y:ReIDTarget, samples, outs, ctxs=None, max_n=8, **kwargs):
+def show_results(x:TensorImage, y:ReIDTarget, samples, outs, ctxs=None, max_n=9, **kwargs):
     "The people of a batch; their rankings are the business of `ReIDLearner.show_results`"
     return show_batch(x, y, samples, ctxs=ctxs, max_n=max_n, **kwargs)
 
-# %% ../nbs/04_data.ipynb #a0737b91
+# %% ../nbs/04_data.ipynb #3d49bc3a
 def open_image(o): # A file, an array or a PIL image
     "An RGB `PILImage`; an unreadable file is an error that names it"
-    try: return PILImage.create(o.convert('RGB') if isinstance(o, Image.Image) else o)
+    try:
+        if isinstance(o, np.ndarray): o = Image.fromarray(o)
+        return PILImage.create(o.convert('RGB') if isinstance(o, Image.Image) else o)
     except (OSError,SyntaxError) as e:
         raise OSError(f"{o} is no image or is cut off ({e}). Mend or remove it, or pass on_bad='skip' to check all files first and leave bad ones out") from e
 
@@ -87,7 +90,18 @@ def person_tfms(size=(384,128), # Height and width, pixels
     resize = Resize(size, method=ResizeMethod.Squish, resamples=(Image.Resampling.BICUBIC, Image.Resampling.NEAREST))
     return [resize, FlipItem(0.5)], [EraseEach(erase)] if erase else []
 
-# %% ../nbs/04_data.ipynb #c3e01d9e
+# %% ../nbs/04_data.ipynb #22803677
+def _need_columns(df, cols):
+    missing = [c for c in cols if c not in df]
+    if missing: raise ValueError(f"The table has no column {', '.join(map(repr,missing))}; it has {', '.join(map(repr,df.columns))}")
+
+def _splits(split):
+    "Splits by their proper names, given for every image or for none"
+    n = split.isna().sum()
+    if n==len(split): return split
+    if n: raise ValueError(f"{n} of {len(split)} images have no split: say 'train', 'query' or 'gallery' for each, or for none to hold people out")
+    return split.map({s:Role.of(s).name.lower() for s in split.unique()})
+
 class ReIDDataLoaders(DataLoaders):
     "Training images in P×K or random batches, and query and gallery in one validation loader"
     @classmethod
@@ -105,9 +119,14 @@ class ReIDDataLoaders(DataLoaders):
         **kwargs):
         "Loaders from a table of images. Raises `ValueError` on fewer than two identities, a P×K that cannot be filled, or no possible match"
         if on_bad not in ('raise','skip'): raise ValueError(f"on_bad={on_bad!r}: unreadable files 'raise' or 'skip'")
-        name = df.attrs.get('name', Path(path).name) + (f', {valid_pct:.0%} of the training identities held out' if valid_pct else '')
+        name = df.attrs.get('name', Path(path).name)
+        _need_columns(df, ('fn','pid','cam','split'))
+        df = df.assign(split=_splits(df.split))
         if on_bad=='skip': df = _drop_unreadable(df)
-        if valid_pct is not None or df.split.isna().any(): df = hold_out(df, 0.2 if valid_pct is None else valid_pct, seed)
+        if valid_pct is None and df.split.isna().any(): valid_pct = 0.2
+        if valid_pct is not None:
+            df = hold_out(df, valid_pct, seed)
+            name += f', {valid_pct:.0%} of the training identities held out'
         df,pids,cams = encode_table(df)
         c = df.label[df.role==Role.TRAIN].nunique()
         if c<2: raise ValueError(f"{c} training identities: at least two are needed to learn what tells people apart")
@@ -127,7 +146,7 @@ def from_market(cls:ReIDDataLoaders, path, # Folder with `bounding_box_train`, `
     "Loaders from a folder in Market-1501's layout; the official query and gallery validate, unless `valid_pct` holds people out"
     return cls.from_table(market_table(path), path=path, **kwargs)
 
-# %% ../nbs/04_data.ipynb #40dd21dd
+# %% ../nbs/04_data.ipynb #0b16f00c
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_table, but='df,path')
 def from_folder(cls:ReIDDataLoaders, path, # Folder of folders, one for each identity
@@ -147,13 +166,12 @@ def from_df(cls:ReIDDataLoaders, df, # A row for each image
             **kwargs):
     "Loaders from a table with columns of any names"
     cols = dict(fn=fn_col, pid=pid_col, cam=cam_col, split=split_col)
-    missing = [c for c in cols.values() if c is not None and c not in df]
-    if missing: raise ValueError(f"The table has no column {', '.join(map(repr,missing))}; it has {', '.join(map(repr,df.columns))}")
+    _need_columns(df, [c for c in cols.values() if c is not None])
     res = pd.DataFrame({k:None if c is None else df[c].to_numpy() for k,c in cols.items()}, index=range(len(df)))
     res['fn'] = [Path(path)/f for f in res.fn]
     return cls.from_table(res, path=path, **kwargs)
 
-# %% ../nbs/04_data.ipynb #f03d436c
+# %% ../nbs/04_data.ipynb #2ce4ba8c
 @patch
 def test_dl(self:ReIDDataLoaders,
             items, # Files or images, or a table with `fn` (and `pid`, `cam`, `split` if `with_labels`)
@@ -161,6 +179,8 @@ def test_dl(self:ReIDDataLoaders,
             rm_type_tfms=None, # Not used: a table's row always goes through the whole pipeline
             **kwargs):
     "A loader of other images with the transforms of validation"
+    if isinstance(items, (str,Path,Image.Image)): items = [items]
     df = items if isinstance(items, pd.DataFrame) else pd.DataFrame(dict(fn=list(items)))
+    _need_columns(df, ('fn','pid','cam','split') if with_labels else ('fn',))
     if with_labels: df,_,_ = encode_table(df)
     return super(ReIDDataLoaders, self).test_dl(df.reset_index(drop=True), rm_type_tfms=0, with_labels=with_labels, **kwargs)

@@ -19,11 +19,11 @@ def focal(p,      # Ratio of the smoothed loss to the one before, 0 < p <= 1
     "`-(1-p)^gamma * ln p`: how fast a loss is falling (paper §3.4)"
     return -(1-p)**gamma*math.log(p) if p<1 else 0.
 
-# %% ../nbs/08_dynamic.ipynb #b09c9d05
+# %% ../nbs/08_dynamic.ipynb #abff0fa8
 class LossDynamics:
     "The paper's rule of dynamic training (§3.4) as a state machine, without a framework"
     def __init__(self,
-        alpha=0.25, # Smoothing: weight of the newest loss
+        alpha=0.25, # Smoothing: weight of the newest loss, above 0 and below 1
         gamma=2.,   # Focusing parameter
         delta=0.16, # The triplet loss is left out while its FL is below `delta` times that of the ID loss
         weighting='gate', # `'gate'`, `'normalized'`, `'paper'`, or `'released'`
@@ -31,6 +31,7 @@ class LossDynamics:
     ):
         if weighting not in ('gate','normalized','paper','released'): raise ValueError(
             f"weighting={weighting!r}: choose 'gate', 'normalized', 'paper' or 'released'")
+        if not 0<alpha<1: raise ValueError(f"alpha={alpha}: the weight of the newest loss is above 0 and below 1")
         store_attr()
         self.reset()
 
@@ -57,16 +58,24 @@ class LossDynamics:
     def load_state_dict(self, sd):
         for o,v in sd.items(): setattr(self, o, v.copy() if isinstance(v, dict) else v)
 
-# %% ../nbs/08_dynamic.ipynb #121f4c53
+# %% ../nbs/08_dynamic.ipynb #9a118aeb
 @patch
 def _observe(self:LossDynamics, name, loss):
     "Update k, p and FL of one loss"
-    released = self.weighting=='released'
-    last = self.k.get(name, 0. if released else loss)
+    if self.weighting=='released': return self._observe_released(name, loss)
+    last = self.k.get(name, loss)
     self.k[name] = self.alpha*loss + (1-self.alpha)*last
-    if released and name not in self.p: self.p[name] = 0.5
-    else: self.p[name] = min(self.k[name], last)/last if last else 1.
-    self.fl[name] = -(1-self.p[name])**self.gamma*math.log(self.p[name]) if released else focal(self.p[name], self.gamma)
+    self.p[name] = min(self.k[name], last)/last if last else 1.
+    self.fl[name] = focal(self.p[name], self.gamma)
+
+@patch
+def _observe_released(self:LossDynamics, name, loss):
+    "The same as the authors' code has it: k(0) = 0, first p = 0.5, IEEE division and logarithm"
+    last = self.k.get(name, 0.)
+    self.k[name] = self.alpha*loss + (1-self.alpha)*last
+    with np.errstate(divide='ignore', invalid='ignore'):
+        p = np.float64(min(self.k[name], last))/last if name in self.p else np.float64(0.5)
+        self.p[name],self.fl[name] = float(p),float(-(1-p)**self.gamma*np.log(p))
 
 @patch
 def _gated_off(self:LossDynamics):
@@ -83,7 +92,7 @@ def _weights(self:LossDynamics):
     if self.weighting=='normalized' and total>0: return {o:2*v/total for o,v in self.fl.items()}
     return dict.fromkeys(self.parts, 1.)
 
-# %% ../nbs/08_dynamic.ipynb #b93b7427
+# %% ../nbs/08_dynamic.ipynb #dc17c1b2
 def _over_ranks(loss):
     "The mean of `loss` over all training processes"
     if num_distrib()<2: return loss
@@ -106,6 +115,7 @@ class DynamicLossWeights(Callback):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
         train = self.dls.train
         if not hasattr(train, 'mode'): raise ValueError("Dynamic training switches the sampler, and this training loader has no `mode`. Use ReIDDataLoaders, or dynamic=False")
+        if not hasattr(self.loss_func, 'parts'): raise ValueError(f"{type(self.loss_func).__name__} has no `parts` to weigh. Use PyramidLoss or another loss that keeps them by name, or dynamic=False")
         self.given_mode = train.mode
         if self.run: train.mode = self.dynamics.mode
 

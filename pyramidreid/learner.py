@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LossParts', 'ReIDLearner', 'pyramid_learner']
 
-# %% ../nbs/11_learner.ipynb #e705b770
+# %% ../nbs/11_learner.ipynb #7531b047
 import random
 from fastai.vision.all import *
-from .backbone import backbone_stats,create_backbone
+from fastprogress.fastprogress import progress_bar
+from .backbone import arch_name,backbone_stats,create_backbone
 from .core import Role,whole_file
 from .dynamic import DynamicLossWeights
 from .evaluation import evaluate,known_cams,mAP,rank1,rank5
@@ -16,7 +17,7 @@ from .losses import PyramidLoss
 from .pyramid import PyramidNet,pyramid_split
 from .results import plot_ranking,rank_gallery
 
-# %% ../nbs/11_learner.ipynb #82a87aab
+# %% ../nbs/11_learner.ipynb #8472a9a3
 class LossParts(Callback):
     "Mean of each part of the training loss over an epoch, as columns of the progress table"
     run_valid = False
@@ -24,22 +25,28 @@ class LossParts(Callback):
     def before_train(self): self.sums = {o:[] for o in self.names}
     def before_batch(self): self.mode = getattr(self.dls.train, 'mode', 'pk')
     def after_batch(self):
-        for o,v in self.loss_func.parts.items():
-            if not (o=='triplet' and self.mode=='random'): self.sums[o].append(v.detach())
+        unmeasured = self.dynamic_loss_weights.dynamics.parts[1:] if self.mode=='random' and hasattr(self, 'dynamic_loss_weights') else ()
+        for o,v in getattr(self.loss_func, 'parts', {}).items():
+            if o not in unmeasured: self.sums.setdefault(o, []).append(v.detach())
     def mean(self, name):
         return torch.stack(self.sums[name]).mean().item() if self.sums.get(name) else math.nan
     @property
     def columns(self): return [ValueMetric(partial(self.mean, o), f'{o}_loss') for o in self.names]
 
-# %% ../nbs/11_learner.ipynb #812956e6
+# %% ../nbs/11_learner.ipynb #12099b16
 class ReIDLearner(Learner):
     "A `Learner` for re-identification; made by `pyramid_learner`"
 
 @patch
 def embed(self:ReIDLearner, dl=None): # Images; None: query and gallery of the validation loader
     "Embeddings of all images of `dl` in their order, (N, D), on the CPU"
-    dl = ifnone(dl, self.dls.valid)
-    with self.removed_cbs(self._grab_cbs(Recorder)), self.added_cbs(Recorder(valid_metrics=False)): return self.get_preds(dl=dl)[0]
+    dl = ifnone(dl, self.dls.valid).new(shuffle=False, drop_last=False)
+    model,was_training = self.model,self.model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad(): return torch.cat([model(*to_device(b[:1], device)).cpu() for b in (progress_bar(dl, leave=False) if hasattr(self, 'progress') else dl)])
+    finally: model.train(was_training)
 
 def _parts(dl):
     "Table of the queries and of the gallery of `dl`, or a `ValueError` that says which is missing"
@@ -47,7 +54,7 @@ def _parts(dl):
     if 'role' not in items: raise ValueError("These images have no labels: make the loader with test_dl(table, with_labels=True)")
     for role in (Role.QUERY,Role.GALLERY):
         if not (items.role==role).any(): raise ValueError(f"There is no {role.name.lower()} among the {len(items)} images: the table's `split` column must have rows of 'query' and of 'gallery'")
-    return items,(items.role==Role.QUERY).to_numpy(),(items.role==Role.GALLERY).to_numpy()
+    return items,*((items.role==role).to_numpy(copy=True) for role in (Role.QUERY,Role.GALLERY))
 
 # %% ../nbs/11_learner.ipynb #f9e5563a
 @patch
@@ -155,7 +162,7 @@ def load(self:ReIDLearner,
     if 'dynamic' in state and hasattr(self, 'dynamic_loss_weights'): self.dynamic_loss_weights.load_state_dict(state['dynamic'])
     return self
 
-# %% ../nbs/11_learner.ipynb #a489d6b1
+# %% ../nbs/11_learner.ipynb #be9c5795
 @delegates(Learner.__init__, but='model')
 def pyramid_learner(dls,  # `ReIDDataLoaders`
     arch=resnet50,    # A function such as `resnet50`, or the name of a timm model
@@ -180,8 +187,8 @@ def pyramid_learner(dls,  # `ReIDDataLoaders`
     if normalize and not dls.after_batch.fs.filter(risinstance(Normalize)):
         dls.add_tfms([Normalize.from_stats(*backbone_stats(arch))], 'after_batch')
     parts = LossParts()
-    dynamic = [DynamicLossWeights()] if dynamic is True else [dynamic] if dynamic else []
-    learn = ReIDLearner(dls, model, loss_func=ifnone(loss_func, PyramidLoss()), splitter=splitter, cbs=[parts] + dynamic + L(cbs),
+    if dynamic is True: dynamic = None if any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs)) else DynamicLossWeights()
+    learn = ReIDLearner(dls, model, loss_func=ifnone(loss_func, PyramidLoss()), splitter=splitter, cbs=L(parts) + L(dynamic or None) + L(cbs),
                         metrics=parts.columns + L(ifnone(metrics, [mAP,rank1,rank5])), **kwargs)
-    learn.arch_name = arch if isinstance(arch, str) else arch.__name__
+    learn.arch_name = arch_name(arch)
     return learn

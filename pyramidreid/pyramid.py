@@ -6,13 +6,13 @@
 __all__ = ['pyramid_windows', 'PlainBranch', 'PlainPyramidHead', 'part_height', 'BranchLinear', 'pool_windows', 'PyramidHead',
            'fuse_state', 'embedding', 'PyramidNet', 'pyramid_split']
 
-# %% ../nbs/06_pyramid.ipynb #2a9d990d
+# %% ../nbs/06_pyramid.ipynb #83302e67
 import torch
 from fastai.vision.all import params
 from fastcore.all import L,store_attr
 from torch import nn
 from torch.nn import functional as F
-from .backbone import body_shape
+from .backbone import body_shape,map_height
 
 # %% ../nbs/06_pyramid.ipynb #e6b6a6f0
 def pyramid_windows(n_parts=6,  # Basic parts
@@ -145,16 +145,19 @@ def fuse_state(sd): # State dict of a `PlainPyramidHead`
             **{f'bn.{o}':each(f'bn.{o}').flatten() for o in ('weight','bias','running_mean','running_var')},
             'bn.num_batches_tracked':sd['branches.0.bn.num_batches_tracked']}
 
-# %% ../nbs/06_pyramid.ipynb #ed73e373
+# %% ../nbs/06_pyramid.ipynb #a0b04e7f
+def _check_norm(norm):
+    if norm not in ('branch','whole',None): raise ValueError(f"norm={norm!r}: an embedding is normalised by 'branch', as a 'whole', or not at all (None)")
+
 def embedding(feats,        # Branch features (N, B, E)
               norm='branch' # `'branch'`: each branch of length 1, then the whole; `'whole'`: only the whole; None: raw
              ):
     "One vector for each image, (N, B·E)"
-    if norm not in ('branch','whole',None): raise ValueError(f"norm={norm!r}: an embedding is normalised by 'branch', as a 'whole', or not at all (None)")
+    _check_norm(norm)
     if norm=='branch': feats = F.normalize(feats.float(), dim=-1)
     return feats.flatten(1) if norm is None else F.normalize(feats.flatten(1).float(), dim=-1)
 
-# %% ../nbs/06_pyramid.ipynb #53cfc26b
+# %% ../nbs/06_pyramid.ipynb #70f68f7d
 class PyramidNet(nn.Module):
     "Backbone and pyramid head. Training: (branch features, logits); evaluation: the embedding"
     def __init__(self,
@@ -167,6 +170,7 @@ class PyramidNet(nn.Module):
         norm='branch' # Normalisation of the embedding, see `embedding`
     ):
         super().__init__()
+        _check_norm(norm)
         nf,self.stride = body_shape(body)
         self.body,self.norm = body,norm
         self.head = PyramidHead(nf, n_ids, n_parts, emb_sz, levels, drop)
@@ -177,7 +181,7 @@ class PyramidNet(nn.Module):
 
     def check_size(self, height): # Of the input images, pixels
         "Raise a `ValueError` that names heights that fit, unless the parts fit images of `height`"
-        part_height(height//self.stride, self.head.n_parts, self.stride)
+        part_height(map_height(self.body, height), self.head.n_parts, self.stride)
 
     @property
     def trained(self):
@@ -186,9 +190,5 @@ class PyramidNet(nn.Module):
 
 def pyramid_split(m): # A `PyramidNet`
     "Parameter groups for discriminative learning rates: the body's first and second half, and the head"
-    body = m.body.model if hasattr(m.body,'model') else m.body
-    halves,n,seen = L([],[]),sum(p.numel() for p in body.parameters()),0
-    for child in body.children():
-        halves[int(seen>=n/4)].extend(child.parameters())
-        seen += sum(p.numel() for p in child.parameters())
-    return L(*halves, params(m.head))
+    body = params(m.body)
+    return L(body[:len(body)//2], body[len(body)//2:], params(m.head))

@@ -31,14 +31,14 @@ def rank_gallery(query_emb,   # (Q, D)
         res.append(gallery.iloc[best.tolist()].assign(query=i, rank=range(1,len(best)+1), similarity=row[best].tolist(), right=same[i,best].tolist()))
     return pd.concat(res, ignore_index=True)
 
-# %% ../nbs/10_results.ipynb #06e6e357
+# %% ../nbs/10_results.ipynb #c4137b7c
 def plot_ranking(queries, # Encoded table of the queries
                  ranked,  # As `rank_gallery` returns
                  size=(128,64), # Height and width at which the images are drawn, pixels
                  scale=1.   # Of the figure
                 ):
     "A row for each query: the query, then its ranked gallery; returns the figure"
-    k = ranked['rank'].max()
+    k = int(ranked['rank'].max()) if len(ranked) else 1
     fig,axs = plt.subplots(len(queries), k+1, figsize=(scale*(k+1.3), scale*2.45*len(queries)), squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for i,q in enumerate(queries.itertuples()):

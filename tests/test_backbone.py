@@ -1,5 +1,5 @@
 "Bodies of many makers: the last stride, misfit and broken weights, models without a map, and parameter groups"
-import importlib,re
+import importlib.util,re
 import pytest, torch
 from safetensors.torch import save_file
 from torch import nn

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
-from fastai.vision.all import Flip,FlipItem,Normalize,Resize,ResizeMethod,TensorImage,ToTensor,imagenet_stats,set_seed
+from fastai.vision.all import Flip,Normalize,Resize,ResizeMethod,TensorImage,imagenet_stats,set_seed
 from pyramidreid.core import Role
 from pyramidreid.data import *
 from pyramidreid.tables import *

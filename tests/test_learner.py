@@ -1,19 +1,17 @@
 "Everything one does with a learner: train, show, predict, evaluate, save, stop and go on"
-import importlib,math,os,random
+import importlib.util,math,os
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
-from fastai.vision.all import (Adam,CrossEntropyLossFlat,EarlyStoppingCallback,Normalize,SaveModelCallback,load_learner,
+from fastai.vision.all import (CrossEntropyLossFlat,EarlyStoppingCallback,Normalize,SaveModelCallback,load_learner,
                                resnet18,set_seed)
 from torchvision import models
 from pyramidreid import evaluation
 from pyramidreid.backbone import resnet10
-from pyramidreid.data import ReIDDataLoaders
 from pyramidreid.dynamic import DynamicLossWeights
 from pyramidreid.learner import *
-from pyramidreid.losses import PyramidLoss
 from pyramidreid.tables import market_table
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
@@ -105,7 +103,7 @@ def test_show_results_with_more_than_there_is(trained):
     trained.show_results(max_n=1000, k=2)
     assert sum(o.startswith('query') for o in titles())==24
     trained.show_results(max_n=1, k=10**4)
-    assert len(titles())==1+1+52-2 or len(titles())>40
+    assert len(titles())==1+6*4*2+4-2 # all but the junk and the two of the query's own camera
 
 def test_show_results_before_training(make_learner):
     learn = make_learner()
@@ -523,5 +521,5 @@ def test_seeds(make_dls, make_learner):
         learn.fit(1)
         return learn
     a,b = run(),run()
-    assert a.dynamic_loss_weights.steps==b.dynamic_loss_weights.steps or a.dynamic_loss_weights.history.equals(b.dynamic_loss_weights.history)
+    assert a.dynamic_loss_weights.history.equals(b.dynamic_loss_weights.history)
     assert same(a.model.state_dict(), b.model.state_dict())

@@ -1,7 +1,7 @@
 "P×K batches for any labels, and a mode that acts on the very next batch, with and without workers"
 import random
 from collections import Counter
-import pandas as pd, pytest, torch
+import pytest
 from hypothesis import given, settings, strategies as st
 from fastai.vision.all import set_seed
 from pyramidreid.sampler import *
