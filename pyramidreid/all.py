@@ -8,6 +8,7 @@ from pyramidreid.evaluation import *
 from pyramidreid.learner import *
 from pyramidreid.losses import *
 from pyramidreid.pyramid import *
+from pyramidreid.released import *
 from pyramidreid.results import *
 from pyramidreid.sampler import *
 from pyramidreid.synth import contact_sheet,synth_persons
