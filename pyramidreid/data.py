@@ -6,7 +6,7 @@
 __all__ = ['ReIDTarget', 'ReIDLabel', 'EncodeTarget', 'show_batch', 'show_results', 'open_image', 'EraseEach', 'person_tfms',
            'ReIDDataLoaders']
 
-# %% ../nbs/04_data.ipynb #6502e387
+# %% ../nbs/04_data.ipynb #bcaf3539
 import pandas as pd, torch, torchvision
 from fastai.imports import dispatch
 from fastai.vision.all import *
@@ -14,7 +14,9 @@ from pathlib import Path
 from PIL import Image
 from .core import Role
 from .sampler import PKDataLoader
-from .tables import market_table,folder_table,hold_out,encode_table,check_match,unreadable
+from .cuhk03 import cuhk03_table
+from .datasets import cuhk03_np_table,duke_table,market_table,msmt17_table,occluded_duke_table
+from .tables import folder_table,hold_out,encode_table,check_match,unreadable
 
 # %% ../nbs/04_data.ipynb #cc5ddde2
 class ReIDTarget(TensorBase):
@@ -138,13 +140,56 @@ class ReIDDataLoaders(DataLoaders):
         dls = cls.from_dblock(block, df, path=path, p=p, k=k, mode=mode, **kwargs)
         return cls(*dls.loaders, path=dls.path, device=dls.device)
 
-# %% ../nbs/04_data.ipynb #46896082
+# %% ../nbs/04_data.ipynb #3f6fe834
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_table, but='df,path')
 def from_market(cls:ReIDDataLoaders, path, # Folder with `bounding_box_train`, `query` and `bounding_box_test`
+                distractors=None,          # Folder of more gallery images of people whom no query asks for
                 **kwargs):
-    "Loaders from a folder in Market-1501's layout; the official query and gallery validate, unless `valid_pct` holds people out"
-    return cls.from_table(market_table(path), path=path, **kwargs)
+    "Loaders from Market-1501, or another folder in its layout"
+    return cls.from_table(market_table(path, distractors), path=path, **kwargs)
+
+@patch(cls_method=True)
+@delegates(ReIDDataLoaders.from_table, but='df,path')
+def from_duke(cls:ReIDDataLoaders, path, # Folder with `bounding_box_train`, `query` and `bounding_box_test`
+              **kwargs):
+    "Loaders from DukeMTMC-reID"
+    return cls.from_table(duke_table(path), path=path, **kwargs)
+
+@patch(cls_method=True)
+@delegates(ReIDDataLoaders.from_table, but='df,path')
+def from_occluded_duke(cls:ReIDDataLoaders, path, # Folder with `bounding_box_train`, `query` and `bounding_box_test`
+                       **kwargs):
+    "Loaders from Occluded-Duke"
+    return cls.from_table(occluded_duke_table(path), path=path, **kwargs)
+
+@patch(cls_method=True)
+@delegates(ReIDDataLoaders.from_table, but='df,path')
+def from_cuhk03_np(cls:ReIDDataLoaders, path, # Folder with `detected` and `labeled`
+                   boxes='detected',          # `'detected'` by a detector, or `'labeled'` by hand
+                   **kwargs):
+    "Loaders from CUHK03 in the new protocol's folders"
+    return cls.from_table(cuhk03_np_table(path, boxes), path=path, **kwargs)
+
+@patch(cls_method=True)
+@delegates(ReIDDataLoaders.from_table, but='df,path')
+def from_msmt17(cls:ReIDDataLoaders, path, # Folder with the list files and the folders of V1 or V2
+                **kwargs):
+    "Loaders from MSMT17; `data_name` says which version"
+    return cls.from_table(msmt17_table(path), path=path, **kwargs)
+
+# %% ../nbs/04_data.ipynb #e7b39bba
+@patch(cls_method=True)
+@delegates(ReIDDataLoaders.from_table, but='df,path')
+def from_cuhk03(cls:ReIDDataLoaders, mat, # `cuhk-03.mat`
+                boxes='detected', # `'detected'` by a detector, or `'labeled'` by hand
+                protocol='new',   # `'new'`, or `'classic'` with 100 test identities
+                split=0,          # Which of the 20 classic splits
+                config=None,      # The new protocol's file; None: beside `mat`
+                dest=None,        # Where the images are unpacked; None: beside `mat`
+                **kwargs):
+    "Loaders from CUHK03's MATLAB file"
+    return cls.from_table(cuhk03_table(mat, boxes, protocol, split, config, dest), path=Path(mat).parent, **kwargs)
 
 # %% ../nbs/04_data.ipynb #0b16f00c
 @patch(cls_method=True)

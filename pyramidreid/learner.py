@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['LossParts', 'ReIDLearner', 'pyramid_learner']
 
-# %% ../nbs/11_learner.ipynb #7531b047
+# %% ../nbs/11_learner.ipynb #f26a1d5c
 import random
 from fastai.vision.all import *
-from fastprogress.fastprogress import progress_bar
 from .backbone import arch_name,backbone_stats,create_backbone
-from .core import Role,whole_file
+from .card import compare_cards
+from .core import Role,progress,whole_file
+from .datasets import dataset_table
 from .dynamic import DynamicLossWeights
-from .evaluation import evaluate,known_cams,mAP,rank1,rank5
+from .evaluation import Distances,evaluate_distances,known_cams
 from .losses import PyramidLoss
-from .pyramid import PyramidNet,pyramid_split
+from .metrics import mAP,rank1,rank5
+from .pyramid import PyramidNet,embedding,pyramid_split
+from .rerank import rerank as k_reciprocal
 from .results import plot_ranking,rank_gallery
 
 # %% ../nbs/11_learner.ipynb #8472a9a3
@@ -33,19 +36,26 @@ class LossParts(Callback):
     @property
     def columns(self): return [ValueMetric(partial(self.mean, o), f'{o}_loss') for o in self.names]
 
-# %% ../nbs/11_learner.ipynb #12099b16
+# %% ../nbs/11_learner.ipynb #4155efc9
 class ReIDLearner(Learner):
     "A `Learner` for re-identification; made by `pyramid_learner`"
 
 @patch
-def embed(self:ReIDLearner, dl=None): # Images; None: query and gallery of the validation loader
+def embed(self:ReIDLearner,
+    dl=None,   # Images; None: query and gallery of the validation loader
+    flip=False # Mean of the embeddings of each image and of its mirror image, normalised again?
+):
     "Embeddings of all images of `dl` in their order, (N, D), on the CPU"
     dl = ifnone(dl, self.dls.valid).new(shuffle=False, drop_last=False)
     model,was_training = self.model,self.model.training
     device = next(model.parameters()).device
+    def run(x):
+        if not flip: return model(x)
+        both = (model(x) + model(x.flip(-1)))/2
+        return embedding(both.view(len(x), len(model.head.windows), -1), model.norm)
     model.eval()
     try:
-        with torch.no_grad(): return torch.cat([model(*to_device(b[:1], device)).cpu() for b in (progress_bar(dl, leave=False) if hasattr(self, 'progress') else dl)])
+        with torch.no_grad(): return torch.cat([run(*to_device(b[:1], device)).cpu() for b in progress(dl, hasattr(self, 'progress'))])
     finally: model.train(was_training)
 
 def _parts(dl):
@@ -56,29 +66,59 @@ def _parts(dl):
         if not (items.role==role).any(): raise ValueError(f"There is no {role.name.lower()} among the {len(items)} images: the table's `split` column must have rows of 'query' and of 'gallery'")
     return items,*((items.role==role).to_numpy(copy=True) for role in (Role.QUERY,Role.GALLERY))
 
-# %% ../nbs/11_learner.ipynb #f9e5563a
+# %% ../nbs/11_learner.ipynb #51c0df16
 @patch
-def evaluate(self:ReIDLearner,
-    dl=None, # Queries and gallery; None: the validation loader
-    **kwargs # Passed to `evaluation.evaluate`
+def to_rank(self:ReIDLearner,
+    dl=None,           # Queries and gallery; None: the validation loader
+    flip=False,        # Embed each image together with its mirror image?
+    distance='cosine', # Or 'euclidean'
+    rerank=False,      # k-reciprocal re-ranking, junk left out before: True, or a dict of `rerank`'s arguments
+    device=None        # Where to compute distances; None: on the CPU
 ):
-    "Rank the gallery for every query and return the protocol card"
+    "What the evaluations take, as a dict: `dist` (with the card's context), `query_pids`, `gallery_pids`, `query_cams`, `gallery_cams`"
     dl = ifnone(dl, self.dls.valid)
     items,q,g = _parts(dl)
-    emb = self.embed(dl)
-    cams = known_cams(items.camera.tolist())
-    ids = items.label.to_numpy(copy=True)
-    cams = {} if cams is None else dict(query_cams=cams[q], gallery_cams=cams[g])
-    return evaluate(emb[q], emb[g], ids[q], ids[g], **{'about':self.about(dl), **cams, **kwargs})
+    emb,cams,ids = self.embed(dl, flip),known_cams(items.camera.tolist()),items.label.to_numpy(copy=True)
+    if rerank: q,g = q & (ids>=0),g & (ids>=0)
+    pair = (emb[q],emb[g])
+    dist = k_reciprocal(*pair, distance=distance, device=device, **(rerank if isinstance(rerank, dict) else {})) if rerank else Distances(*pair, distance, device)
+    dist.about = {**self.about(dl), 'flip':'mean of both' if flip else 'none', 're-ranking':'none', **getattr(dist, 'about', {})}
+    return dict(dist=dist, query_pids=ids[q], gallery_pids=ids[g], query_cams=None if cams is None else cams[q], gallery_cams=None if cams is None else cams[g])
+
+@patch
+def evaluate(self:ReIDLearner,
+    dl=None,           # Queries and gallery; None: the validation loader
+    flip=False,        # Embed each image together with its mirror image?
+    distance='cosine', # Or 'euclidean'
+    rerank=False,      # k-reciprocal re-ranking: True, or a dict of `rerank`'s arguments. A figure of its own: the card says so
+    device=None,       # Where to compute distances; None: on the CPU
+    **kwargs           # Passed to `evaluate_distances`
+):
+    "Rank the gallery for every query and return the protocol card"
+    return evaluate_distances(**{**self.to_rank(dl, flip, distance, rerank, device), **kwargs})
+
+@patch
+def evaluate_on(self:ReIDLearner,
+    sets,      # `{name: test set}`: a table with queries and gallery, or the folder of a known data set
+    path=None, # Folder for the cards, a JSON file each; None: not written
+    **kwargs   # Passed to `evaluate`
+):
+    "Evaluate on other data sets (cross-domain): a table with a row for each, see `compare_cards`"
+    tables = {k:o if isinstance(o, pd.DataFrame) else dataset_table(o) for k,o in sets.items()}
+    cards = {}
+    for k,o in tables.items():
+        cards[k] = self.evaluate(self.dls.test_dl(o[o.split.isin(['query','gallery'])], with_labels=True), **kwargs)
+        if path is not None: cards[k].to_json(Path(path)/f'{k}.json')
+    return compare_cards(cards)
 
 @patch
 def about(self:ReIDLearner, dl): # The images that are evaluated
     "What a protocol card says of model and data"
-    head = self.model.head
-    return {'data':getattr(self.dls, 'data_name', ''), 'backbone':self.arch_name, 'input':'{}×{}'.format(*_image_size(dl)),
+    head,ours = self.model.head,dl.dataset is self.dls.valid.dataset
+    return {'data':self.dls.data_name if ours else dl.dataset.items.attrs.get('name', 'another table'),
+            'trained on':f"{self.dls.data_name}, {self.dls.c:,} identities", 'backbone':self.arch_name, 'input':'{}×{}'.format(*_image_size(dl)),
             'pyramid':f'n_parts={head.n_parts}, levels={head.levels}, {len(head.windows)} branches',
-            'embedding':f"{head.bn.num_features}-d, norm={self.model.norm}",
-            'flip':'none', 're-ranking':'none'}
+            'embedding':f"{head.bn.num_features}-d, norm={self.model.norm}"}
 
 def _image_size(dl):
     "Height and width of what the model sees, pixels"

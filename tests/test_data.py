@@ -7,6 +7,7 @@ from PIL import Image
 from fastai.vision.all import Flip,Normalize,Resize,ResizeMethod,TensorImage,imagenet_stats,set_seed
 from pyramidreid.core import Role
 from pyramidreid.data import *
+from pyramidreid.datasets import *
 from pyramidreid.tables import *
 
 KW = dict(p=2, k=2, size=(32,16), num_workers=0)

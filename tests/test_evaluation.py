@@ -10,7 +10,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from pyramidreid.core import Role
+from pyramidreid.card import *
 from pyramidreid.evaluation import *
+from pyramidreid.metrics import *
 from pyramidreid.ranking import *
 
 def reference(dist, q_pids, g_pids, q_cams=None, g_cams=None, junk_pid=-1):
@@ -234,7 +236,7 @@ def direct(learn, x, y):
 @pytest.mark.parametrize('bs', [16,60,64])
 @pytest.mark.parametrize('cams,junk', [(True,False),(False,True)])
 def test_metrics(bs, cams, junk, monkeypatch):
-    import pyramidreid.evaluation as ev
+    import pyramidreid.metrics as ev
     runs = []
     monkeypatch.setattr(ev, 'evaluate', lambda *a,**k: runs.append(k) or evaluate(*a,**k))
     learn,x,y = tiny(bs=bs, cams=cams, junk=junk)

@@ -8,11 +8,11 @@ from fastai.callback.training import GradientAccumulation
 from fastai.vision.all import (CrossEntropyLossFlat,EarlyStoppingCallback,Normalize,SaveModelCallback,load_learner,
                                resnet18,set_seed)
 from torchvision import models
-from pyramidreid import evaluation
+from pyramidreid import evaluation, metrics as reid_metrics
 from pyramidreid.backbone import resnet10
 from pyramidreid.dynamic import DynamicLossWeights
 from pyramidreid.learner import *
-from pyramidreid.tables import market_table
+from pyramidreid.datasets import market_table
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
 timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is an extra')
@@ -65,7 +65,7 @@ def test_metrics_are_those_of_evaluate(trained):
     values = dict(zip(list(trained.recorder.metric_names)[2:-1], trained.validate()))
     assert values['mAP']==pytest.approx(res.mAP, abs=1e-6)
 
-@pytest.mark.parametrize('metrics,names', [([],[]), (evaluation.rank1,['rank1']), ([evaluation.mAP(distance='euclidean')],['mAP'])])
+@pytest.mark.parametrize('metrics,names', [([],[]), (reid_metrics.rank1,['rank1']), ([reid_metrics.mAP(distance='euclidean')],['mAP'])])
 def test_metrics_of_ones_own(make_learner, metrics, names):
     learn = make_learner(metrics=metrics)
     assert [m.name for m in learn.metrics]==['id_loss','triplet_loss']+names
