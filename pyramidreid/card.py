@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['Card', 'ReIDResult', 'compare_cards', 'bootstrap']
 
-# %% ../nbs/08b_card.ipynb #d67aeab7
-import json,torch
+# %% ../nbs/08b_card.ipynb #6ef41ddb
+import json,math,torch
 import pandas as pd
 from dataclasses import dataclass,field,fields
 from pathlib import Path
 from .core import whole_file
 
-# %% ../nbs/08b_card.ipynb #479ca88f
+# %% ../nbs/08b_card.ipynb #e1316704
 def _plain(o):
-    "`o` for JSON: tensors as lists, NaN as None"
+    "`o` for JSON: tensors and arrays as lists, NaN and infinity as None, and what JSON does not know as text"
+    if hasattr(o, 'tolist'): o = o.tolist()
     if isinstance(o, dict): return {str(k):_plain(v) for k,v in o.items()}
-    if isinstance(o, (torch.Tensor,list,tuple)): return [_plain(v) for v in (o.tolist() if isinstance(o, torch.Tensor) else o)]
-    return None if isinstance(o, float) and o!=o else o
+    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
+    if isinstance(o, float) and not math.isfinite(o): return None
+    return o if o is None or isinstance(o, (str,int,float)) else str(o)
 
 def _tensor(o):
     "A list from JSON as a tensor of int64 or float64"
@@ -25,11 +27,17 @@ def _tensor(o):
     return torch.tensor([torch.nan if v is None else v for v in o], dtype=torch.float64)
 
 class Card:
-    "Figures with the choices behind them; subclasses are dataclasses with `figures` and `choices`"
+    "Figures with the choices behind them; subclasses are dataclasses with `figures`, `choices` and `about`"
+    def words(self):
+        "Every choice, then the context, as text; a context by the name of a figure or a choice stands as `about: …` and hides neither"
+        own = {**self.figures(), **self.choices()}
+        about = {f'about: {k}' if k in own else str(k):v for k,v in self.about.items()}
+        return {k:str(_plain(v)) for k,v in {**self.choices(), **about}.items()}
+
     def card(self):
         "A data frame of every figure and every choice"
-        rows = {**{k:f'{100*v:.2f} %' for k,v in self.figures().items()}, **self.choices()}
-        return pd.DataFrame({'': [str(v) for v in rows.values()]}, index=[str(k) for k in rows])
+        rows = {**{k:f'{100*v:.2f} %' for k,v in self.figures().items()}, **self.words()}
+        return pd.DataFrame({'': list(rows.values())}, index=list(rows))
 
     def __repr__(self):
         rows = self.card()['']
@@ -40,7 +48,7 @@ class Card:
     def to_json(self, path=None): # Also write it there, whole or not at all
         "As JSON text"
         d = {'card':type(self).__name__, **{f.name:_plain(getattr(self, f.name)) for f in fields(self)}}
-        res = json.dumps(d, default=str, ensure_ascii=False)
+        res = json.dumps(d, ensure_ascii=False, allow_nan=False)
         if path is not None:
             with whole_file(path) as f: f.write_text(res, encoding='utf-8')
         return res
@@ -52,13 +60,16 @@ class Card:
         where = src if is_path else 'The text'
         try: d = json.loads(Path(src).read_text(encoding='utf-8') if is_path else src)
         except ValueError as e: raise ValueError(f"{where} is no protocol card: {e}. Give what `to_json` wrote") from e
-        kind = {c.__name__:c for c in Card.__subclasses__()}.get(d.pop('card', None) if isinstance(d, dict) else None)
-        missing = None if kind is None else [f.name for f in fields(kind) if f.name not in d]
-        if kind is None or missing: raise ValueError(f"{where} is no protocol card{': it has no '+', '.join(missing) if missing else ''}. Give what `to_json` wrote")
-        return kind(**{f.name:_tensor(d[f.name]) if f.type is torch.Tensor else d[f.name] for f in fields(kind)})
+        kinds = {c.__name__:c for c in Card.__subclasses__() if issubclass(c, cls)}
+        kind = kinds.get(str(d.get('card'))) if isinstance(d, dict) else None
+        if kind is None: raise ValueError(f"{where} is no protocol card of a kind asked for ({', '.join(kinds)}). Give what `to_json` wrote")
+        missing = [f.name for f in fields(kind) if f.name not in d]
+        if missing: raise ValueError(f"{where} is no protocol card: it has no {', '.join(missing)}. Give what `to_json` wrote")
+        try: return kind(**{f.name:(_tensor if f.type is torch.Tensor else f.type)(d[f.name]) for f in fields(kind)})
+        except (TypeError,ValueError) as e: raise ValueError(f"{where} is a damaged protocol card: {e}. Give what `to_json` wrote") from e
 
-# %% ../nbs/08b_card.ipynb #58b44e74
-@dataclass(repr=False)
+# %% ../nbs/08b_card.ipynb #2a7a244c
+@dataclass(repr=False, eq=False)
 class ReIDResult(Card):
     "Figures of one evaluation and the choices behind them"
     mAP:float             # Mean over queries of the average precision
@@ -101,18 +112,18 @@ class ReIDResult(Card):
             'queries counted':f'{self.n_query_valid:,} of {self.n_query:,}',
             'queries left out, no match':f'{len(lost):,}{names}',
             'gallery ranked':f'{self.n_gallery:,}, of which {self.n_distractor:,} distractors',
-            'junk dropped':f'{self.n_junk:,}', **self.about}
+            'junk dropped':f'{self.n_junk:,}'}
 
-# %% ../nbs/08b_card.ipynb #7cae1aed
+# %% ../nbs/08b_card.ipynb #406f6054
 def compare_cards(cards): # `{name: card}`, or a list of cards
     "A data frame with a row for each card: its figures in percent, then the choices in which the cards differ"
     cards = dict(cards) if isinstance(cards, dict) else dict(enumerate(cards))
     if not cards: raise ValueError("There are no cards to compare: give `{name: card}`")
     figures = pd.DataFrame({k:c.figures() for k,c in cards.items()}).T.mul(100).round(2)
-    choices = pd.DataFrame({k:{n:str(v) for n,v in c.choices().items()} for k,c in cards.items()}).T.fillna('')
+    choices = pd.DataFrame({k:c.words() for k,c in cards.items()}).T.fillna('')
     return figures.join(choices.loc[:, choices.nunique()>1])
 
-# %% ../nbs/08b_card.ipynb #e05127d0
+# %% ../nbs/08b_card.ipynb #af0ac790
 def _per_query(res):
     "(valid queries, 5) values whose means are the figures, NaN without a match"
     found = res.first_rank>0
@@ -129,8 +140,10 @@ def bootstrap(res:ReIDResult, # The card whose figures are in doubt
     if not 0<level<1: raise ValueError(f"level={level}: give the part of the means within the interval, e.g. 0.95")
     x = _per_query(res)
     if minus is not None:
-        if not torch.equal(minus.first_rank>0, res.first_rank>0): raise ValueError(f"The cards are not of the same queries: "
-            f"{res.n_query_valid:,} of {res.n_query:,} counted here, {minus.n_query_valid:,} of {minus.n_query:,} there. Evaluate both on the same queries and gallery")
+        sizes = lambda c: [c.n_query, c.n_query_valid, c.n_gallery, c.n_junk, c.n_distractor, 'cameras known' if c.cameras else 'cameras unknown']
+        if sizes(res)!=sizes(minus) or not torch.equal(minus.first_rank>0, res.first_rank>0):
+            raise ValueError("The cards are not of the same queries and gallery. Queries, those counted, gallery, junk, distractors: "
+                f"{', '.join(map(str, sizes(res)))} against {', '.join(map(str, sizes(minus)))}. Evaluate both on the same images")
         x = x - _per_query(minus)
     x,g = x[res.first_rank>0],torch.Generator().manual_seed(seed)
     means = torch.stack([x[torch.randint(len(x), (len(x),), generator=g)].mean(0) for _ in range(n)])

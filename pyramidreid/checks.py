@@ -97,10 +97,10 @@ def run_checks(d): # What `inspect_table` returns
     found = pd.DataFrame(found, columns=['finding','severity','n','title','first','todo']).set_index('finding')
     return found.sort_values('severity', key=lambda c: c.map(['error','warning','note'].index), kind='stable'),rows
 
-# %% ../nbs/02d_checks.ipynb #527743ee
+# %% ../nbs/02d_checks.ipynb #dec83420
 def _whole(found, which): return pd.DataFrame(dict(which=[which] if found else []))
 
-@check('error', 'The reader refused the folder', 'Mend this first. The rest is about all images below the folder, by what their names tell.')
+@check('error', 'The reader refused the folder', 'Mend this first. The rest is about the images in its folders, by what their names tell.')
 def _refused(d): return _whole(d.attrs.get('refused'), d.attrs.get('refused'))
 
 @check('error', 'Nothing to look at', 'Check where the table comes from: it has no rows.')
@@ -116,7 +116,7 @@ def _unknown_split(d): return d[~d.split.isin([r.name.lower() for r in Role])].a
 def _listed_twice(d): return d[d.duplicated('fn', keep=False)].sort_values('fn', key=lambda c: c.map(str), kind='stable')
 
 @check('warning', 'Images without a camera id, while others have one', 'Complete the column `cam`: for these images nothing is left out of the ranking.')
-def _no_cam(d): return d[d.cam.isna() & d.cam.notna().any()]
+def _no_cam(d): return d[d.cam.isna() & d.cam.notna().any() & d.pid.notna()]
 
 @check('note', 'No camera ids', 'Images of a person by the same camera cannot be left out, so figures come out higher than by the protocol.')
 def _no_cams(d): return _whole(len(d) and d.cam.isna().all(), 'all images')
@@ -124,7 +124,7 @@ def _no_cams(d): return _whole(len(d) and d.cam.isna().all(), 'all images')
 @check('note', 'No splits', 'All images are for training; the loaders hold out a fifth of the people to measure on.')
 def _no_splits(d): return _whole(d.attrs['no_splits'], 'all images')
 
-# %% ../nbs/02d_checks.ipynb #9b4726aa
+# %% ../nbs/02d_checks.ipynb #36d79510
 def people_of(d, *splits): # Which splits
     "The images of people, neither junk nor distractors, in `splits`"
     return d[d.split.isin(splits) & ~d.junk & ~d.distractor & d.pid.notna()]
@@ -133,15 +133,15 @@ def people_of(d, *splits): # Which splits
 def _train_and_test(d):
     n = [people_of(d, *s).groupby('pid', sort=False).size() for s in (['train'],['query','gallery'])]
     both = pd.DataFrame([(p,n[0][p],n[1][p]) for p in n[0].index.intersection(n[1].index, sort=False)], columns=['pid','train','test'])
-    return both.assign(which=[f'{p} ({a} images in training, {b} in the test)' for p,a,b in zip(both.pid, both.train, both.test)])
+    return both.assign(which=[f'{p} (images: {a} in training, {b} in the test)' for p,a,b in zip(both.pid, both.train, both.test)])
 
 @check('warning', 'Queries without a possible match', 'The protocol leaves them out of every mean. Check their ids and cameras, or drop them.')
 def _no_match(d):
-    q,g,seen_by = d[d.split=='query'],d[(d.split=='gallery') & ~d.junk],{}
+    q,g,seen_by = d[(d.split=='query') & d.pid.notna()],d[(d.split=='gallery') & ~d.junk],{}
     if g.empty: return q[:0]
     for p,c in zip(g.pid, g.cam): seen_by.setdefault(p, set()).add(c)
     def why(p, c, junk):
-        if junk or p is None: return 'is junk' if junk else 'no person id'
+        if junk: return 'is junk'
         if p not in seen_by: return 'person not in the gallery'
         if c is not None and seen_by[p]=={c}: return "in the gallery only by the query's own camera"
     return q.assign(why=[why(*o) for o in zip(q.pid, q.cam, q.junk)]).dropna(subset='why')
@@ -150,7 +150,7 @@ def _no_match(d):
 def _no_test(d):
     q,g = [int((d.split==s).sum()) for s in ('query','gallery')]
     lost = q>0 and len(_no_match(d))==q
-    return _whole((q or g) and (lost or not q or not g), f'{q:,} queries, {g:,} gallery images' + (', no query has a possible match' if lost else ''))
+    return _whole((q or g) and (lost or not q or not g), f'queries: {q:,}, gallery images: {g:,}' + (', and no query has a possible match' if lost else ''))
 
 # %% ../nbs/02d_checks.ipynb #d647c649
 @check('note', 'No queries and no gallery', 'Nothing can be measured unless people are held out: pass `valid_pct` to the loaders.')
@@ -171,7 +171,7 @@ def _one_camera(d):
     n = n[(n.cameras==1) & (n.images>1) & (t.cam.nunique()>1)]
     return n.assign(which=[f'{p} ({i} images by camera {c})' for p,i,c in zip(n.pid, n.images, n.cam)])
 
-# %% ../nbs/02d_checks.ipynb #3d3ae20d
+# %% ../nbs/02d_checks.ipynb #869ef21e
 def _counts(d):
     "Images and identities of each split, junk left out"
     return {s:(len(o),o.pid.nunique()) for s,o in d[~d.junk].groupby('split')}
@@ -184,12 +184,13 @@ def _not_as_published(d):
     bad = pd.DataFrame([(s,*n.get(s, (0,0)),*o) for s,o in _published(d).items() if n.get(s)!=o], columns=['split','images','identities','published_images','published_identities'])
     return bad.assign(which=[f'{s}: {n:,} images of {i:,} people, published {m:,} of {j:,}' for s,n,i,m,j in bad.itertuples(index=False)])
 
-@check('error', 'The numbers are those of another data set', 'Was it read under a wrong name, or unpacked into a wrong folder?')
+@check('error', 'The numbers fit another data set better', 'Was it read under a wrong name, or unpacked into a wrong folder?')
 def _another_set(d):
     from pyramidreid.datasets import reid_sets
     n,own = _counts(d),_published(d)
-    fits = lambda published: all(n.get(s)==tuple(o) for s,o in published.items())
-    return pd.DataFrame(dict(which=[s.name for s in reid_sets.values() if own and not fits(own) and fits(s.counts)]))
+    fits = lambda published: sum(n.get(s)==tuple(o) for s,o in published.items())
+    better = [s for s in reid_sets.values() if own and fits(s.counts)>max(1, fits(own))]
+    return pd.DataFrame(dict(which=[f'{s.name}, in {fits(s.counts)} of {len(s.counts)} splits' for s in better]))
 
 # %% ../nbs/02d_checks.ipynb #4abe1450
 @check('error', 'Missing files', 'Unpack the data set again, or drop these rows; training stops where it meets one.')

@@ -72,7 +72,7 @@ def _verdict(self:DataReport):
     n = self.findings.severity.value_counts()
     return ', '.join(f"{n[s]} {s}{'s'*int(n[s]>1)}" for s in ('error','warning','note') if s in n) or 'No findings.'
 
-# %% ../nbs/02c_doctor.ipynb #adb8dece
+# %% ../nbs/02c_doctor.ipynb #9c6643b4
 _about = 'Images: distractors count, junk does not. Per identity: smallest · median · largest number, distractors aside.'
 
 @patch
@@ -89,14 +89,14 @@ def __repr__(self:DataReport):
 
 @patch
 def _repr_html_(self:DataReport):
-    res,color = [f'<p>{escape(h)}</p>' for h in self._head()],dict(error='#c0392b', warning='#b7791f', note='#6b7280')
+    res,color = ['<p>'+'<br>'.join(map(escape, self._head()))+'</p>'],dict(error='#c0392b', warning='#b7791f', note='#6b7280')
     if len(self.splits):
         splits,cams = self._tables()
         res += [splits.to_html(), f'<p><small>{_about}</small></p>', '<p>Images by camera</p>', cams.to_html()]
     res += [f'<p>{self._verdict()}</p>', '<table>']
     for key,o in self.findings.iterrows():
         text = [f'<b>{escape(o.title)}: {o.n:,}</b>', *map(escape, o['first']), *(['…'] if o.n>len(o['first']) else []), f'→ {escape(o.todo)}']
-        res.append(f'<tr style="vertical-align:top"><td style="color:{color[o.severity]}"><b>{o.severity}</b></td><td style="text-align:left">{"<br>".join(text)}</td><td><code>{key}</code></td></tr>')
+        res.append(f'<tr style="vertical-align:top"><td style="color:{color[o.severity]}"><b>{o.severity}</b></td><td style="text-align:left">{"<br>".join(text)}</td><td><code>report[&#39;{key}&#39;]</code></td></tr>')
     return ''.join([*res, '</table>'])
 
 # %% ../nbs/02c_doctor.ipynb #9e995cc2
@@ -152,12 +152,12 @@ def doctor(source,    # A folder, or a table with columns `fn`, `pid` and, where
     df = source if isinstance(source, pd.DataFrame) else _table(source, name)
     return DataReport(inspect_table(df, files), df.attrs.get('name', 'A table'), files)
 
-# %% ../nbs/02c_doctor.ipynb #b3048529
+# %% ../nbs/02c_doctor.ipynb #ace79ef3
 _colors = dict(train='#4C72B0', query='#DD8452', gallery='#55A868')
 
 def _plot_people(ax, n, color):
     step = max(1, -(-(n.max()-n.min()+1)//30))
-    ax.hist(n, bins=[i-.5 for i in range(n.min(), n.max()+step+1, step)], color=color, rwidth=.93)
+    ax.hist(n, bins=[i-.5 for i in range(n.min()-step, n.max()+2*step+1, step)], color=color, rwidth=.93)
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 def _plot_cameras(ax, n, color):
@@ -173,7 +173,7 @@ def _plot_sizes(ax, images, w, h, color):
     ax.set(xlim=(0,w), ylim=(0,h))
     ax.set_title('median {:g} × {:g}'.format(*size.median()), loc='right', fontsize=9)
 
-# %% ../nbs/02c_doctor.ipynb #cc655b1c
+# %% ../nbs/02c_doctor.ipynb #9313a5e7
 @patch
 def plot(self:DataReport):
     "Images per person, images per camera and image sizes of each split; returns the figure"
@@ -189,7 +189,9 @@ def plot(self:DataReport):
         if len(of:=n[n.index.get_level_values('split')==s]): _plot_people(row[0], of, color)
         _plot_cameras(row[1], self.cameras.loc[s], color)
         if len(own): _plot_sizes(row[2], own, w, h, color)
-        for ax,label in zip(row, ('people','images','height')): ax.set_ylabel(label)
+        for ax,label in zip(row, ('people','images','height')):
+            ax.set_ylabel(label)
+            ax.yaxis.get_major_locator().set_params(integer=True)
     for ax,label in zip(axs[-1], ('images of a person','camera','width')): ax.set_xlabel(label)
     for ax in axs.flat: ax.spines[['top','right']].set_visible(False)
     return fig

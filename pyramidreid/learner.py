@@ -36,7 +36,7 @@ class LossParts(Callback):
     @property
     def columns(self): return [ValueMetric(partial(self.mean, o), f'{o}_loss') for o in self.names]
 
-# %% ../nbs/11_learner.ipynb #4155efc9
+# %% ../nbs/11_learner.ipynb #d6e8a14f
 class ReIDLearner(Learner):
     "A `Learner` for re-identification; made by `pyramid_learner`"
 
@@ -47,7 +47,7 @@ def embed(self:ReIDLearner,
 ):
     "Embeddings of all images of `dl` in their order, (N, D), on the CPU"
     dl = ifnone(dl, self.dls.valid).new(shuffle=False, drop_last=False)
-    model,was_training = self.model,self.model.training
+    model,modes = self.model,[(m,m.training) for m in self.model.modules()]
     device = next(model.parameters()).device
     def run(x):
         if not flip: return model(x)
@@ -56,7 +56,8 @@ def embed(self:ReIDLearner,
     model.eval()
     try:
         with torch.no_grad(): return torch.cat([run(*to_device(b[:1], device)).cpu() for b in progress(dl, hasattr(self, 'progress'))])
-    finally: model.train(was_training)
+    finally:
+        for m,training in modes: m.training = training
 
 def _parts(dl):
     "Table of the queries and of the gallery of `dl`, or a `ValueError` that says which is missing"
@@ -66,7 +67,12 @@ def _parts(dl):
         if not (items.role==role).any(): raise ValueError(f"There is no {role.name.lower()} among the {len(items)} images: the table's `split` column must have rows of 'query' and of 'gallery'")
     return items,*((items.role==role).to_numpy(copy=True) for role in (Role.QUERY,Role.GALLERY))
 
-# %% ../nbs/11_learner.ipynb #51c0df16
+# %% ../nbs/11_learner.ipynb #8d6798e3
+def _cams(items):
+    "Camera ids of an encoded table by their own names; by numbers where some are unknown or of several types; None if none is known"
+    own = (items.camera>=0).all() and items.cam.map(type).nunique()==1
+    return items.cam.to_numpy(copy=True) if own else known_cams(items.camera.tolist())
+
 @patch
 def to_rank(self:ReIDLearner,
     dl=None,           # Queries and gallery; None: the validation loader
@@ -78,10 +84,10 @@ def to_rank(self:ReIDLearner,
     "What the evaluations take, as a dict: `dist` (with the card's context), `query_pids`, `gallery_pids`, `query_cams`, `gallery_cams`"
     dl = ifnone(dl, self.dls.valid)
     items,q,g = _parts(dl)
-    emb,cams,ids = self.embed(dl, flip),known_cams(items.camera.tolist()),items.label.to_numpy(copy=True)
-    if rerank: q,g = q & (ids>=0),g & (ids>=0)
+    emb,cams,ids = self.embed(dl, flip),_cams(items),items.label.to_numpy(copy=True)
+    if rerank is not False: q,g = q & (ids>=0),g & (ids>=0)
     pair = (emb[q],emb[g])
-    dist = k_reciprocal(*pair, distance=distance, device=device, **(rerank if isinstance(rerank, dict) else {})) if rerank else Distances(*pair, distance, device)
+    dist = k_reciprocal(*pair, distance=distance, device=device, **(rerank if isinstance(rerank, dict) else {})) if rerank is not False else Distances(*pair, distance, device)
     dist.about = {**self.about(dl), 'flip':'mean of both' if flip else 'none', 're-ranking':'none', **getattr(dist, 'about', {})}
     return dict(dist=dist, query_pids=ids[q], gallery_pids=ids[g], query_cams=None if cams is None else cams[q], gallery_cams=None if cams is None else cams[g])
 
@@ -105,9 +111,12 @@ def evaluate_on(self:ReIDLearner,
 ):
     "Evaluate on other data sets (cross-domain): a table with a row for each, see `compare_cards`"
     tables = {k:o if isinstance(o, pd.DataFrame) else dataset_table(o) for k,o in sets.items()}
+    for k,o in tables.items():
+        if 'split' not in o: raise ValueError(f"{k}: this table has no column 'split', which says what is 'query' and what is 'gallery'; it has {', '.join(map(repr, o.columns))}")
     cards = {}
     for k,o in tables.items():
-        cards[k] = self.evaluate(self.dls.test_dl(o[o.split.isin(['query','gallery'])], with_labels=True), **kwargs)
+        dl = self.dls.test_dl(o[o.split.isin(['query','gallery'])], with_labels=True)
+        cards[k] = self.evaluate(dl, **{**kwargs, 'about':{'data':o.attrs.get('name', k), **kwargs.get('about', {})}})
         if path is not None: cards[k].to_json(Path(path)/f'{k}.json')
     return compare_cards(cards)
 

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['evaluate_cameras', 'SingleShotResult', 'evaluate_single_shot']
 
-# %% ../nbs/09b_protocols.ipynb #51b22e5e
+# %% ../nbs/09b_protocols.ipynb #b6df4c9d
 import torch
-import numpy as np, pandas as pd
+import pandas as pd
 from dataclasses import dataclass,field
 from .card import Card
 from .core import progress
-from .evaluation import NoMatchError,Ranking,distance_rows
+from .evaluation import Ranking,distance_matrix,distance_rows
 from .ranking import id_codes
 
-# %% ../nbs/09b_protocols.ipynb #11345f1b
+# %% ../nbs/09b_protocols.ipynb #81d7952d
 @torch.no_grad()
 def evaluate_cameras(dist,         # (Q, G) distances: tensor, array, or an object with `shape` and rows such as `Distances`
                      query_pids,   # (Q,) person ids, whole numbers or strings
@@ -27,11 +27,13 @@ def evaluate_cameras(dist,         # (Q, G) distances: tensor, array, or an obje
                      progress_bar=True, # Shown in Jupyter and on a terminal, if there are several chunks
                     ):
     "Figures of each camera's queries among each other camera's gallery: `query_cam`, `gallery_cam`, `queries`, and `mAP` and `rank-1` in percent"
+    dist = distance_matrix(dist)
     whole = Ranking(tuple(dist.shape), query_pids, gallery_pids, query_cams, gallery_cams, junk_pid)
     if not whole.cams: raise ValueError("Figures per pair of cameras need query_cams and gallery_cams")
-    (q_cam,g_cam),names = whole.cams,np.unique([*query_cams,*gallery_cams])
+    (q,g,_),(q_cam,g_cam,names) = id_codes(query_pids, gallery_pids),id_codes(query_cams, gallery_cams, 'cams')
+    g = g.index_fill(0, whole.junk, -1)
     parts = [(b, (g_cam==b).nonzero().view(-1)) for b in g_cam.unique()]
-    parts = [(b, cols, Ranking((len(q_cam),len(cols)), query_pids, np.asarray(gallery_pids)[cols], q_cam, g_cam[cols], junk_pid)) for b,cols in parts]
+    parts = [(b, cols, Ranking((len(q),len(cols)), q, g[cols], q_cam, g_cam[cols])) for b,cols in parts]
     for i in progress(whole.chunks(chunk), progress_bar):
         d = distance_rows(dist, i)
         for _,cols,part in parts:
@@ -45,8 +47,8 @@ def evaluate_cameras(dist,         # (Q, G) distances: tensor, array, or an obje
                       **{'rank-1':100*(first[of_a]==1).double().mean().item()}) for a in q_cam[i].unique() for of_a in [q_cam[i]==a]]
     return pd.DataFrame(rows).sort_values(['query_cam','gallery_cam'], ignore_index=True).round(2)
 
-# %% ../nbs/09b_protocols.ipynb #98ecc38c
-@dataclass(repr=False)
+# %% ../nbs/09b_protocols.ipynb #dce5d51d
+@dataclass(repr=False, eq=False)
 class SingleShotResult(Card):
     "Figures of single-gallery-shot trials and the choices behind them"
     mAP:float         # Mean over trials and queries of 1/place
@@ -63,6 +65,7 @@ class SingleShotResult(Card):
 
     def rank(self, k): # Places to look at, up to the length of `cmc`
         "Share of the valid queries with the match in the first `k` places"
+        if not 1<=k<=len(self.cmc): raise ValueError(f"rank {k} is not on this card: its curve goes from 1 to {len(self.cmc)}. Evaluate with other `ranks`")
         return self.cmc[k-1].item()
     @property
     def rank1(self): return self.rank(1)
@@ -73,7 +76,7 @@ class SingleShotResult(Card):
     def choices(self):
         return {'protocol':f'single gallery shot, {self.trials} trials, seed {self.seed}', 'rank-1 over trials':f'± {100*self.std[0]:.2f} %',
                 'gallery of a trial':f"one image of each of {self.n_ids:,} identities, {'by another camera' if self.cameras else 'cameras unknown'}",
-                'distance':self.distance, 'queries counted':f'{self.n_query_valid:,} of {self.n_query:,}', **self.about}
+                'distance':self.distance, 'queries counted':f'{self.n_query_valid:,} of {self.n_query:,}'}
 
 def _draw(pids, n, generator):
     "For each of `n` trials a random position of each distinct value of `pids`; and these values"
@@ -86,6 +89,8 @@ def _places(d, picks, right):
     "Places (n, trials), 0 = first, of column `right` (n,) of each trial's gallery `picks` (trials, ids), equal distances by position"
     x,col = d[:,picks.to(d.device)].cpu(),right[:,None,None].expand(-1,len(picks),1)
     match = x.gather(2, col)
+    if not (x.amin()>-torch.inf and match.isfinite().all()): raise ValueError("Distances hold NaN or -inf, or a match is infinitely far: "
+        "they must be finite, or inf for images out of reach. Look for a diverged model or overflow in half precision")
     pos = picks.expand(len(d),-1,-1)
     return ((x<match) | ((x==match) & (pos<pos.gather(2,col)))).sum(2)
 
@@ -104,6 +109,8 @@ def evaluate_single_shot(dist,         # (Q, G) distances: tensor, array, or an 
                         ):
     "CMC over random galleries of one image per person, by other cameras than the query's"
     if trials<1: raise ValueError(f"trials={trials}: give the number of random galleries, from 1 on")
+    if ranks<1: raise ValueError(f"ranks={ranks}: give the length of the CMC curve, from 1 on")
+    dist = distance_matrix(dist)
     ranking = Ranking(tuple(dist.shape), query_pids, gallery_pids, query_cams, gallery_cams, junk_pid)
     ranking.chunks()
     q,g,_ = id_codes(query_pids, gallery_pids)

@@ -10,18 +10,18 @@ import torch
 import numpy as np
 from concurrent.futures import ThreadPoolExecutor
 
-# %% ../nbs/08a_ranking.ipynb #d34ae032
+# %% ../nbs/08a_ranking.ipynb #9761b248
 def ranking_scores(ranks # (Q, P), places of each query's matches, nearest first, 0 = first place; -1 = no further match
                   ):
     "Per query: average precision, AP by trapezoid, inverse negative penalty and the first match's place from 1 on; NaN, and 0, without a match"
     hit,n = ranks>=0,(ranks>=0).sum(1)
     r,k = ranks.clamp(min=0).double(),torch.arange(ranks.shape[1], device=ranks.device).double()
     at,before = (k+1)/(r+1), torch.where(r>0, k/r.clamp(min=1), 1.)
-    mean = lambda p: (p*hit).sum(1)/n
+    mean = lambda p: (p*hit).cumsum(1)[:,-1]/n
     inp = torch.where(n>0, n/(ranks.amax(1)+1).double(), torch.nan)
     return mean(at), mean((before+at)/2), inp, ranks[:,0]+1
 
-# %% ../nbs/08a_ranking.ipynb #2d5487b1
+# %% ../nbs/08a_ranking.ipynb #6bdfed8e
 def _ids(x, name):
     "`x` as a 1-d array of whole numbers or of strings"
     x = np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x)
@@ -29,11 +29,12 @@ def _ids(x, name):
     if x.dtype.kind=='O':
         if all(isinstance(o, str) for o in x): return x.astype(str)
         if any(isinstance(o, str) for o in x): raise ValueError(f"{name} mixes strings with other types: make them all of one kind")
-        x = x.astype(float)
     if x.dtype.kind in 'US': return x.astype(str)
-    if x.dtype.kind=='f' and not (np.isfinite(x).all() and (x==np.floor(x)).all()):
-        raise ValueError(f"{name} holds missing or fractional values: ids are whole numbers or strings")
-    return x.astype(np.int64)
+    try:
+        with np.errstate(invalid='ignore'): whole = x.astype(np.int64) if x.dtype.kind in 'biufO' else None
+    except (TypeError,ValueError,OverflowError): whole = None
+    if whole is None or not (whole==x).all(): raise ValueError(f"{name} holds missing, fractional or too large values: ids are whole numbers of 64 bits, or strings")
+    return whole
 
 def id_codes(query,   # One id per query: whole numbers or strings; a list, an array, a series or a tensor
              gallery, # One id per gallery image
@@ -72,34 +73,64 @@ class MatchIndex:
         same = self.order[(self.start[i][:,None] + p).clamp(max=len(self.order)-1)].masked_fill(pad, -1)
         return same, ~pad if self.cams is None else ~pad & (self.cams[1][same] != self.cams[0][i][:,None])
 
-# %% ../nbs/08a_ranking.ipynb #919a718c
-def _sort_rows(d):
-    "Each row in ascending order"
-    return d.sort(dim=1).values if d.is_cuda else torch.from_numpy(np.sort(d.numpy(), axis=1))
+# %% ../nbs/08a_ranking.ipynb #873baa94
+def _sort_and_look_up(d, t, out):
+    "For each `t` of a row the number of distances below it, columns `out` aside, and whether more than one equals it; and the first and last of each row"
+    s = d.copy()
+    s[:,out] = np.inf
+    s.sort(axis=1)
+    first = np.stack([row.searchsorted(v) for row,v in zip(s,t)])
+    behind = np.minimum(first+1, s.shape[1]-1)
+    return first, (np.take_along_axis(s, behind, 1)==t) & (behind>first), s[:,[0,-1]]
 
-def _block_ranks(d, same, match):
+def _look_up(d, t, out):
+    "`_sort_and_look_up` on a GPU, or in several threads"
+    if d.is_cuda:
+        s = d.index_fill(1, out, torch.inf).sort(dim=1).values
+        first = torch.searchsorted(s, t)
+        behind = (first+1).clamp(max=s.shape[1]-1)
+        return first, (s.gather(1, behind)==t) & (behind>first), s[:,[0,-1]]
+    cut = [x.split(max(1, 2**19//d.shape[1])) for x in (d,t)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        parts = pool.map(lambda d,t: _sort_and_look_up(d.numpy(), t.numpy(), out.numpy()), *cut)
+        return [torch.from_numpy(np.concatenate(o)) for o in zip(*parts)]
+
+def _break_ties(ranks, tied, d, t, cols, same, skip, out):
+    "Move matches that are `tied` behind equal images that come before them in the gallery; how many matches have such equals at all"
+    (r,m),n_tied = tied.nonzero(as_tuple=True),0
+    new = (m==0) | (t[r,m]!=t[r,(m-1).clamp(min=0)])
+    group,step = new.cumsum(0)-1,max(1, 2**20//d.shape[1])
+    for i in range(0, int(new.sum()), step):
+        rows,here = r[new][i:i+step],(group>=i) & (group<i+step)
+        equal = (d[rows]==t[rows,m[new][i:i+step]][:,None]).index_fill_(1, out, False)
+        k,c = skip[rows].nonzero(as_tuple=True)
+        equal[k,same[rows[k],c]] = False
+        count,k,at = equal.cumsum(1, dtype=torch.int32),group[here]-i,(r[here],m[here])
+        ranks[at] += count[k,cols[at]]-1
+        n_tied += int((count[k,-1]>1).sum())
+    return n_tied
+
+def _block_ranks(d, same, match, out):
     "`match_ranks` for a block of rows"
     d = d if d.dtype in (torch.float32,torch.float64) else d.float()
-    at,out = d.gather(1, same.clamp(min=0)),(same>=0) & ~match
+    at,skip = d.gather(1, same.clamp(min=0)),(same>=0) & ~match
     t,o = at.masked_fill(~match, torch.inf).sort(dim=1, stable=True)
-    left_out = at.masked_fill(~out, torch.inf).sort(dim=1).values
-    cols,real,s = same.gather(1,o),match.gather(1,o),_sort_rows(d)
-    if not (s[:,0].isfinite().all() and not s[:,-1].isnan().any() and t[real].isfinite().all() and real.any(1).all()):
+    cols,real,skipped = same.gather(1,o),match.gather(1,o),at.masked_fill(~skip, torch.inf).sort(dim=1).values
+    first,twice,ends = _look_up(d, t, out)
+    if not (ends[:,0].isfinite().all() and not ends[:,1].isnan().any() and t[real].isfinite().all() and real.any(1).all()):
         raise ValueError("match_ranks needs a match for each row and finite distances (inf is fine for images out of reach)")
-    nearer = lambda right: torch.searchsorted(s, t, right=right) - torch.searchsorted(left_out, t, right=right)
-    less,leq = nearer(False),nearer(True)
-    tied,pos = ((leq-less>1) & real).nonzero(),torch.arange(d.shape[1], device=d.device)
-    for i in tied.split(max(1, 2**22//d.shape[1])):
-        (r,m),first = i.T,lambda x,p: ((x==t[r,m][:,None]) & (p<cols[r,m][:,None])).sum(1)
-        less[r,m] += first(d[r], pos) - first(at[r].masked_fill(~out[r], torch.inf), same[r])
-    return less.masked_fill_(~real, -1), len(tied)
+    ranks = first - torch.searchsorted(skipped, t)
+    n_tied = _break_ties(ranks, twice & real, d, t, cols, same, skip, out)
+    return ranks.masked_fill_(~real, -1), n_tied
 
-def match_ranks(dist,  # (Q, G) distances, smaller is nearer; any constant or scale per row will do
-                same,  # (Q, P) positions in the gallery of each query's person, ascending, padded with -1
-                match  # (Q, P) bool, which of them are true matches; the others take no place in the ranking
+@torch.no_grad()
+def match_ranks(dist,    # (Q, G) distances, smaller is nearer; any constant or scale per row will do
+                same,    # (Q, P) positions in the gallery of each query's person, ascending, padded with -1
+                match,   # (Q, P) bool, which of them are true matches; the others take no place in the ranking
+                out=None # Positions in the gallery that take no place in any ranking
                ):
     "Places (Q, P) of the true matches, nearest first, 0 = first place, padded with -1; and how many of them are in a tie"
-    n = max(1, 2**(24 if dist.is_cuda else 20)//dist.shape[1])
-    with ThreadPoolExecutor(1 if dist.is_cuda else torch.get_num_threads()) as pool:
-        blocks = list(pool.map(_block_ranks, dist.split(n), same.split(n), match.split(n)))
+    n = max(1, min(2**24//dist.shape[1], 2**18//max(1, same.shape[1])))
+    out = same.new_empty(0) if out is None else out
+    blocks = [_block_ranks(*o, out) for o in zip(dist.detach().split(n), same.split(n), match.split(n))]
     return torch.cat([r for r,_ in blocks]), sum(t for _,t in blocks)

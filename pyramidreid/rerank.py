@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['k_nearest', 'Reranked', 'rerank', 'rerank_distances', 'expand_queries']
 
-# %% ../nbs/09c_rerank.ipynb #d1b11ef7
-import torch
-from .evaluation import _blocks,_embeddings,_square_norms
+# %% ../nbs/09c_rerank.ipynb #2ce31963
+import torch,warnings
+from .evaluation import Distances,_blocks,_embeddings
 
 # %% ../nbs/09c_rerank.ipynb #3a6548ae
 def k_nearest(d, # (n, N) distances
@@ -25,18 +25,14 @@ def k_nearest(d, # (n, N) distances
     v,o = d.gather(1,p).sort(dim=1, stable=True)
     return v,p.gather(1,o)
 
-# %% ../nbs/09c_rerank.ipynb #67b492a7
+# %% ../nbs/09c_rerank.ipynb #6020c3d2
 class _Embedded:
     "Squared distances between all images, queries first, made from embeddings"
     symmetric = True
     def __init__(self, query_emb, gallery_emb, distance, device=None):
-        q,g = _embeddings(query_emb, 'query_emb'),_embeddings(gallery_emb, 'gallery_emb')
-        device = torch.device(device or g.device)
-        if q.shape[1] != g.shape[1]: raise ValueError(f"Embeddings of widths {q.shape[1]} (query) and {g.shape[1]} (gallery) cannot be compared: take both from the same model")
-        if distance not in ('cosine','euclidean'): raise ValueError(f"distance is 'cosine' or 'euclidean', not {distance!r}")
-        self.q,self.g,self.distance,self.device,self.n_query,self.n = q,g,distance,device,len(q),len(q)+len(g)
-        with torch.autocast(device.type, enabled=False):
-            sq = torch.cat([_square_norms(q, 'query_emb', device), _square_norms(g, 'gallery_emb', device)])
+        d = Distances(query_emb, gallery_emb, distance, device)
+        self.q,self.g,self.distance,self.device,self.n_query,self.n = d.q,d.g,d.distance,d.device,d.shape[0],sum(d.shape)
+        sq = torch.cat([d.q_norms, d.norms])
         self.scale = sq.sqrt().clamp(min=1e-12).reciprocal() if distance=='cosine' else torch.ones_like(sq)
         self.sq = sq*self.scale.square()
 
@@ -94,7 +90,7 @@ class _Dense:
             res[m] = self.square(x[r[m].to(x.device), c[m].to(x.device)])
         return res
 
-# %% ../nbs/09c_rerank.ipynb #e46e1649
+# %% ../nbs/09c_rerank.ipynb #0dfa721b
 def _neighbours(src, k, chunk):
     "Squared distances (N, k) of the nearest of each image, their positions, and (N,) the largest distance of each"
     n,k,device = src.n,min(k, src.n),src.device
@@ -106,15 +102,17 @@ def _neighbours(src, k, chunk):
         own.masked_fill_((own==0) | src.symmetric, -1)
         for s,x in ((slice(a,b), d), (slice(b,n), d[:,len(i):].T))[:2 if src.symmetric and b<n else 1]:
             far[s] = far[s].maximum(x.amax(1))
-            near[s],p = k_nearest(torch.cat([near[s],x], 1), k)
-            idx[s] = torch.where(p<k, idx[s].gather(1, p.clamp(max=k-1)), p-k+start)
+            if not src.symmetric: near[s],idx[s] = k_nearest(x, k)
+            else:
+                near[s],p = k_nearest(torch.cat([near[s],x], 1), k)
+                idx[s] = torch.where(p<k, idx[s].gather(1, p.clamp(max=k-1)), p-k+start)
     if len(bad := (~far.isfinite()).nonzero().view(-1)):
         q,g = bad[bad<src.n_query].tolist(),(bad[bad>=src.n_query]-src.n_query).tolist()
         raise ValueError(f"Distances hold NaN, infinite or, squared in float32, too large values: those of queries {q[:5]} ({len(q):,} in all) "
             f"and gallery images {g[:5]} ({len(g):,}). Look for a diverged model or overflow in half precision")
     return near.clamp_(min=0),idx,far.masked_fill_(far==0, 1)
 
-# %% ../nbs/09c_rerank.ipynb #0c8773cf
+# %% ../nbs/09c_rerank.ipynb #8e4ce666
 def _reciprocal(idx, k, chunk):
     "Of each image's `k` nearest, those which have it among theirs; N in the other places"
     n,idx = len(idx),idx[:,:k]
@@ -123,31 +121,31 @@ def _reciprocal(idx, k, chunk):
 
 def _encode(src, near, idx, far, k1, chunk):
     "Gaussian weights over each image's expanded k-reciprocal set: V, sparse (N, N), eq. 4 and 7"
-    n,res = src.n,[]
+    n,more = src.n,[]
     core,half = (_reciprocal(idx, k, chunk) for k in (k1+1, round(k1/2)+1))
     half = torch.cat([half, torch.full_like(half[:1], n)])
     for i in torch.arange(n, device=idx.device).split(chunk):
         mark = torch.zeros(len(i), n+1, dtype=torch.bool, device=idx.device).scatter_(1, core[i], True)
         mark[:,n] = False
-        more = half[core[i]]
-        both = mark.gather(1, more.flatten(1)).view_as(more).sum(2)
-        keep = 3*both > 2*(more<n).sum(2)
-        mark.scatter_(1, more.where(keep[...,None], n).flatten(1), True)
-        r,c = mark[:,:n].nonzero(as_tuple=True)
-        d,r = near.new_full((len(i),n), -1).scatter_(1, idx[i], near[i])[r,c],i[r]
-        new = d<0
-        d[new] = src.pairs(r[new], c[new])
-        res.append((r, c, d.div_(-far[r]).exp_()))
-    r,c,w = map(torch.cat, zip(*res))
+        c = half[core[i]]
+        known,real = mark.gather(1, c.flatten(1)).view_as(c),c<n
+        new = real & ~known & (3*known.sum(2, keepdim=True) > 2*real.sum(2, keepdim=True))
+        more.append(((i*n)[:,None,None]+c)[new].unique())
+    more,at = torch.cat(more),(core<n).nonzero(as_tuple=True)
+    r,c = torch.cat([at[0], more//n]),torch.cat([core[at], more%n])
+    w = torch.cat([near[at], src.pairs(more//n, more%n)]).div_(-far[r]).exp_()
     w /= w.new_zeros(n).index_add_(0, r, w)[r]
-    return torch.sparse_coo_tensor(torch.stack([r,c]), w, (n,n), is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(torch.stack([r,c]), w, (n,n), check_invariants=False).coalesce()
 
-# %% ../nbs/09c_rerank.ipynb #6bada542
+# %% ../nbs/09c_rerank.ipynb #1d039dbf
 def _local_mean(V, idx):
     "The mean of `V` over each image's neighbours `idx`, itself among them (local query expansion, section 3.4)"
     n,k = idx.shape
     at = torch.stack([torch.arange(n, device=idx.device).repeat_interleave(k), idx.flatten()])
-    return torch.sparse.mm(torch.sparse_coo_tensor(at, V.values().new_full((n*k,), 1/k), V.shape, check_invariants=False), V).coalesce()
+    mean = torch.sparse_coo_tensor(at, V.values().new_full((n*k,), 1/k), V.shape, check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Sparse CSR tensor support')
+        return torch.sparse.mm(mean, V).coalesce()
 
 # %% ../nbs/09c_rerank.ipynb #544fd67c
 def _ranges(start, n):

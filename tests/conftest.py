@@ -1,7 +1,10 @@
 "What several test files share: a few synthetic people, and a small learner trained on them"
+import sys
+from pathlib import Path
 import matplotlib
 matplotlib.use('Agg')
 import pytest
+sys.path.append(str(Path(__file__).parents[1]/'benchmarks')) # for the plain versions there
 from fastai.vision.all import set_seed
 from pyramidreid.backbone import resnet10
 from pyramidreid.data import ReIDDataLoaders

@@ -1,5 +1,5 @@
 "The data doctor: each finding on tables and files made for it, the report, and the command line"
-import json,math,os,random,re,shutil,signal,subprocess,sys,time
+import itertools,json,math,os,random,re,shutil,signal,subprocess,sys,time
 import numpy as np, pandas as pd
 from pathlib import Path
 from PIL import Image
@@ -74,7 +74,7 @@ def test_finding_of_the_table(name):
 def test_person_in_training_and_test():
     r = quick(*clean, 'x 1 1 query', 'y 1 2 gallery', 'z 1 2 gallery')
     assert names(r)=={'train_and_test'} and r['train_and_test'][['pid','train','test']].values.tolist()==[[1,2,3]]
-    assert '1 (2 images in training, 3 in the test)' in repr(r)
+    assert '1 (images: 2 in training, 3 in the test)' in repr(r)
 
 def test_number_0_is_a_person_if_asked_for():
     "MSMT17 numbers people from 0"
@@ -106,7 +106,7 @@ def test_matches_against_plain_loops():
         r = doctor(df, files=False)
         assert (r['no_match'].fn.tolist() if 'no_match' in names(r) else [])==lost
 
-@pytest.mark.parametrize('rows,why', [(['q 3 1 query'], '1 queries, 0 gallery images'), (['g 3 1 gallery'], '0 queries, 1 gallery images'),
+@pytest.mark.parametrize('rows,why', [(['q 3 1 query'], 'queries: 1, gallery images: 0'), (['g 3 1 gallery'], 'queries: 0, gallery images: 1'),
                                       (['q 3 1 query', 'g 3 1 gallery'], 'no query has a possible match')])
 def test_nothing_can_be_measured(rows, why):
     r = quick(*clean[:4], *rows)
@@ -184,7 +184,9 @@ def test_counts_of_another_variant():
     df = pd.DataFrame(rows, columns=['fn','pid','cam','split'])
     df.attrs.update(name=detected.name, counts=detected.counts)
     r = doctor(df, files=False)
-    assert r['another_set'].which.tolist()==['CUHK03-NP labeled'] and 'not_as_published' in names(r)
+    assert r['another_set'].which.tolist()==['CUHK03-NP labeled, in 3 of 3 splits'] and 'not_as_published' in names(r)
+    less = df.iloc[1:]
+    assert doctor(less, files=False)['another_set'].which.tolist()==['CUHK03-NP labeled, in 2 of 3 splits']
     df.attrs.update(name=labeled.name, counts=labeled.counts)
     assert not {'another_set','not_as_published'} & names(doctor(df, files=False))
 
@@ -343,10 +345,10 @@ def test_bad_usage(market, capsys):
 def test_interrupt(market, monkeypatch, capsys):
     import pyramidreid.checks as c
     from pyramidreid.doctor import main
-    seen = []
+    seen,number = [],itertools.count()
     def look(fn):
         seen.append(fn); time.sleep(.01)
-        if len(seen)==5: os.kill(os.getpid(), signal.SIGINT)
+        if next(number)==5: os.kill(os.getpid(), signal.SIGINT)
         return None,None,None,None,None,None
     monkeypatch.setattr(c, '_look', look)
     fns = [market/'query'/'0003_c1s1_000005_01.jpg']*3000

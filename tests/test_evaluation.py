@@ -1,5 +1,5 @@
-"`evaluate` against a reference written for reading, and the metrics in fastai's training loop"
-import json,math,pickle
+"`evaluate` against plain scores written for reading, its memory, and the metrics in fastai's training loop"
+import json,math,os,pickle,subprocess,sys
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn, tensor
@@ -9,34 +9,12 @@ from fastai.callback.training import ShortEpochCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
+from plain import plain_scores
 from pyramidreid.core import Role
 from pyramidreid.card import *
 from pyramidreid.evaluation import *
 from pyramidreid.metrics import *
 from pyramidreid.ranking import *
-
-def reference(dist, q_pids, g_pids, q_cams=None, g_cams=None, junk_pid=-1):
-    "Per query a dict of the four scores, or None without a match: sort, walk down, count"
-    res = []
-    for i,row in enumerate(dist):
-        hits = []
-        for j in np.argsort(row, kind='stable'):
-            if g_pids[j]==junk_pid: continue
-            same = g_pids[j]==q_pids[i]
-            if same and q_cams is not None and g_cams[j]==q_cams[i]: continue
-            hits.append(bool(same))
-        if not any(hits): res.append(None); continue
-        n_match,found,ap,trapezoid,before = sum(hits),0,0.,0.,1.
-        for place,hit in enumerate(hits, 1):
-            found += hit
-            precision = found/place
-            if hit:
-                ap += precision/n_match
-                trapezoid += (before+precision)/2/n_match
-                last = place
-            before = precision
-        res.append(dict(ap=ap, trapezoid=trapezoid, inp=n_match/last, first=hits.index(True)+1))
-    return res
 
 def check(res, ref, ranks=50):
     valid = [r for r in ref if r]
@@ -46,6 +24,11 @@ def check(res, ref, ranks=50):
     assert res.first_rank.tolist() == [r['first'] if r else 0 for r in ref]
     np.testing.assert_allclose(res.cmc, [np.mean([r['first']<=k for r in valid]) for k in range(1,ranks+1)], atol=1e-7)
     assert (res.n_query,res.n_query_valid) == (len(ref),len(valid))
+
+def same(a, b):
+    "Places and counts are equal, and means to rounding, whose last bit may depend on how wide a chunk's table of matches is"
+    assert a.first_rank.tolist()==b.first_rank.tolist() and a.n_tied==b.n_tied and a.card().equals(b.card())
+    for x,y in zip((a.ap,a.inp,a.cmc), (b.ap,b.inp,b.cmc)): torch.testing.assert_close(x, y, rtol=0, atol=1e-13, equal_nan=True)
 
 def exact_dist(q, g, distance):
     "Distances of small whole numbers without rounding, in float64"
@@ -70,18 +53,18 @@ def problems(draw, distance='euclidean'):
 
 def check_problem(p, distance):
     q,g,q_pids,g_pids,cams,chunk = p
-    ref = reference(exact_dist(q, g, distance), q_pids, g_pids, *cams)
+    ref = plain_scores(exact_dist(q, g, distance), q_pids, g_pids, *cams)
     f = lambda **kw: evaluate(q.astype(np.float32), g.astype(np.float32), q_pids, g_pids, *cams, distance=distance, **kw)
     if not any(ref):
         with pytest.raises(NoMatchError): f()
         return
     res = f()
     check(res, ref)
-    assert res.to_json()==f(chunk=chunk).to_json()
+    same(f(chunk=chunk), res)
     assert res.n_junk==(g_pids==-1).sum() and res.n_gallery==len(g)-res.n_junk and res.cameras==bool(cams)
     assert res.n_distractor==sum(p!=-1 and p not in q_pids for p in g_pids)
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(problems())
 def test_euclidean_ties(p): check_problem(p, 'euclidean')
 
@@ -102,14 +85,14 @@ def test_continuous(noise, distance):
     q,g,*ids = clustered(noise=noise)
     q64,g64 = q.astype(np.float64),g.astype(np.float64)
     d = ((q64[:,None]-g64[None])**2).sum(-1) if distance=='euclidean' else exact_dist(q, g, 'cosine')
-    check(evaluate(q, g, *ids, distance=distance), reference(d, *ids))
+    check(evaluate(q, g, *ids, distance=distance), plain_scores(d, *ids))
 
 @pytest.mark.parametrize('spread', ['normal','heavy','two scales','few values','level','infinite'])
 @pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.float16])
 def test_match_ranks(spread, dtype):
     "The places alone, for distances that fall badly into buckets"
     torch.manual_seed(0)
-    n_q,n_g = 50,3000
+    n_q,n_g = 30,3000
     d = torch.randn(n_q,n_g)
     if spread=='heavy': d = d**9
     if spread=='two scales': d = torch.where(torch.rand_like(d)<.5, d*1e-3, 1e4+d)
@@ -142,7 +125,7 @@ def test_match_ranks_refuses():
 
 def test_chunks_agree():
     q,g,*ids = clustered()
-    assert len({evaluate(q, g, *ids, chunk=c).to_json() for c in (2,3,16,59,60,1000,None)})==1
+    for c in (2,3,16,59,60,1000): same(evaluate(q, g, *ids, chunk=c), evaluate(q, g, *ids))
     assert evaluate(q, g, *ids, chunk=1).mAP == pytest.approx(evaluate(q, g, *ids).mAP, abs=1e-6)
 
 def test_sklearn():
@@ -172,10 +155,10 @@ def test_kinds_of_input():
 def test_zero_vectors_and_scale():
     q,g,*ids = clustered()
     g[::5],q[3] = 0,0
-    check(evaluate(q, g, *ids), reference(exact_dist(q, g, 'cosine'), *ids))
+    check(evaluate(q, g, *ids), plain_scores(exact_dist(q, g, 'cosine'), *ids))
     assert evaluate(q*1e-15, g*1e15, *ids).mAP == pytest.approx(evaluate(q, g, *ids).mAP, abs=1e-6)
     level = evaluate(np.zeros_like(q), np.zeros_like(g), *ids)
-    check(level, reference(np.zeros((len(q),len(g))), *ids))
+    check(level, plain_scores(np.zeros((len(q),len(g))), *ids))
 
 def test_junk_pid():
     q,g,qp,gp,*cams = clustered()
@@ -207,6 +190,163 @@ def test_result_round_trip(tmp_path):
     for s in ('märket','positions 4','59 of 60','left out','gallery order','cosine',f'{100*res.mAP:.2f} %'): assert s in repr(res)
     assert '<table' in res._repr_html_() and repr(pickle.loads(pickle.dumps(res)))==repr(res)
     assert res.rank10 == pytest.approx(res.cmc[9].item()) and evaluate(q, g, qp, gp, *cams, ranks=3).rank10==res.rank10
+
+# whatever distances and ids come in
+
+class Rows:
+    "Nothing but `shape` and rows"
+    def __init__(self, d): self.d,self.shape = d,d.shape
+    def __getitem__(self, i): return self.d[i]
+
+floats = {'float32':lambda d: torch.tensor(d).float(), 'float64':torch.tensor, 'float16':lambda d: torch.tensor(d).half(),
+    'bfloat16':lambda d: torch.tensor(d).bfloat16(), 'parameter':lambda d: nn.Parameter(torch.tensor(d)),
+    'strided':lambda d: torch.tensor(d).repeat_interleave(2, 1)[:,::2], 'transposed':lambda d: torch.tensor(d.T.copy()).T,
+    'array':lambda d: d.astype(np.float32), 'half array':lambda d: d.astype(np.float16), 'big-endian':lambda d: d.astype('>f4'),
+    'Fortran':np.asfortranarray, 'reversed':lambda d: d[::-1].copy()[::-1], 'lists':lambda d: d.tolist(), 'frame':pd.DataFrame,
+    'rows':lambda d: Rows(torch.tensor(d)), 'rows of an array':Rows}
+whole = {'int64':lambda d: torch.tensor(d).long(), 'int8':lambda d: torch.tensor(d).to(torch.int8), 'int array':lambda d: d.astype(np.int32)}
+ids_as = {'numbers':lambda x: x, 'strings':lambda x: [str(o) for o in x], 'floats':lambda x: x.astype(float), 'tensor':tensor,
+    'negative':lambda x: np.where(x==-1, -1, -2-x), 'huge':lambda x: np.where(x==-1, -1, 2**62+x)}
+
+@st.composite
+def matrices(draw):
+    "Distances of all kinds, of whole values with ties up to all equal, with images out of reach, and junk of any distance"
+    n_q,n_g = draw(st.sampled_from([1,2,5])),draw(st.sampled_from([1,2,9,30]))
+    rng = np.random.default_rng(draw(st.integers(0,2**32-1)))
+    kind,hi = draw(st.sampled_from([*floats,*whole])),draw(st.sampled_from([0,1,100]))
+    n_pid,n_cam = draw(st.integers(1,4)),draw(st.integers(1,3))
+    d,q,g = rng.integers(-hi, hi+1, (n_q,n_g)).astype(float),rng.integers(0, n_pid, n_q),rng.integers(draw(st.sampled_from([-1,0])), n_pid+1, n_g)
+    if kind in floats:
+        d[(rng.random(d.shape)<.2) & (q[:,None]!=g)] = np.inf
+        d[:,g==-1] = rng.choice([np.nan,-np.inf,0])
+    cams = (rng.integers(0, n_cam, n_q),rng.integers(0, n_cam, n_g)) if draw(st.booleans()) else ()
+    return d,q,g,cams,kind,draw(st.sampled_from([*ids_as])),draw(st.integers(1,4))
+
+@settings(max_examples=400, deadline=None)
+@given(matrices())
+def test_any_distances(p):
+    d,q,g,cams,kind,ids,chunk = p
+    ref,dist,f = plain_scores(d, q, g, *cams),{**floats,**whole}[kind](d),ids_as[ids]
+    before,pids = pickle.dumps(dist),(f(q),f(g))
+    run = lambda **kw: evaluate_distances(dist, *pids, *cams, **kw)
+    if not any(ref):
+        with pytest.raises(NoMatchError): run()
+        return
+    res = run()
+    check(res, ref)
+    assert pickle.dumps(dist)==before and res.n_junk==(g==-1).sum() and res.distance=='as given'
+    n = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        same(run(chunk=chunk), res)
+    finally: torch.set_num_threads(n)
+
+@pytest.mark.parametrize('bad', [np.nan,np.inf,-np.inf])
+@pytest.mark.parametrize('at', [0,1])
+def test_distances_that_are_none(bad, at):
+    "A match must be within reach; others may be out of reach, and nothing is nearer than near"
+    d = np.array([[1.,2,3]])
+    d[0,at] = bad
+    if at==1 and bad==np.inf: assert evaluate_distances(d, [1], [1,2,3]).mAP==1
+    else:
+        with pytest.raises(ValueError, match='finite'): evaluate_distances(d, [1], [1,2,3])
+
+@pytest.mark.parametrize('shape', [(3,),(0,3),(2,0),(1,2,3)])
+def test_a_matrix_is_wanted(shape):
+    with pytest.raises(ValueError, match='a row per query'): evaluate_distances(np.zeros(shape), [1], [1])
+
+def test_whole_numbers_are_not_rounded():
+    for kind in (tensor,np.array): assert evaluate_distances(kind([[2**24+1,2**24]]), [1], [1,2]).mAP==.5
+
+@pytest.mark.parametrize('ids', [np.array([2**64-1,5], np.uint64), np.array([1e300,2]), np.array([2**53,2**53+1], object), [2**70,2**70+1], np.array([1+2j,1+3j])])
+def test_ids_too_large_are_kept_apart_or_refused(ids):
+    try: q,_,uniq = id_codes(ids, ids)
+    except ValueError: return
+    assert q[0]!=q[1] and uniq[q].tolist()==list(ids)
+
+def test_missing_ids():
+    for missing in ([1,None],[1.,np.nan],['1',None],pd.Series([1,None], dtype='Int64'),pd.Series(['a',None])):
+        for what in ('query_pids','query_cams'):
+            with pytest.raises(ValueError, match=what): evaluate_distances(np.zeros((2,2)), **{**dict(query_pids=[1,2], gallery_pids=[1,2], query_cams=[1,2], gallery_cams=[3,4]), what:missing})
+
+def test_a_gallery_of_one_person():
+    "As many matches as images"
+    d,cam = torch.randn(3,20_000),torch.arange(20_000)%4
+    assert evaluate_distances(d, [7]*3, [7]*20_000, [0]*3, cam).mAP==1
+    res = evaluate_distances(torch.zeros(3,20_000), [7]*3, [7]*20_000, [0]*3, cam)
+    assert res.mAP==1 and res.n_tied==3*15_000 and res.first_rank.tolist()==[1]*3
+
+def test_a_wide_gallery():
+    "100,000 images, of which half are of the one person asked for"
+    torch.manual_seed(0)
+    d,pid = torch.randn(2,100_000).round(decimals=3),torch.arange(100_000)%2
+    res = evaluate_distances(d, [1,1], pid)
+    for i in range(2):
+        hit = pid[d[i].argsort(stable=True)]==1
+        assert res.ap[i].item()==pytest.approx((hit.cumsum(0)/torch.arange(1,100_001).double())[hit].mean().item(), abs=1e-9)
+
+@pytest.mark.parametrize('dtype', ['<f4','>f4','<f2'])
+@pytest.mark.parametrize('layout', ['rows','every other','Fortran'])
+def test_mapped_files(tmp_path, dtype, layout):
+    q,g,*ids = clustered(n_g=90)
+    g,d = np.round(g*4).astype(dtype),np.round(((q[:,None]-g)**2).sum(-1)).clip(0,6e4).astype(dtype)
+    def mapped(x, name):
+        if layout=='every other': x = np.repeat(x, 2, axis=0)
+        np.save(tmp_path/name, np.asfortranarray(x) if layout=='Fortran' else x)
+        return np.load(tmp_path/name, mmap_mode='r')[::2 if layout=='every other' else 1]
+    m = mapped(d, 'd.npy')
+    assert isinstance(m, np.memmap) and not m.flags.writeable
+    check(evaluate_distances(m, *ids, chunk=7), plain_scores(d.astype(float), *ids))
+    assert evaluate(np.round(q*4), mapped(g, 'g.npy'), *ids, distance='euclidean').to_json()==evaluate(np.round(q*4), g.astype(np.float32), *ids, distance='euclidean').to_json()
+
+def test_embeddings_are_left_alone():
+    q,g,*ids = (torch.from_numpy(o) for o in clustered())
+    before = q.clone(),g.clone(),[o.clone() for o in ids]
+    for distance in ('cosine','euclidean'): evaluate(q, g, *ids, distance=distance)
+    assert torch.equal(q, before[0]) and torch.equal(g, before[1]) and all(map(torch.equal, ids, before[2]))
+
+bounded = """
+import sys,threading,numpy as np,torch
+from pyramidreid.evaluation import Distances,evaluate,evaluate_distances
+from pyramidreid.protocols import evaluate_cameras,evaluate_single_shot
+assert 'fastai' not in sys.modules and not torch.cuda.is_initialized()
+def rss(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))/1024
+def grown(f):
+    "Peak of anonymous memory during `f`, MB beyond what there was"
+    start,peak,done = rss(),[0],threading.Event()
+    def watch():
+        while not done.wait(.002): peak[0] = max(peak[0], rss())
+    t = threading.Thread(target=watch); t.start()
+    res = f()
+    done.set(); t.join()
+    return round(peak[0]-start),res
+g,pid = np.load(sys.argv[1], mmap_mode='r'),np.arange(60_000)%1500
+q = np.array(g[:30])
+f = lambda e: evaluate(q, e, pid[:30], pid[:len(e)], distance='euclidean')
+f(g[:100])
+a,res = grown(lambda: f(g))
+assert res.rank1==1
+cloud = np.random.default_rng(0).standard_normal((100_000,8))
+d = Distances(cloud[:24], cloud, 'euclidean')
+evaluate_distances(Distances(cloud[:3], cloud[:9], 'euclidean'), [1]*3, [1]*9)
+b,res = grown(lambda: evaluate_distances(d, [1]*24, np.ones(100_000, int)))
+assert res.mAP==1
+print(a,b,torch.cuda.is_initialized())
+"""
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads RssAnon')
+def test_bounded_memory(tmp_path):
+    """A mapped gallery of 123 MB, 246 in float32, takes a block of 32 MB and its squares; and where 24 queries have
+    100,000 matches each, the tables of matches, 19 MB apiece for all queries and some twenty of them, are never there at once"""
+    g = np.lib.format.open_memmap(tmp_path/'g.npy', 'w+', np.float16, (60_000,1024))
+    g[:] = np.tile(np.random.default_rng(0).standard_normal((1500,1024), np.float32), (40,1))
+    g.flush()
+    out = subprocess.run([sys.executable, '-c', bounded, tmp_path/'g.npy'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS':'1'})
+    assert out.returncode==0, out.stderr
+    mapped,matches,cuda = out.stdout.split()
+    assert int(mapped)<150 and int(matches)<200 and cuda=='False', out.stdout
+
+# in training
 
 class Embed(nn.Module):
     "A pair in training, the embedding in evaluation, as the pyramid does"

@@ -177,7 +177,7 @@ def test_evaluate_by_hand(trained):
     card = repr(res)
     for o in ('resnet10','48×24','n_parts=3','6 branches','48-d','norm=branch','people','cosine'): assert o in card
     assert trained.evaluate(distance='euclidean').distance=='euclidean'
-    assert trained.evaluate(about={'a':1}).about=={'a':1}
+    assert trained.evaluate(about={'a':1}).about=={**trained.evaluate().about, 'a':1}
 
 def test_evaluate_another_table(trained, table, test_table):
     "Of other people, without cameras, with names for ids"
