@@ -74,7 +74,7 @@ class Distances:
                 else: torch.add(self.norms[s], out[:,s], alpha=-2, out=out[:,s]).add_(norms)
         return out
 
-# %% ../nbs/09_evaluation.ipynb #6bca38e4
+# %% ../nbs/09_evaluation.ipynb #72db7279
 class NoMatchError(ValueError): "No query has a true match in the gallery"
 
 class Ranking:
@@ -99,11 +99,14 @@ class Ranking:
         self.index = MatchIndex(q, g.masked_fill(junk, len(self.pids)), *self.cams)
         self.valid = (self.index.n_match>0).nonzero().view(-1)
 
-    def chunks(self, n=None): # Queries in each; None: as many as make 64 MB of distances
+    def chunks(self,
+        n=None,    # Queries in each; None: as many as `size` allows
+        size=2**24 # Distances in each: 64 MB in float32
+    ):
         "Positions of the valid queries, some at a time. Raises `NoMatchError` if there is none"
         if not len(self.valid): raise NoMatchError('Nothing to evaluate: '+self._no_match())
         if n is not None and n<1: raise ValueError(f"chunk={n}: give the number of queries per chunk, from 1 on")
-        return self.valid.split(n or max(1, min(2**24//self.shape[1], 2**18//int(self.index.n_same.max()))))
+        return self.valid.split(n or max(1, min(size//self.shape[1], 2**18//int(self.index.n_same.max()))))
 
     def _no_match(self):
         "Why there is nothing to measure"
@@ -136,7 +139,7 @@ class Ranking:
         return ReIDResult(*[o[i].mean().item() for o in (ap,trapezoid,inp)], cmc, ap, inp, first, self.shape[0], len(i), self.shape[1]-n_junk, n_junk,
             self.n_distractor, self.n_tied, distance, bool(self.cams), dict(about or {}))
 
-# %% ../nbs/09_evaluation.ipynb #6021eb5d
+# %% ../nbs/09_evaluation.ipynb #5c12c133
 def distance_rows(dist, # Tensor, array, memory-mapped array, or an object with rows such as `Distances`, new ones at each call
                   i     # (n,) positions of queries
                  ):
@@ -163,7 +166,7 @@ def evaluate_distances(dist,  # (Q, G) distances, smaller is nearer: tensor, arr
                        *,
                        junk_pid=-1,       # Gallery images of this id are dropped; None: no junk
                        ranks=50,          # Length of the CMC curve
-                       chunk=None,        # Queries per chunk; None: as many as make 64 MB of distances
+                       chunk=None,        # Queries per chunk; None: as many as make 64 MB of distances, 128 MB where they are given
                        progress_bar=True, # Shown in Jupyter and on a terminal, if there are several chunks
                        about=None         # Context for the card, such as `{'data':…}`
                       ):
@@ -171,7 +174,8 @@ def evaluate_distances(dist,  # (Q, G) distances, smaller is nearer: tensor, arr
     if ranks<1: raise ValueError(f"ranks={ranks}: give the length of the CMC curve, from 1 on")
     dist = distance_matrix(dist)
     ranking = Ranking(tuple(dist.shape), query_pids, gallery_pids, query_cams, gallery_cams, junk_pid)
-    for i in progress(ranking.chunks(chunk), progress_bar): ranking.add(distance_rows(dist, i), i)
+    there = isinstance(dist, (torch.Tensor,np.ndarray))
+    for i in progress(ranking.chunks(chunk, 2**25 if there else 2**24), progress_bar): ranking.add(distance_rows(dist, i), i)
     return ranking.result(getattr(dist, 'distance', 'as given'), ranks, {**getattr(dist, 'about', {}), **(about or {})})
 
 def evaluate(query_emb,         # (Q, D) embeddings: tensor, array or memory-mapped array, any float type

@@ -73,7 +73,7 @@ class MatchIndex:
         same = self.order[(self.start[i][:,None] + p).clamp(max=len(self.order)-1)].masked_fill(pad, -1)
         return same, ~pad if self.cams is None else ~pad & (self.cams[1][same] != self.cams[0][i][:,None])
 
-# %% ../nbs/08a_ranking.ipynb #873baa94
+# %% ../nbs/08a_ranking.ipynb #62519408
 def _sort_and_look_up(d, t, out):
     "For each `t` of a row the number of distances below it, columns `out` aside, and whether more than one equals it; and the first and last of each row"
     s = d.copy()
@@ -130,7 +130,8 @@ def match_ranks(dist,    # (Q, G) distances, smaller is nearer; any constant or 
                 out=None # Positions in the gallery that take no place in any ranking
                ):
     "Places (Q, P) of the true matches, nearest first, 0 = first place, padded with -1; and how many of them are in a tie"
-    n = max(1, min(2**24//dist.shape[1], 2**18//max(1, same.shape[1])))
+    whole = dist.dtype in (torch.float32,torch.float64) and not dist.is_cuda
+    n = max(1, min(2**(25 if whole else 24)//dist.shape[1], 2**18//max(1, same.shape[1])))
     out = same.new_empty(0) if out is None else out
     blocks = [_block_ranks(*o, out) for o in zip(dist.detach().split(n), same.split(n), match.split(n))]
     return torch.cat([r for r,_ in blocks]), sum(t for _,t in blocks)
