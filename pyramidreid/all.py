@@ -14,9 +14,11 @@ from pyramidreid.losses import *
 from pyramidreid.metrics import *
 from pyramidreid.protocols import *
 from pyramidreid.pyramid import *
+from pyramidreid.recipes import *
 from pyramidreid.released import *
 from pyramidreid.rerank import *
 from pyramidreid.results import *
 from pyramidreid.sampler import *
+from pyramidreid.survive import *
 from pyramidreid.synth import contact_sheet,synth_persons
 from pyramidreid.tables import *

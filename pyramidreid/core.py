@@ -32,7 +32,14 @@ def need(module, # Name of the module to import
     except ImportError as e:
         raise ImportError(f"{module} is not installed. It comes with an extra: pip install 'pyramidreid[{extra}]'") from e
 
-# %% ../nbs/00_core.ipynb #e58de533
+# %% ../nbs/00_core.ipynb #e2d40be6
+def _flush(path):
+    "Wait until `path`, a file or a folder, is on the disk"
+    if os.name=='nt' and path.is_dir(): return # Windows cannot open a folder
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
 @contextmanager
 def whole_file(dest): # The file to write
     "A temporary path beside `dest`, moved to `dest` when the block succeeds and removed when it does not"
@@ -42,7 +49,9 @@ def whole_file(dest): # The file to write
     tmp = tmp_dir/dest.name
     try:
         yield tmp
+        _flush(tmp)
         os.replace(tmp, dest)
+        _flush(dest.parent)
     finally:
         tmp.unlink(missing_ok=True)
         tmp_dir.rmdir()

@@ -1,0 +1,337 @@
+"The two recipes against the paper's table, torch's SGD and a plain moving average; and what they leave behind"
+import copy
+import pytest, torch
+from fastai.callback.core import Callback,CancelFitException,CancelStepException,CancelValidException
+from fastai.callback.training import GradientAccumulation,ShortEpochCallback
+from fastai.vision.all import SaveModelCallback,set_seed,trainable_params
+from pyramidreid.data import EraseEach
+from pyramidreid.recipes import *
+from pyramidreid.recipes import _unlike_paper
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
+
+def copied(model): return {k:v.clone() for k,v in model.state_dict().items()}
+def weights(model): return {k:v.detach().clone() for k,v in model.named_parameters()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+class Watch(Callback):
+    "Learning rates, gradients and weights (if `keep`) at each step, and who could learn"
+    order = 80
+    def __init__(self, keep=True): self.keep,self.lrs,self.moms,self.grads,self.after,self.free,self.epochs,self.smooth = keep,[],[],[],[],[],[],[]
+    def before_fit(self): self.start = weights(self.learn.model)
+    def before_step(self):
+        self.lrs.append([h['lr'] for h in self.opt.hypers])
+        self.moms.append(self.opt.hypers[-1]['mom'])
+        self.epochs.append(self.epoch)
+        if self.keep: self.grads.append({k:None if p.grad is None else p.grad.clone() for k,p in self.learn.model.named_parameters()})
+        self.free.append({k:p.requires_grad for k,p in self.learn.model.named_parameters()})
+        self.smooth.append(self.loss_func.label_smoothing)
+    def after_step(self):
+        if self.keep: self.after.append(weights(self.learn.model))
+
+class NoValid(Callback):
+    "Skips validation, after every other callback has heard of it"
+    order = 99
+    def before_validate(self): raise CancelValidException()
+
+class Break(Callback):
+    "An error in the training or the validation of an epoch"
+    order = 90
+    def __init__(self, when, epoch=1): self.when,self.at = when,epoch
+    def before_batch(self):
+        if self.training==(self.when=='train') and self.epoch==self.at and self.iter==1-(self.when!='train'): raise KeyboardInterrupt
+
+# learning rates
+
+# "0.01 for the backbone, 0.1 for new layers, halved at epochs 60, 70, 80, 90 and 100 of 120"
+PAPER = [(range(0,60), .01, .1), (range(60,70), .005, .05), (range(70,80), .0025, .025), (range(80,90), .00125, .0125),
+         (range(90,100), .000625, .00625), (range(100,120), .0003125, .003125)]
+
+def test_paper_rates_at_every_epoch_and_batch():
+    sched = paper_sched([.01,.01,.1])
+    for epochs,body,head in PAPER:
+        for e in epochs:
+            pct = e/120
+            for _ in range(7):
+                assert sched(pct)==pytest.approx([body,body,head], rel=1e-12), e
+                pct += 1/(7*120)
+
+def test_milestones_are_stretched(make_learner):
+    "A tenth of the epochs, a tenth of each milestone: in a real fit"
+    learn,watch = make_learner(),Watch(keep=False)
+    learn.metrics = []
+    learn.fit_paper(12, cbs=[watch,ShortEpochCallback(.2),NoValid()])
+    seen = {}
+    for e,lrs in zip(watch.epochs, watch.lrs): seen.setdefault(e, set()).add(tuple(round(o, 10) for o in lrs))
+    table = {e//10:(body,body,head) for epochs,body,head in PAPER for e in epochs}
+    assert seen.keys()==table.keys()
+    for e,lrs in seen.items(): assert len(lrs)==1 and list(lrs)[0]==pytest.approx(table[e], rel=1e-6)
+    assert set(watch.moms)=={.9}
+
+def test_milestones_within_an_epoch_and_of_ones_own():
+    sched = paper_sched([1.])
+    assert [sched(o)[0] for o in (.5, 69.9/120, 70/120)]==[.5,.5,.25]
+    own = paper_sched([1.], milestones=(2,), of=4, gamma=.1)
+    assert [own(o)[0] for o in (0,.49,.5,1)]==pytest.approx([1,1,.1,.1])
+
+def test_modern_rates():
+    sched = modern_sched([1.,4.], frozen=.2, pct_start=.25, div=10, div_final=100)
+    for pct,lrs,mom in ((0,[.1,.4],.95), (.2,[.1,.4],.95), (.4,[1,4],.85), (1,[.01,.04],.95)):
+        assert sched['lr'](pct)==pytest.approx(lrs) and sched['mom'](pct)==pytest.approx(mom)
+    assert sched['lr'](.2-1e-5)==pytest.approx([1,4], rel=1e-3)
+    assert modern_sched([1.])['lr'](.25)==pytest.approx([1.])
+    assert modern_sched([1.], frozen=1.)['lr'](.5)==pytest.approx([(1+.04)/2])
+
+# the optimizer
+
+@pytest.mark.parametrize('wd_bn_bias', [True,False])
+def test_sgd_is_torchs(make_learner, wd_bn_bias):
+    "Coupled L2, momentum and rates, replayed with torch.optim.SGD on the gradients of the fit"
+    learn,watch = make_learner(),Watch()
+    learn.metrics,groups = [],learn.splitter(learn.model)
+    learn.fit_paper(2, wd=5e-2, wd_bn_bias=wd_bn_bias, cbs=[watch,NoValid()])
+    names = {id(p):n for n,p in learn.model.named_parameters()}
+    spared = {f'{m}.{n}' for m,mod in learn.model.named_modules() for n,_ in mod.named_parameters(recurse=False)
+              if not wd_bn_bias and (isinstance(mod, (torch.nn.BatchNorm1d,torch.nn.BatchNorm2d)) or n=='bias')}
+    ps,gs = {n:torch.nn.Parameter(w.clone()) for n,w in watch.start.items()},[]
+    for i,g in enumerate(groups):
+        for n in (names[id(p)] for p in g): gs.append(dict(params=[ps[n]], group=i, weight_decay=0. if n in spared else 5e-2))
+    opt = torch.optim.SGD(gs, lr=1., momentum=.9)
+    for lrs,grads,after in zip(watch.lrs, watch.grads, watch.after):
+        for g in opt.param_groups: g['lr'] = lrs[g['group']]
+        for n,p in ps.items(): p.grad = grads[n].clone()
+        opt.step()
+        for n,p in ps.items(): torch.testing.assert_close(p.detach(), after[n], rtol=1e-5, atol=1e-6)
+    assert len(watch.after)>4
+
+def test_says_what_is_not_the_papers(make_learner, make_dls, capsys):
+    learn = make_learner()
+    learn.metrics = []
+    learn.fit_paper(1, cbs=ShortEpochCallback(.2))
+    out = [o for o in capsys.readouterr().out.splitlines() if 'paper' in o]
+    assert out==["Not the paper's loaders: images of 48×24, not 384×128; batches of 4×4, not 8×8"]
+    assert _unlike_paper(make_learner(make_dls(p=8, k=8, size=(384,128))))==[]
+
+def test_one_group_of_weights_is_refused(make_learner):
+    with pytest.raises(ValueError, match='pyramid_split'): make_learner(splitter=trainable_params).fit_paper(1)
+
+# EMA
+
+def plain_average(watch, decay):
+    avg = watch.start
+    for t,w in enumerate(watch.after):
+        d = min(decay, (1+t)/(10+t))
+        avg = {k:d*v+(1-d)*w[k] for k,v in avg.items()}
+    return avg
+
+def close(a, b): return all(torch.allclose(a[k], b[k], rtol=1e-5, atol=1e-6) for k in b)
+
+class Cancel(Callback):
+    "Calls off every third step, after the gradients are there"
+    order = 11
+    def before_step(self):
+        if self.iter%3==2: raise CancelStepException()
+
+@pytest.mark.parametrize('cbs', [[], [GradientAccumulation(32)], [Cancel()]], ids=['plain','accumulated','cancelled'])
+def test_average_is_the_plain_one(make_learner, cbs):
+    learn,watch,ema = make_learner(),Watch(),EMA(.2)
+    learn.metrics = []
+    if isinstance(cbs[0] if cbs else None, Cancel): # the plain loop sees the steps that were made
+        watch.after_cancel_step = lambda: setattr(watch, 'called_off', True)
+        watch.after_step = lambda: watch.after.append(weights(learn.model)) if not watch.__dict__.pop('called_off', False) else None
+    learn.fit(1, cbs=[*cbs,watch,ema,NoValid()])
+    assert 0<len(watch.after)<=len(learn.dls.train) and (not cbs or len(watch.after)<len(learn.dls.train))
+    assert close(weights(learn.model), plain_average(watch, .2))
+    assert not close(weights(learn.model), watch.after[-1])
+
+class AtValidation(Callback):
+    "State of the model when validated, when an epoch ends, and when the next begins to train"
+    order = 95
+    def __init__(self): self.valid,self.end,self.train = [],[],[]
+    def after_validate(self): self.valid.append(copied(self.learn.model))
+    def after_epoch(self): self.end.append(copied(self.learn.model))
+    def before_train(self): self.train.append(weights(self.learn.model))
+
+def test_validates_with_the_average_and_trains_with_its_own(make_learner):
+    learn,watch,at = make_learner(),Watch(),AtValidation()
+    learn.fit(3, cbs=[watch,at,EMA(.9)])
+    n = len(learn.dls.train)
+    for e in range(3):
+        early = copy.copy(watch)
+        early.after = watch.after[:(e+1)*n]
+        assert close({k:at.valid[e][k] for k in watch.start}, plain_average(early, .9)) and same(at.valid[e], at.end[e])
+        if e: assert same(at.train[e], watch.after[e*n-1])
+    assert same(copied(learn.model), at.valid[-1])
+    mAP = learn.recorder.values[-1][list(learn.recorder.metric_names).index('mAP')-1]
+    assert learn.evaluate().mAP==pytest.approx(mAP, abs=1e-6)
+
+def test_training_is_the_same_with_and_without_average(make_learner):
+    res = []
+    for cbs in ([], [EMA()]):
+        learn,watch = make_learner(),Watch()
+        learn.metrics = []
+        set_seed(3)
+        learn.dls.train.rng.seed(3)
+        learn.fit(2, cbs=[watch,*cbs,ShortEpochCallback(.4),NoValid()])
+        res.append(watch.after)
+    assert all(same(a, b) for a,b in zip(*res))
+
+def test_buffers_are_the_models(make_learner):
+    learn,at = make_learner(),AtValidation()
+    own = []
+    at.after_train = lambda: own.append({k:v.clone() for k,v in learn.model.named_buffers()})
+    learn.fit(1, cbs=[at,EMA()])
+    assert same(own[-1], {k:v for k,v in learn.model.named_buffers()})
+
+def test_saved_model_is_the_measured_one(make_learner):
+    learn,at = make_learner(),AtValidation()
+    learn.fit(3, cbs=[at,EMA(.9),SaveModelCallback(monitor='mAP')])
+    rows = [v[list(learn.recorder.metric_names).index('mAP')-1] for v in learn.recorder.values]
+    assert same(copied(learn.model), at.valid[rows.index(max(rows))])
+
+def test_a_fit_cancelled_in_training_ends_with_the_average(make_learner):
+    learn,watch = make_learner(),Watch()
+    class Stop(Callback):
+        order = 99
+        def after_batch(self):
+            if self.training and self.epoch==1: raise CancelFitException()
+    learn.metrics = []
+    learn.fit(3, cbs=[watch,Stop(),NoValid(),EMA(.9)])
+    assert close(weights(learn.model), plain_average(watch, .9))
+
+def test_not_in_lr_find(make_learner):
+    ema = EMA()
+    learn = make_learner(cbs=ema)
+    learn.metrics,before = [],copied(learn.model)
+    learn.lr_find(num_it=8, show_plot=False)
+    assert same(copied(learn.model), before) and ema.n_steps==0
+    learn.validate()
+    assert same(copied(learn.model), before)
+
+def test_frozen_weights_stay_to_the_bit(make_learner):
+    "Also after an epoch of training, whose gradients fastai leaves behind as zeros"
+    learn,watch = make_learner(),Watch()
+    learn.metrics = []
+    learn.fit(1, cbs=[ShortEpochCallback(.2),NoValid()])
+    learn.fit_modern(2, frozen_epochs=1, wd=.5, cbs=[watch,NoValid()])
+    n = len(learn.dls.train)
+    conv = [k for k,f in watch.free[0].items() if not f]
+    assert conv and all(k.startswith('body') for k in conv) and all(all(f.values()) for f in watch.free[n:])
+    assert all(torch.equal(watch.start[k], w[k]) for w in watch.after[:n] for k in conv)
+    assert not any(torch.equal(watch.start[k], watch.after[-1][k]) for k in conv)
+    assert set(watch.smooth)=={.1}
+
+@pytest.mark.parametrize('when', ['after_epoch','after_batch'])
+def test_state_is_taken_up(make_learner, when):
+    "Model and state of one moment, in fresh objects: the same average from there on"
+    class Keep(Callback):
+        order = 97
+        def keep(self):
+            if not hasattr(self, 'kept') and len(watch.after)>=3:
+                self.kept = copied(self.learn.model),copy.deepcopy(self.learn.ema.state_dict()),len(watch.after)
+    setattr(Keep, when, Keep.keep)
+    learn,watch,keep = make_learner(),Watch(),Keep()
+    learn.metrics = []
+    learn.fit(2, cbs=[watch,keep,ShortEpochCallback(.4),EMA(.9),NoValid()])
+    model,state,n = keep.kept
+    assert state['averaged']==(when=='after_epoch') and state['n_steps']==n
+    assert all(isinstance(v, (torch.Tensor,bool,int)) for v in (*state['weights'].values(),state['averaged'],state['n_steps']))
+    later,ema = make_learner(),EMA(.9)
+    later.model.load_state_dict(model)
+    ema.load_state_dict(state)
+    ema.learn = later
+    ema.before_fit(); ema.before_train()
+    assert same(weights(later.model), watch.after[n-1])
+    for w in watch.after[n:]:
+        later.model.load_state_dict(w, strict=False)
+        ema.after_step()
+    ema.after_fit()
+    assert same(weights(later.model), weights(learn.model))
+
+def test_state_of_another_model_is_refused(make_learner):
+    ema = EMA()
+    ema.load_state_dict(dict(weights=dict(a=torch.zeros(1)), averaged=False, n_steps=1))
+    with pytest.raises(ValueError, match='another model'): make_learner(cbs=ema).fit(1)
+
+@pytest.mark.parametrize('decay', [1.,-.1])
+def test_impossible_decay(decay):
+    with pytest.raises(ValueError, match='decay'): EMA(decay)
+
+# what is left behind
+
+def settings(learn):
+    return dict(opt_func=learn.opt_func, wd_bn_bias=learn.wd_bn_bias, opt=learn.opt, cbs=list(learn.cbs), smooth=learn.loss_func.label_smoothing,
+                mode=learn.dls.train.mode, grad=[p.requires_grad for p in learn.model.parameters()], frozen=getattr(learn.opt, 'frozen_idx', None))
+
+@pytest.mark.parametrize('dynamic,frozen', [(True,False),(False,True)])
+@pytest.mark.parametrize('fit', ['fit_paper','fit_modern'])
+def test_learner_is_as_before(make_learner, fit, dynamic, frozen):
+    learn = make_learner(dynamic=dynamic)
+    learn.loss_func.label_smoothing = .03
+    if frozen: learn.freeze()
+    before,was = settings(learn),copied(learn.model)
+    learn.metrics = []
+    getattr(learn, fit)(2, cbs=[ShortEpochCallback(.2),NoValid()])
+    assert settings(learn)==before
+    assert len(learn.recorder.values)==2 and not same(copied(learn.model), was)
+    learn.fit(1, cbs=ShortEpochCallback(.2))
+
+@pytest.mark.parametrize('when', ['train','valid'])
+@pytest.mark.parametrize('fit', ['fit_paper','fit_modern'])
+def test_also_after_an_interruption(make_learner, fit, when):
+    learn,watch = make_learner(),Watch()
+    learn.freeze()
+    learn.metrics,before = [],settings(learn)
+    with pytest.raises(KeyboardInterrupt): getattr(learn, fit)(3, cbs=[watch,EMA(.9),Break(when)])
+    assert settings(learn)==before
+    assert same(weights(learn.model), watch.after[-1])
+    learn.fit(1, cbs=ShortEpochCallback(.2))
+
+def test_smoothing_needs_a_loss_that_has_it(make_learner):
+    class Bare(torch.nn.Module):
+        def forward(self, pred, target): return 0
+    learn = make_learner(loss_func=Bare(), dynamic=False)
+    with pytest.raises(ValueError, match='label_smoothing'): learn.fit_modern(1)
+
+def test_impossible_epochs(make_learner):
+    with pytest.raises(ValueError, match='frozen_epochs=3'): make_learner().fit_modern(2, frozen_epochs=3)
+
+def test_one_average_is_enough(make_learner):
+    learn,ema,watch = make_learner(),EMA(.5),Watch()
+    learn.metrics = []
+    learn.fit_modern(1, cbs=[ema,watch,NoValid()])
+    assert ema.n_steps==len(watch.after) and close(weights(learn.model), plain_average(watch, .5))
+
+# images
+
+def test_validation_images_are_only_resized(make_dls):
+    item,batch = strong_tfms((48,24), pad=8, erase=1., colour=.5)
+    strong,usual = make_dls(item_tfms=item, batch_tfms=batch),make_dls()
+    for (a,_),(b,_) in zip(strong.valid, usual.valid): assert torch.equal(a, b)
+    item,batch = strong_tfms((48,24))
+    other = make_dls(item_tfms=item, batch_tfms=batch).test_dl(list(usual.valid.items.fn[:3]))
+    assert torch.equal(other.one_batch()[0], usual.valid.one_batch()[0][:3])
+
+def test_every_training_image_has_its_own_draw(make_dls):
+    item,batch = strong_tfms((48,24), erase=0)
+    dls = make_dls(item_tfms=item, batch_tfms=batch)
+    dls.train.before_iter()
+    images = torch.stack([dls.train.after_item(dls.train_ds[0])[0] for _ in range(8)])
+    assert images.shape==(8,3,48,24) and len(images.flatten(1).unique(dim=0))==8
+
+def test_crop_moves_by_up_to_the_padding():
+    from PIL import Image
+    from fastai.vision.all import PILImage
+    im = PILImage.create(Image.new('RGB', (24,48), 'white'))
+    seen,crop = set(),PadCrop(3)
+    for _ in range(400):
+        out = crop(im, split_idx=0)
+        assert type(out) is PILImage and out.size==(24,48)
+        seen.add(out.getbbox())
+    assert seen=={(max(0,-x), max(0,-y), 24-max(0,x), 48-max(0,y)) for x in range(-3,4) for y in range(-3,4)}
+    assert crop(im, split_idx=1).getbbox()==(0,0,24,48)
+
+def test_parts_of_the_transforms_can_be_left_out():
+    item,batch = strong_tfms(pad=0, erase=0, colour=0)
+    assert not batch and not any(isinstance(o, (PadCrop,ColourJitter)) for o in item)
+    assert isinstance(strong_tfms()[1][0], EraseEach)
