@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['checks', 'plain', 'inspect_table', 'check', 'run_checks', 'people_of']
 
-# %% ../nbs/02d_checks.ipynb #2aebfe8f
-import hashlib,os,sys
+# %% ../nbs/02d_checks.ipynb #4cc6ff23
+import hashlib,os
 import pandas as pd
 from concurrent.futures import ThreadPoolExecutor
-from fastcore.imports import IN_NOTEBOOK
 from pathlib import Path
 from PIL import Image
-from .core import Role
+from .core import Role,progress
 
 # %% ../nbs/02d_checks.ipynb #2bda4013
 _facts = ['width','height','mode','bytes','digest','reason']
@@ -29,15 +28,12 @@ def _look(fn):
     except Exception as e: reason = getattr(e, 'strerror', None) or str(e) or type(e).__name__ # whatever a decoder raises
     return None,None,None,size,None,reason
 
-# %% ../nbs/02d_checks.ipynb #d8cab4e5
+# %% ../nbs/02d_checks.ipynb #56895c44
 def _look_at_all(fns):
     "A table of the `_facts` of each file"
     pool = ThreadPoolExecutor(min(16, 2*(os.cpu_count() or 1)))
     found = pool.map(_look, fns)
-    if len(fns)>=500 and (IN_NOTEBOOK or sys.stdout.isatty()):
-        from fastprogress.fastprogress import progress_bar
-        found = progress_bar(found, total=len(fns), leave=False)
-    try: return pd.DataFrame(list(found), columns=_facts)
+    try: return pd.DataFrame(list(progress(found, len(fns)>=500, total=len(fns))), columns=_facts)
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/02d_checks.ipynb #712eed4f

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['extract_cuhk03', 'cuhk03_table']
 
-# %% ../nbs/02b_cuhk03.ipynb #01c4e994
+# %% ../nbs/02b_cuhk03.ipynb #ea19a2f9
 import json,shutil,uuid
 import numpy as np, pandas as pd
 from pathlib import Path
 from PIL import Image
-from fastai.torch_core import progress_bar
-from .core import need
+from .core import need,progress as bar
 from .datasets import _finish,reid_sets
 
 # %% ../nbs/02b_cuhk03.ipynb #cc23ab4f
@@ -25,7 +24,7 @@ def _images_of(f, boxes):
 
 def _whole(dest): return (dest/'testsets.json').exists() and json.loads((dest/'testsets.json').read_text())['images']==sum(1 for _ in dest.glob('*.png'))
 
-# %% ../nbs/02b_cuhk03.ipynb #89d51af8
+# %% ../nbs/02b_cuhk03.ipynb #d63f1035
 def extract_cuhk03(mat,              # `cuhk-03.mat`
                    boxes='detected', # `'detected'` or `'labeled'`
                    dest=None,        # Folder for `detected` and `labeled`; None: `cuhk-03-png` beside `mat`
@@ -42,7 +41,7 @@ def extract_cuhk03(mat,              # `cuhk-03.mat`
             tests = [f[ref][:].T.astype(int).tolist() for ref in f['testsets'][:].ravel()]
             cells = list(_images_of(f, boxes))
             tmp.mkdir(parents=True)
-            for name,cell in progress_bar(cells) if progress else cells:
+            for name,cell in bar(cells, progress):
                 x = f[cell][:]
                 if x.ndim<3: continue
                 Image.fromarray(np.ascontiguousarray(x.transpose(2,1,0))).save(tmp/name)

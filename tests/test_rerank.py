@@ -2,32 +2,9 @@
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from plain import plain_rerank as plain
 from pyramidreid import evaluation
 from pyramidreid.rerank import *
-
-def plain(dist, n_query, k1=20, k2=6, lambda_=.3):
-    "k-reciprocal re-ranking of all images (queries first) from their (N, N) distances, step by step as in the paper"
-    sq = (np.asarray(dist)**2).astype(np.float32)
-    n = len(sq)
-    rank = np.stack([np.lexsort((np.arange(n), np.arange(n)!=i, sq[i])) for i in range(n)])
-    far = sq.max(1, keepdims=True)
-    d = sq/np.where(far==0, 1, far)
-    def mutual(i, k):
-        names = rank[i,:k]
-        return names[[i in rank[j,:k] for j in names]]
-    V = np.zeros((n,n))
-    for i in range(n):
-        mine = mutual(i, k1+1)
-        wide = [mine]
-        for j in mine:
-            other = mutual(j, int(np.around(k1/2))+1)
-            if 3*len(np.intersect1d(other, mine)) > 2*len(other): wide.append(other)
-        wide = np.unique(np.concatenate(wide))
-        V[i,wide] = np.exp(-d[i,wide])
-        V[i] /= V[i].sum()
-    if k2>1: V = np.stack([V[rank[i,:k2]].mean(0) for i in range(n)])
-    shared = np.stack([np.minimum(V[i], V[n_query:]).sum(1) for i in range(n_query)])
-    return (1-lambda_)*(1-shared/(2-shared)) + lambda_*d[:n_query,n_query:]
 
 def distances(x):
     "Euclidean distances in float64; exact squares for small whole numbers"
