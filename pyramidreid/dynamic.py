@@ -92,13 +92,12 @@ def _weights(self:LossDynamics):
     if self.weighting=='normalized' and total>0: return {o:2*v/total for o,v in self.fl.items()}
     return dict.fromkeys(self.parts, 1.)
 
-# %% ../nbs/08_dynamic.ipynb #dc17c1b2
-def _over_ranks(loss):
-    "The mean of `loss` over all training processes"
-    if num_distrib()<2: return loss
-    loss = loss.clone()
-    torch.distributed.all_reduce(loss)
-    return loss/num_distrib()
+# %% ../nbs/08_dynamic.ipynb #7918d182
+def _over_ranks(losses):
+    "The mean of `losses` over all training processes"
+    if num_distrib()<2: return losses
+    torch.distributed.all_reduce(losses)
+    return losses/num_distrib()
 
 class DynamicLossWeights(Callback):
     "Weigh the parts of the loss by how each progresses, and switch the training batches between random and P×K (paper §3.4)"
@@ -121,10 +120,18 @@ class DynamicLossWeights(Callback):
 
     def after_fit(self): self.dls.train.mode = self.given_mode
 
+    @property
+    def measured(self):
+        "Names of the losses that mean something on a batch drawn in the present mode"
+        return self.dynamics.parts if self.dynamics.mode=='pk' else self.dynamics.parts[:1]
+
+    def before_batch(self):
+        if hasattr(self.loss_func, 'wanted'): self.loss_func.wanted = self.measured
+
     def after_loss(self):
-        parts,rule = self.loss_func.parts,self.dynamics
+        parts,rule,measured = self.loss_func.parts,self.dynamics,self.measured
         mode = rule.mode
-        losses = {o:_over_ranks(parts[o].detach()).item() for o in (rule.parts if mode=='pk' else rule.parts[:1])}
+        losses = dict(zip(measured, _over_ranks(torch.stack([parts[o].detach() for o in measured])).tolist()))
         weights,self.dls.train.mode = rule.step(losses)
         self.learn.loss_grad = sum([w*parts[o] for o,w in weights.items() if w] or [0*parts[rule.parts[0]]])
         self.learn.loss = self.learn.loss_grad.detach().clone()
