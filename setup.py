@@ -16,5 +16,5 @@ setup(
     install_requires=cfg['requirements'].split(), extras_require=extras,
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3'],
-    entry_points={'nbdev': ['pyramidreid=pyramidreid._modidx:d']},
+    entry_points={'nbdev': ['pyramidreid=pyramidreid._modidx:d'], 'console_scripts': cfg['console_scripts'].split()},
 )

@@ -56,26 +56,30 @@ def triplet_loss(feats,     # Branch features (N, B, E)
         each = F.softplus(gap) if margin is None else F.relu(gap + margin)
         return torch.where(valid, each, 0.).sum()/valid.sum().clamp(min=1)
 
-# %% ../nbs/07_losses.ipynb #d73aeac0
+# %% ../nbs/07_losses.ipynb #01014917
 class PyramidLoss(nn.Module):
-    "ID loss plus triplet loss, each summed over branches; the last batch's are in `parts`. `wanted`, names of parts, spares the next training batch the others"
+    "ID loss plus triplet loss, each summed over branches; the last batch's are in `parts`"
+    wanted = None # Names of the parts that the next training batch needs; None: all of them
+    gather = None # Features and labels to those of all processes, where several train together
     def __init__(self,
         margin=1.4,         # Of the triplet loss; None: soft margin
         label_smoothing=0.  # Of the ID loss
     ):
         super().__init__()
-        self.margin,self.label_smoothing,self.parts,self.wanted = margin,label_smoothing,{},None
+        self.margin,self.label_smoothing,self.parts = margin,label_smoothing,{}
 
     def forward(self,
         pred,  # (branch features, logits) in training, the embedding in validation
         target # Labels (N,), or (N, 3) of label, camera and role
     ):
         labels = target[:,0] if target.ndim==2 else target
-        wanted,self.wanted = self.wanted or ('id','triplet'),None
+        wanted = vars(self).pop('wanted', ('id','triplet'))
         feats,logits = (pred[:,None],None) if isinstance(pred, torch.Tensor) else pred
         self.parts = {}
         if logits is not None and 'id' in wanted: self.parts['id'] = id_loss(logits, labels, self.label_smoothing)
-        if logits is None or 'triplet' in wanted: self.parts['triplet'] = triplet_loss(feats, labels, self.margin)
+        if logits is None or 'triplet' in wanted:
+            if self.gather and logits is not None: feats,labels = self.gather(feats, labels)
+            self.parts['triplet'] = triplet_loss(feats, labels, self.margin)
         return sum(self.parts.values())
 
-    def __getstate__(self): return {**self.__dict__, 'parts':{}, 'wanted':None}
+    def __getstate__(self): return {**self.__dict__, 'parts':{}}

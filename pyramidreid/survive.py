@@ -6,7 +6,7 @@
 __all__ = ['random_state', 'set_random_state', 'run_config', 'run_state', 'set_run_state', 'drawn_files', 'FiniteLoss',
            'Checkpoints']
 
-# %% ../nbs/11b_survive.ipynb #0c7e0752
+# %% ../nbs/11b_survive.ipynb #2eb99650
 import hashlib,inspect,pickle,random,shutil
 import numpy as np, torch
 from fastai.basics import *
@@ -15,6 +15,7 @@ from fastai.callback.progress import ProgressCallback
 from pathlib import Path
 from zipfile import BadZipFile,ZipFile
 from .core import whole_file
+from .learner import load_opt
 from .sampler import DrawnDataLoader,PKDataLoader
 
 # %% ../nbs/11b_survive.ipynb #24abcb9c
@@ -35,7 +36,7 @@ def set_random_state(state,  # From `random_state`
     if state['cuda'] and torch.cuda.device_count()==len(state['cuda']): torch.cuda.set_rng_state_all(state['cuda'])
     if state['loader']: dl.rng.setstate(state['loader'])
 
-# %% ../nbs/11b_survive.ipynb #fc85b4c1
+# %% ../nbs/11b_survive.ipynb #bed5b569
 def _has_state(cb): return hasattr(type(cb), 'state_dict') # the callback itself would pass the question on to the model
 def _digest(names): return hashlib.sha256('\n'.join(sorted(map(str, names))).encode()).hexdigest()[:10]
 def _schedule(f): return ' → '.join('/'.join(f'{v:.4g}' for v in np.atleast_1d(f(x))) for x in (0.,.1,.25,.5,.75,.9,1.))
@@ -44,15 +45,16 @@ def _settings(o): return ', '.join([type(o).__name__] + [f'{k}={v}' for k,v in v
 def run_config(learn): # A `ReIDLearner` inside a fit
     "What has to be the same for a run to go on, in words"
     train,opt_func = learn.dls.train,getattr(learn.opt_func, 'func', learn.opt_func)
+    opt_name = type(learn.opt.opt).__name__ if isinstance(learn.opt, OptimWrapper) else opt_func.__name__
     items,weights = train.dataset.items,get_model(learn.model).state_dict()
     kept,rule = random_state(),getattr(getattr(learn, 'dynamic_loss_weights', None), 'dynamics', None)
     about = learn.about(learn.dls.valid)
     set_random_state(kept)
     return {**about, 'weights':f"{sum(v.numel() for v in weights.values()):,} numbers in {len(weights)} tensors, {_digest(f'{k} {tuple(v.shape)}' for k,v in weights.items())}",
         'people':f'{items.pid.nunique():,}, {_digest(items.pid.unique())}', 'images':f'{len(items):,}',
-        'batch':f"p={train.p}, k={train.k}" if isinstance(train, PKDataLoader) else f'{train.bs}',
+        'batch':f"p={train.p}, k={train.k}" + (f', {train.share[1]} ranks' if train.share[1]>1 else '') if isinstance(train, PKDataLoader) else f'{train.bs}',
         'loss':_settings(learn.loss_func), 'dynamic training':', '.join(f'{o}={getattr(rule, o)}' for o in ('weighting','alpha','gamma','delta')) if rule else 'off',
-        'optimizer':f'{opt_func.__name__}, {len(learn.opt.hypers)} groups', 'lr':_schedule(lambda x: [h['lr'] for h in learn.opt.hypers]).split(' → ')[0],
+        'optimizer':f'{opt_name}, {len(learn.opt.hypers)} groups', 'lr':_schedule(lambda x: [h['lr'] for h in learn.opt.hypers]).split(' → ')[0],
         'wd':', '.join(f"{h.get('wd')}" for h in learn.opt.hypers), 'epochs':f'{learn.n_epoch}',
         'schedule':'; '.join(f'{k} {_schedule(f)}' for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,f in cb.scheds.items()) or 'none',
         'callbacks with a state':', '.join(sorted(cb.name for cb in learn.cbs if _has_state(cb))) or 'none'}
@@ -85,7 +87,7 @@ def _set_cbs(cbs, kept):
         if kept[cb.name]['state'] is not None: cb.load_state_dict(kept[cb.name]['state'])
         for k,v in kept[cb.name]['values'].items(): setattr(cb, k, L(v) if isinstance(vars(cb).get(k), L) else v)
 
-# %% ../nbs/11b_survive.ipynb #d684b509
+# %% ../nbs/11b_survive.ipynb #562bc148
 def run_state(learn, cbs): # The learner inside a fit, and the callbacks to keep
     "All that a run needs to go on, in plain values and tensors"
     rec,train,model = learn.recorder,learn.dls.train,get_model(learn.model)
@@ -93,15 +95,14 @@ def run_state(learn, cbs): # The learner inside a fit, and the callbacks to keep
     cbs['recorder']['values']['losses'] = [float(o) for o in rec.losses]
     return dict(model=model.state_dict(), opt=_plain(learn.opt.state_dict()), cbs=cbs, smooth_loss=_plain([rec.smooth_loss.count, rec.smooth_loss.val]),
         grads=[None if p.grad is None else p.grad if p.grad.any() else False for p in model.parameters()],
-        scaler=learn.scaler.state_dict() if hasattr(learn, 'mixed_precision') else None, train_iter=learn.train_iter, pct_train=learn.pct_train,
+        scaler=learn.scaler.state_dict() if 'mixed_precision' in vars(learn) else None, train_iter=learn.train_iter, pct_train=learn.pct_train,
         mode=getattr(train, 'mode', None), random=random_state(train))
 
 def set_run_state(learn, cbs, state): # As in `run_state`
     "Put the learner where it was when `state` was taken"
     rec,train,model,device = learn.recorder,learn.dls.train,get_model(learn.model),learn.dls.device
     model.load_state_dict(state['model'])
-    opt = to_device(state['opt'], device)
-    learn.opt.load_state_dict({**opt, 'hypers':L(opt['hypers'])})
+    load_opt(learn.opt, to_device(state['opt'], device))
     for p,g in zip(model.parameters(), state['grads']): p.grad = None if g is None else torch.zeros_like(p) if g is False else g.to(p.device)
     _set_cbs(cbs, state['cbs'])
     rec.losses,rec.values = [tensor(o) for o in rec.losses],[L(o) for o in rec.values]
@@ -112,7 +113,7 @@ def set_run_state(learn, cbs, state): # As in `run_state`
     if state['mode'] is not None: train.mode = state['mode']
     if not rank_distrib(): set_random_state(state['random'], train)
 
-# %% ../nbs/11b_survive.ipynb #0c6d1a37
+# %% ../nbs/11b_survive.ipynb #daf6edcc
 def drawn_files(dl,    # A training loader
                 state, # Of its `rng` when the epoch began
                 modes  # Of the epoch's batches up to the one asked for
@@ -136,14 +137,14 @@ class FiniteLoss(Callback):
     def before_batch(self): self.modes.append(getattr(self.dls.train, 'mode', None))
     def after_loss(self):
         if torch.isfinite(self.loss).all(): return
-        if hasattr(self, 'mixed_precision'): self.mixed_precision.autocast.__exit__(None, None, None)
+        if 'mixed_precision' in vars(self.learn): self.mixed_precision.autocast.__exit__(None, None, None)
         parts = ''.join(f', {k} {v.item():.4g}' for k,v in getattr(self.loss_func, 'parts', {}).items())
         files = drawn_files(self.dls.train, self.began, self.modes)
         good = getattr(getattr(self.learn, 'checkpoints', None), 'newest', None)
         raise FloatingPointError(f"The loss is {self.loss.item()}{parts} at step {self.train_iter}, epoch {self.epoch}, batch {self.iter}. "
             f"Last good checkpoint: {good or 'none'}. Lower the learning rate, or look at the images of this batch: {', '.join(map(str, files)) if files else 'not known for this loader'}")
 
-# %% ../nbs/11b_survive.ipynb #4673befe
+# %% ../nbs/11b_survive.ipynb #9d57ce56
 def _why(e): return (str(e).splitlines() or [type(e).__name__])[0]
 
 def _read(file):
@@ -177,7 +178,7 @@ class Checkpoints(Callback):
         if not self.resume:
             if files: raise FileExistsError(f"{files[-1].parent} holds checkpoints of an earlier run, {files[-1].name} the newest. Pass resume=True to go on with it, another folder, or remove them")
             return None
-        for o in (self.learn.path/self.folder).glob('.partial-*'): shutil.rmtree(o)
+        for o in (self.learn.path/self.folder).glob('.partial-*'): shutil.rmtree(o, ignore_errors=True)
         for f in reversed(files):
             try: state = _read(f)
             except ValueError as e: print(f"{e}: looking for an older one")

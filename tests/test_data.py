@@ -9,6 +9,7 @@ from pyramidreid.core import Role
 from pyramidreid.data import *
 from pyramidreid.datasets import *
 from pyramidreid.tables import *
+from pyramidreid.tfms import *
 
 KW = dict(p=2, k=2, size=(32,16), num_workers=0)
 MARKET = ('bounding_box_train','query','bounding_box_test')

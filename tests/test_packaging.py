@@ -7,7 +7,7 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 modules = sorted((root/'pyramidreid').glob('*.py'))
-hand_written = {'__init__.py','all.py','_modidx.py'}
+hand_written = {'__init__.py','__main__.py','all.py','_modidx.py'}
 
 @pytest.mark.parametrize('module', [m for m in modules if m.name not in hand_written], ids=lambda m: m.name)
 def test_every_module_has_its_notebook(module):
@@ -25,7 +25,7 @@ def test_metadata_comes_from_settings():
     assert version('pyramidreid')==cfg['version']==pyramidreid.__version__
     assert metadata('pyramidreid')['Requires-Python']==f">={cfg['min_python']}"
     core = {re.match(r'[\w-]+', r)[0] for r in requires('pyramidreid') if 'extra ==' not in r}
-    assert core=={'fastai','torch','torchvision','pandas','matplotlib','safetensors'}
+    assert core=={'fastai','torch','torchvision','pandas','matplotlib','safetensors','click'}
 
 def test_readme_is_fresh():
     sys.path.insert(0, str(root/'dev'))
@@ -52,7 +52,7 @@ def test_readme_example_runs(tmp_path, monkeypatch):
 
 def test_help_of_the_demo_is_quick():
     "Nothing heavy is imported for it"
-    code = "import sys,pyramidreid.demo as d\ntry: d.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = "import sys\nfrom pyramidreid.cli import main\nmain(['demo','--help'])\nassert 'torch' not in sys.modules"
     assert 'epochs' in subprocess.run([sys.executable,'-c',code], capture_output=True, text=True, check=True).stdout
 
 def test_no_images_of_a_data_set_are_tracked():

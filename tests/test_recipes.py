@@ -1,12 +1,12 @@
-"The two recipes against the paper's table, torch's SGD and a plain moving average; and what they leave behind"
+"The two recipes against the paper's table, optimizers and a moving average by hand; and what they leave behind"
 import copy
 import pytest, torch
 from fastai.callback.core import Callback,CancelFitException,CancelStepException,CancelValidException
 from fastai.callback.training import GradientAccumulation,ShortEpochCallback
 from fastai.vision.all import SaveModelCallback,set_seed,trainable_params
-from pyramidreid.data import EraseEach
 from pyramidreid.recipes import *
 from pyramidreid.recipes import _unlike_paper
+from pyramidreid.tfms import *
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
 
@@ -84,25 +84,46 @@ def test_modern_rates():
 
 # the optimizer
 
-@pytest.mark.parametrize('wd_bn_bias', [True,False])
-def test_sgd_is_torchs(make_learner, wd_bn_bias):
-    "Coupled L2, momentum and rates, replayed with torch.optim.SGD on the gradients of the fit"
-    learn,watch = make_learner(),Watch()
-    learn.metrics,groups = [],learn.splitter(learn.model)
-    learn.fit_paper(2, wd=5e-2, wd_bn_bias=wd_bn_bias, cbs=[watch,NoValid()])
+def replayed(learn, watch, step):
+    "Is each weight after each step of the fit what `step(w, grad, lr, state)` makes of it?"
     names = {id(p):n for n,p in learn.model.named_parameters()}
-    spared = {f'{m}.{n}' for m,mod in learn.model.named_modules() for n,_ in mod.named_parameters(recurse=False)
-              if not wd_bn_bias and (isinstance(mod, (torch.nn.BatchNorm1d,torch.nn.BatchNorm2d)) or n=='bias')}
-    ps,gs = {n:torch.nn.Parameter(w.clone()) for n,w in watch.start.items()},[]
-    for i,g in enumerate(groups):
-        for n in (names[id(p)] for p in g): gs.append(dict(params=[ps[n]], group=i, weight_decay=0. if n in spared else 5e-2))
-    opt = torch.optim.SGD(gs, lr=1., momentum=.9)
-    for lrs,grads,after in zip(watch.lrs, watch.grads, watch.after):
-        for g in opt.param_groups: g['lr'] = lrs[g['group']]
-        for n,p in ps.items(): p.grad = grads[n].clone()
-        opt.step()
-        for n,p in ps.items(): torch.testing.assert_close(p.detach(), after[n], rtol=1e-5, atol=1e-6)
+    group = {names[id(p)]:i for i,g in enumerate(learn.splitter(learn.model)) for p in g}
+    weights,states = {n:w.double() for n,w in watch.start.items()},{n:{} for n in watch.start}
+    for t,(lrs,mom,grads,after) in enumerate(zip(watch.lrs, watch.moms, watch.grads, watch.after)):
+        for n,w in weights.items():
+            if n not in grads: continue
+            weights[n] = step(w, grads[n].double(), lrs[group[n]], mom, t+1, states[n])
+            torch.testing.assert_close(weights[n].float(), after[n], rtol=1e-5, atol=2e-6)
     assert len(watch.after)>4
+
+def test_sgd_by_hand(make_learner):
+    "Coupled L2, momentum and rates: v = 0.9 v + (g + wd w), w = w - lr v"
+    learn,watch = make_learner(),Watch()
+    learn.metrics = []
+    learn.fit_paper(2, wd=5e-2, cbs=[watch,NoValid()])
+    def step(w, g, lr, mom, t, state):
+        state['v'] = mom*state.get('v', 0) + g + 5e-2*w
+        return w - lr*state['v']
+    replayed(learn, watch, step)
+
+def test_adamw_by_hand(make_learner):
+    "Decoupled decay, a momentum that follows the schedule, bias corrections"
+    learn,watch = make_learner(),Watch()
+    learn.metrics = []
+    learn.fit_modern(2, wd=.1, frozen_epochs=0, moms=(.9,.9,.9), ema=None, cbs=[watch,NoValid()])
+    def step(w, g, lr, mom, t, state):
+        state['m'],state['s'] = mom*state.get('m', 0) + (1-mom)*g, .99*state.get('s', 0) + .01*g*g
+        return w*(1-lr*.1) - lr*(state['m']/(1-mom**t))/((state['s']/(1-.99**t)).sqrt()+1e-5)
+    replayed(learn, watch, step)
+
+def test_torchs_optimizer_is_saved_and_loaded(make_learner, tmp_path):
+    learns = [make_learner(opt_func=fused(torch.optim.AdamW, eps=1e-5), path=tmp_path) for _ in range(2)]
+    learns[0].fit_one_cycle(1)
+    learns[0].save('adamw')
+    learns[1].load('adamw')
+    a,b = (o.opt.state_dict() for o in learns)
+    assert a['state'] and a['param_groups']==b['param_groups'] and learns[1].opt.hypers==learns[0].opt.hypers
+    torch.testing.assert_close(a['state'], b['state'], rtol=0, atol=0)
 
 def test_says_what_is_not_the_papers(make_learner, make_dls, capsys):
     learn = make_learner()
@@ -260,7 +281,7 @@ def test_impossible_decay(decay):
 # what is left behind
 
 def settings(learn):
-    return dict(opt_func=learn.opt_func, wd_bn_bias=learn.wd_bn_bias, opt=learn.opt, cbs=list(learn.cbs), smooth=learn.loss_func.label_smoothing,
+    return dict(opt_func=learn.opt_func, opt=learn.opt, cbs=list(learn.cbs), smooth=learn.loss_func.label_smoothing,
                 mode=learn.dls.train.mode, grad=[p.requires_grad for p in learn.model.parameters()], frozen=getattr(learn.opt, 'frozen_idx', None))
 
 @pytest.mark.parametrize('dynamic,frozen', [(True,False),(False,True)])

@@ -180,3 +180,37 @@ def test_errors():
     dl = loader(big, p=2, k=4)
     with pytest.raises(ValueError, match="'Random'"):
         for _ in dl: dl.mode = 'Random'
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0,40), st.integers(1,8), st.integers(2,5), st.booleans())
+def test_shares_of_validation(n, bs, ranks, drop_last):
+    "All ranks take as many steps, and step by step their parts in order are all images, each once, less what filled up the last batch"
+    dls = [PKDataLoader(Toy([0]*n), bs=bs, share=(r,ranks), drop_last=drop_last, num_workers=0) for r in range(ranks)]
+    parts = [[x for x,_ in batches(dl)] for dl in dls]
+    assert {len(o) for o in parts}=={len(dl) for dl in dls}=={n//(bs*ranks) if drop_last else -(-n//(bs*ranks))}
+    whole = []
+    for i,step in enumerate(zip(*parts)):
+        assert len({len(o) for o in step})==1
+        whole += sum(step, [])[:max(0, n-i*bs*ranks)]
+    assert whole==list(range(n//(bs*ranks)*bs*ranks if drop_last else n))
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1,3), st.integers(1,4), st.integers(2,4), st.lists(st.sampled_from(['pk','random']), min_size=9, max_size=9), st.integers(0,99))
+def test_shares_of_training(p, k, ranks, plan, seed):
+    "Ranks see together what one process sees with `p*ranks` people, whatever the modes; each has its people whole"
+    def draw(p, share):
+        dl,res = loader([l for l in range(12) for _ in range(9)], p=p, k=k, share=share),[]
+        dl.rng.seed(seed)
+        for (x,y),dl.mode in zip(dl, plan): res.append((x.tolist(),y.tolist()))
+        return res
+    one,parts = draw(p*ranks, (0,1)),[draw(p, (r,ranks)) for r in range(ranks)]
+    assert [len(o) for o in parts]==[len(one)]*ranks
+    for i,(step,(whole,_)) in enumerate(zip(zip(*parts), one)):
+        assert sum((x for x,_ in step), [])==whole
+        if (['pk']+plan)[i]=='pk':
+            for _,y in step: assert Counter(Counter(y).values())=={k:p}
+
+def test_too_few_people_for_all_ranks():
+    dl = loader(big, p=9, k=1, share=(0,2))
+    with pytest.raises(ValueError, match='p=9 identities on each of 2 ranks.*has 16.*p=8 or less'): batches(dl)
+    assert (dl.new().share, dl.new(share=(0,1)).share)==((0,2),(0,1))

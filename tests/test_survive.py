@@ -8,6 +8,7 @@ from fastai.vision.all import EarlyStoppingCallback,SaveModelCallback,set_seed
 from pyramidreid.core import whole_file
 from pyramidreid.data import ReIDDataLoaders
 from pyramidreid.datasets import market_table
+from pyramidreid.recipes import fused
 from pyramidreid.survive import *
 
 SCRIPT = '''
@@ -121,6 +122,20 @@ def test_fine_tune(make_learner, fit, epoch):
     again = make_learner(path=cut.path)
     tune(again, Checkpoints(keep=9, resume=True))
     assert same_tree(weights(whole), weights(again)) and same_tree(figures(whole), figures(again))
+
+@pytest.mark.parametrize('recipe', ['fit_paper','fit_modern'])
+def test_recipes(make_learner, recipe):
+    "PyTorch's optimizers, the frozen epoch, the averaged weights: pulled before the last epoch, and resumed by another learner"
+    run = lambda learn, cbs: getattr(learn, recipe)(3, lr_body=1e-3, lr_head=3e-3, cbs=cbs)
+    whole = make_learner()
+    run(whole, Checkpoints())
+    cut = make_learner()
+    pull(lambda cbs: run(cut, cbs), Checkpoints(), epoch=2)
+    again = make_learner(path=cut.path)
+    run(again, Checkpoints(resume=True))
+    assert same_tree(weights(whole), weights(again)) and same_tree(figures(whole), figures(again)) and whole.recorder.hps==again.recorder.hps
+    with pytest.raises(ValueError, match='optimizer: (SGD|AdamW), 3 groups there, Adam, 3'):
+        make_learner(path=cut.path).fit_modern(3, lr_body=1e-3, lr_head=3e-3, opt_func=fused(torch.optim.Adam), cbs=Checkpoints(resume=True))
 
 def test_with_workers(make_learner, make_dls):
     "Worker processes take their seeds from states that were kept"

@@ -1,0 +1,323 @@
+"One model as safetensors, ONNX and exported program: the same embeddings as the learner's on 500 crops, and files that are whole or refused"
+import importlib.util,json,os,random,shutil
+import numpy as np, pytest, torch
+from pathlib import Path
+from PIL import Image
+from types import SimpleNamespace
+from fastai.vision.all import Normalize,resnet18,set_seed
+from pyramidreid.backbone import resnet10
+from pyramidreid.data import ReIDDataLoaders
+from pyramidreid.evaluation import evaluate
+from pyramidreid.export import *
+from pyramidreid.fingerprint import input_stats,learner_fingerprint
+from pyramidreid.learner import pyramid_learner
+from pyramidreid.runtime import *
+from pyramidreid.synth import synth_persons
+from toys import quiet
+
+onnx = pytest.mark.skipif(any(importlib.util.find_spec(o) is None for o in ('onnx','onnxscript','onnxruntime')), reason='the onnx extra is not installed')
+timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is an extra')
+pytestmark = pytest.mark.filterwarnings('ignore')
+SIZE,KINDS = (96,48),['safetensors',pytest.param('onnx', marks=onnx),'pt2']
+
+@pytest.fixture(scope='session')
+def crops(tmp_path_factory):
+    "500 crops of 500 sizes: 128 drawn images of 16 people, each cut out four times a little differently. Files, and the number of the person of each"
+    folder,rng = tmp_path_factory.mktemp('crops'),random.Random(0)
+    drawn = [f for part in ('query','bounding_box_test') for f in sorted((synth_persons(path=folder/'drawn', n_train=2, n_test=16, size=SIZE)/part).glob('*.jpg'))]
+    files,pids = [],[]
+    for i in range(500):
+        f = drawn[i%len(drawn)]
+        im = Image.open(f)
+        l,t = rng.randint(0,5),rng.randint(0,9)
+        im = im.crop((l, t, 48-rng.randint(0,5), 96-rng.randint(0,9))).resize((rng.randint(20,150), rng.randint(40,300)), Image.Resampling.BILINEAR)
+        files.append(folder/f'{i:03d}.{"png" if i%3 else "jpg"}')
+        im.save(files[-1])
+        pids.append(int(f.name[:4]))
+    return files,np.array(pids)
+
+@pytest.fixture(scope='session')
+def learn(make_dls, make_learner):
+    "A network with all 21 branches, trained a little"
+    learn = make_learner(make_dls(size=SIZE), n_parts=6, emb_sz=16)
+    learn.fit(2)
+    return learn
+
+def program(file):
+    "Of an exported program: a function of files and batch size"
+    net = torch.export.load(file).module()
+    def run(files, bs=32): return np.concatenate([net(torch.from_numpy(pixels(files[i:i+bs], SIZE))).numpy() for i in range(0, len(files), bs)])
+    return run
+
+@pytest.fixture(scope='session')
+def exported(learn, tmp_path_factory):
+    "By kind: the file or folder, and a function of files and batch size"
+    d = tmp_path_factory.mktemp('exported')
+    res = dict(safetensors=(f:=learn.save_model(d/'shared'), load_model(f).embed), pt2=(f:=learn.to_exported(d/'m.pt2'), program(f)))
+    if importlib.util.find_spec('onnxscript'): res['onnx'] = (f:=learn.to_onnx(d/'m.onnx'), Runtime(f, threads=1).embed)
+    return res
+
+@pytest.fixture(scope='session')
+def truth(learn, crops): return learn.embed(learn.dls.test_dl(crops[0], bs=50)).numpy()
+
+# the same embeddings
+
+def alike(ours, theirs, query=np.arange(100)):
+    """Do two sets of embeddings rank alike? The order that the second gives must be a descending order of the first's similarities too.
+    Images whose similarities lie closer than rounding (2e-6) may stand in either order. Also returns the share of queries whose order is the very same"""
+    sims = [(e[query].astype(float)@e.astype(float).T) for e in (ours, theirs)]
+    orders = [np.argsort(-s, axis=1, kind='stable') for s in sims]
+    steps = np.diff(np.take_along_axis(sims[0], orders[1], 1), axis=1)
+    return steps.max()<=2e-6, (orders[0]==orders[1]).all(1).mean()
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_agrees_with_the_learner_on_500_crops(exported, truth, crops, kind):
+    files,pids = crops
+    emb = exported[kind][1](files)
+    assert emb.shape==truth.shape==(500,21*16) and emb.dtype==np.float32
+    assert abs(emb-truth).max()<=1e-4
+    assert np.allclose(np.linalg.norm(emb, axis=1), 1, atol=1e-5)
+    ok,same = alike(truth, emb)
+    assert ok and same>.5
+    cards = [evaluate(torch.tensor(e[:100]), torch.tensor(e[100:]), pids[:100], pids[100:]) for e in (truth, emb)]
+    assert cards[0].mAP==pytest.approx(cards[1].mAP, abs=1e-4) and torch.allclose(cards[0].cmc, cards[1].cmc, atol=.011)
+    assert .1<cards[0].mAP<.99, 'these embeddings must say something'
+
+def test_alike_sees_a_difference(truth):
+    noisy = truth+1e-3*np.random.default_rng(0).standard_normal(truth.shape)
+    assert not alike(truth, noisy)[0] and alike(truth, truth)==(True,1)
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('bs', [1,7,500])
+def test_any_batch_size(exported, truth, crops, kind, bs):
+    n = 500 if bs==500 else 15
+    assert abs(exported[kind][1](crops[0][:n], bs=bs)-truth[:n]).max()<=1e-4
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_agrees_on_real_crops(exported, learn, kind):
+    "500 of Market-1501, evenly from the queries"
+    data = os.environ.get('PYRAMIDREID_DATA')
+    folder = Path(data or '')/'Market-1501-v15.09.15'/'query'
+    if not data or not folder.exists(): pytest.skip('no Market-1501 in PYRAMIDREID_DATA')
+    files = sorted(folder.glob('*.jpg'))
+    files = files[::len(files)//500][:500]
+    truth,emb = learn.embed(learn.dls.test_dl(files, bs=50)).numpy(),exported[kind][1](files)
+    ok,same = alike(truth, emb)
+    print(f'{kind}: largest difference {abs(truth-emb).max():.1e}, the very same order for {same:.0%} of 100 queries')
+    assert abs(truth-emb).max()<=1e-4 and ok
+
+@onnx
+@pytest.mark.parametrize('kwargs', [dict(norm='whole', levels=[1], n_parts=2), dict(norm=None, arch=resnet18, n_parts=1, emb_sz=7), dict(last_stride=2, levels=[1,3])])
+def test_every_kind_of_model(make_dls, make_learner, crops, tmp_path, kwargs):
+    learn = make_learner(make_dls(size=SIZE), **kwargs)
+    truth = learn.embed(learn.dls.test_dl(crops[0][:9])).numpy()
+    models = [load_model(learn.save_model(tmp_path/'m')),Runtime(learn.to_onnx(tmp_path/'m.onnx'))]
+    for m in models:
+        assert m.fingerprint==learner_fingerprint(learn) and m.emb_sz==truth.shape[1]
+        assert abs(m.embed(crops[0][:9])-truth).max()<=1e-4*max(1, abs(truth).max())
+
+def test_without_normalisation(make_dls, make_learner, crops, tmp_path):
+    learn = make_learner(make_dls(size=SIZE), normalize=False)
+    model = load_model(learn.save_model(tmp_path))
+    assert model.about['mean'] is None
+    assert abs(model.embed(crops[0][:9])-learn.embed(learn.dls.test_dl(crops[0][:9])).numpy()).max()<=1e-4
+
+@timm
+@onnx
+def test_timm_models(make_dls, make_learner, crops, tmp_path):
+    learn = make_learner(make_dls(size=SIZE), arch='resnet10t')
+    truth = learn.embed(learn.dls.test_dl(crops[0][:9])).numpy()
+    model = load_model(learn.save_model(tmp_path/'m'))
+    assert model.about['arch_from']=='timm' and abs(model.embed(crops[0][:9])-truth).max()<=1e-4
+    assert abs(Runtime(learn.to_onnx(tmp_path/'m.onnx')).embed(crops[0][:9])-truth).max()<=1e-4
+
+def test_a_timm_name_that_would_download_is_refused(exported, tmp_path):
+    for name in ('hf_hub:someone/resnet', 'hf-hub:someone/resnet', f'local-dir:{tmp_path}', '../resnet50'):
+        with pytest.raises((ValueError,ImportError), match='not known here|timm'): load_model(copied(exported, tmp_path/name.replace('/','_'), arch=name, arch_from='timm'))
+
+@pytest.mark.parametrize('mode', ['L','RGBA','P','CMYK','1','LA','I;16'])
+def test_pixels_are_the_learners_for_all_modes(learn, crops, tmp_path, mode):
+    f = tmp_path/('a.jpg' if mode=='CMYK' else 'a.png')
+    im = Image.open(crops[0][1])
+    (Image.fromarray(np.asarray(im.convert('L')).astype(np.uint16)*200) if mode=='I;16' else im.convert(mode)).save(f)
+    theirs = learn.dls.test_dl([f], num_workers=0).one_batch()[0]
+    ours = BytesNet(learn.model, input_stats(learn)).normalise(torch.from_numpy(pixels([f], SIZE)))
+    for p in learn.model.parameters(): p.requires_grad_(True)
+    assert (ours-theirs).abs().max()<1e-5
+
+# one fingerprint
+
+def test_all_files_of_a_model_have_its_fingerprint(exported, learn):
+    own,note = learner_fingerprint(learn),{'pyramidreid.json':''}
+    torch.export.load(exported['pt2'][0], extra_files=note)
+    assert own==load_model(exported['safetensors'][0]).fingerprint==json.loads(note['pyramidreid.json'])['fingerprint']
+    if 'onnx' in exported: assert own==Runtime(exported['onnx'][0]).fingerprint
+
+def test_another_model_has_another(make_learner, make_dls, learn, tmp_path):
+    assert load_model(make_learner(make_dls(size=SIZE), n_parts=6, emb_sz=16).save_model(tmp_path)).fingerprint!=learner_fingerprint(learn)
+
+@onnx
+def test_a_gallery_takes_every_file_of_one_model_and_no_other(exported, make_learner, make_dls, learn, crops, tmp_path):
+    "Filled by the learner, asked by the others"
+    for o in ('pyarrow','pyramidreid.gallery'): pytest.importorskip(o, reason='the gallery extra is not installed')
+    from pyramidreid.gallery import Gallery
+    files = crops[0][:20]
+    Gallery.from_learner(learn, files).save(tmp_path/'gallery')
+    tables = [Gallery.load(tmp_path/'gallery', o).search(files[3], k=5) for o in (learn, load_model(exported['safetensors'][0]), Runtime(exported['onnx'][0]))]
+    assert all(t.key.tolist()==tables[0].key.tolist() for t in tables) and str(files[3]) in str(tables[0].key.iloc[0])
+    other = make_learner(make_dls(size=SIZE), n_parts=6, emb_sz=16)
+    for o in (load_model(other.save_model(tmp_path/'other')), Runtime(other.to_onnx(tmp_path/'other.onnx'))):
+        with pytest.raises(ValueError, match="Another model's embedding"): Gallery.load(tmp_path/'gallery', o)
+
+# what is and is not in the files
+
+@onnx
+def test_no_person_and_no_path_is_in_the_files(exported, learn):
+    files = [exported['onnx'][0],exported['pt2'][0],*exported['safetensors'][0].iterdir()]
+    for f in files:
+        data = f.read_bytes()
+        for o in (b'site-packages', str(Path.cwd()).encode(), str(Path(__file__).parents[1]).encode(), str(learn.path).encode()): assert o not in data, (f,o)
+    about = read_about(exported['safetensors'][0])
+    assert about['n_ids']==12 and 'pids' not in about and 'cams' not in about
+    from safetensors import safe_open
+    with safe_open(exported['safetensors'][0]/about['weights'], 'pt') as f: assert not [k for k in f.keys() if 'classify' in k]
+
+def test_the_card_goes_along(learn, tmp_path):
+    card = learn.evaluate()
+    about = load_model(learn.save_model(tmp_path, card=card)).about
+    assert about['card']['mAP (mean of precisions)']==card.mAP and about['card']['distance']=='cosine'
+
+def test_exporting_leaves_the_learner_and_the_dice_alone(make_learner, make_dls, tmp_path):
+    learn = make_learner(make_dls(size=SIZE))
+    learn.model.train()
+    before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    dice = random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state()
+    learn.save_model(tmp_path/'m')
+    learn.to_exported(tmp_path/'m.pt2')
+    assert learn.model.training and all(p.requires_grad for p in learn.model.parameters())
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+    assert dice[0]==random.getstate() and dice[1]==np.random.get_state()[1].tolist() and torch.equal(dice[2], torch.get_rng_state())
+
+# faults
+
+def copied(exported, folder, **kwargs):
+    "A copy of the saved model with entries of model.json changed, or removed where they are `...`"
+    shutil.copytree(exported['safetensors'][0], folder)
+    about = {**json.loads((folder/'model.json').read_text()), **kwargs}
+    (folder/'model.json').write_text(json.dumps({k:v for k,v in about.items() if v is not ...}))
+    return folder
+
+@pytest.mark.parametrize('change,words', [
+    (dict(code='import os'), "'code' is not known"), (dict(norm=...), "'norm' is missing"), (dict(n_parts='6'), "'n_parts' is '6'"), (dict(n_parts=True), "'n_parts' is True"),
+    (dict(n_parts=10**9), "'n_parts' is"), (dict(size=[96]), "'size' is"), (dict(std=[1,1,0]), "'std' is"), (dict(mean=None), "'std' is"), (dict(resize='nearest'), "'resize' is"),
+    (dict(arch='__builtins__', arch_from='torchvision'), 'not known here'), (dict(arch='fasterrcnn_resnet50_fpn', arch_from='torchvision'), 'not known here'),
+    (dict(arch='system', arch_from='os'), 'not known here'), (dict(format=2), 'later version'), (dict(format=...), 'does not describe a model'),
+    (dict(levels=[1,9]), 'single parts'), (dict(levels=[1]), 'does not fit'), (dict(emb_sz=8), 'does not fit'), (dict(arch='resnet18', arch_from='torchvision'), 'is missing'),
+    (dict(last_stride=2), 'changed or damaged'), (dict(norm='whole'), 'changed or damaged'), (dict(mean=[0,0,0]), 'changed or damaged'), (dict(size=[192,96]), 'changed or damaged'),
+    (dict(weights='/etc/passwd'), "'weights' is"), (dict(weights='model-000000000000.safetensors'), 'no file')])
+def test_a_changed_description_is_refused(exported, tmp_path, change, words):
+    with pytest.raises((ValueError,FileNotFoundError), match=words): load_model(copied(exported, tmp_path/'m', **change))
+
+def test_damaged_files_are_refused(exported, tmp_path):
+    folder = copied(exported, tmp_path/'m')
+    weights,about = next(folder.glob('*.safetensors')),folder/'model.json'
+    data,text = weights.read_bytes(),about.read_bytes()
+    flipped = bytearray(data)
+    flipped[len(data)//2] ^= 1
+    for o,words in ((data[:len(data)//2],'cut off'), (data[:-1],'cut off'), (b'','cut off'), (b'\x80\x04.'*100,'cut off'), (bytes(flipped),'changed or damaged')):
+        weights.write_bytes(o)
+        with pytest.raises(ValueError, match=words): load_model(folder)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=weights.name): load_model(folder)
+    weights.write_bytes(data)
+    for o,words in ((text[:100],'cut off'), (b'','cut off'), (b'[1]','does not describe'), (b'\xff\xfe','no JSON')):
+        about.write_bytes(o)
+        with pytest.raises(ValueError, match=words): load_model(folder)
+    with pytest.raises(FileNotFoundError, match='no model.json'): load_model(tmp_path)
+
+def test_loading_runs_no_code(exported, tmp_path):
+    "Weights that are a pickle in disguise are not unpickled"
+    class Evil:
+        def __reduce__(self): return (Path.touch, (tmp_path/'ran',))
+    folder = copied(exported, tmp_path/'m')
+    torch.save({'a':Evil()}, next(folder.glob('*.safetensors')))
+    with pytest.raises(ValueError, match='no safetensors'): load_model(folder)
+    assert not (tmp_path/'ran').exists()
+
+@pytest.mark.parametrize('at', range(4))
+def test_a_crash_leaves_the_old_model_whole(make_learner, make_dls, crops, tmp_path, monkeypatch, at):
+    "The process dies at the n-th file operation of the second save"
+    from pyramidreid import core, export
+    old,new = make_learner(make_dls(size=SIZE)),make_learner(make_dls(size=SIZE), emb_sz=4)
+    old.save_model(tmp_path)
+    was,n = load_model(tmp_path).embed(crops[0][:3]),[0]
+    def dies(call):
+        def f(*args, **kwargs):
+            n[0] += 1
+            if n[0]==at+1: raise KeyboardInterrupt
+            return call(*args, **kwargs)
+        return f
+    with monkeypatch.context() as m:
+        m.setattr(core.os, 'replace', dies(os.replace))
+        m.setattr(export, 'save_file', dies(export.save_file))
+        m.setattr(Path, 'unlink', dies(Path.unlink))
+        try: new.save_model(tmp_path)
+        except KeyboardInterrupt: pass
+    now = load_model(tmp_path).embed(crops[0][:3])
+    assert now.shape[1] in (6*8,6*4) and (now.shape!=was.shape or np.array_equal(now, was))
+    new.save_model(tmp_path)
+    assert load_model(tmp_path).emb_sz==6*4 and len(list(tmp_path.glob('*.safetensors')))==1
+
+@pytest.mark.parametrize('kind', ['save_model','to_exported',pytest.param('to_onnx', marks=onnx)])
+def test_what_does_not_agree_is_not_written(learn, tmp_path, monkeypatch, kind):
+    from pyramidreid import export
+    def off(call): return lambda *args: call(*args)+1e-3
+    monkeypatch.setattr(export.Embedder, 'run', off(export.Embedder.run))
+    monkeypatch.setattr(export.Runtime, 'run', off(export.Runtime.run))
+    load = torch.export.load
+    monkeypatch.setattr(torch.export, 'load', lambda f: (p:=load(f)) and SimpleNamespace(module=lambda: off(p.module())))
+    with pytest.raises(RuntimeError, match='other embeddings than the learner'): getattr(learn, kind)(tmp_path/'sub'/'m.pt2')
+    assert not [o for o in tmp_path.rglob('*') if o.is_file()]
+
+def test_transforms_that_no_file_would_do_are_refused(people, tmp_path):
+    from fastai.vision.all import Resize,ResizeMethod
+    for item in (Resize(SIZE), Resize(SIZE, method=ResizeMethod.Squish)): # a crop, and PIL's bilinear filter
+        dls = ReIDDataLoaders.from_market(people, p=4, k=4, size=SIZE, num_workers=0, item_tfms=item)
+        learn = quiet(pyramid_learner(dls, resnet10, pretrained=False, n_parts=3, emb_sz=8, path=tmp_path))
+        with pytest.raises(ValueError, match='does more to an image'): learn.save_model(tmp_path/'m')
+    assert not (tmp_path/'m').exists()
+
+def test_from_a_cache_it_is_the_same_model(people, tmp_path, crops):
+    dls = ReIDDataLoaders.from_market(people, p=4, k=4, size=SIZE, cache=True)
+    learn = quiet(pyramid_learner(dls, resnet10, pretrained=False, n_parts=3, emb_sz=8, path=tmp_path))
+    assert abs(load_model(learn.save_model(tmp_path/'m')).embed(crops[0][:5])-learn.embed(dls.test_dl(crops[0][:5])).numpy()).max()<=1e-4
+
+def test_a_backbone_of_ones_own_cannot_be_shared(make_dls, make_learner, tmp_path):
+    learn = make_learner(make_dls(size=SIZE))
+    learn.arch_name = 'resnet_mine'
+    with pytest.raises(ValueError, match="'resnet_mine' of 'torchvision' is not known here"): learn.save_model(tmp_path/'m')
+    learn = make_learner(make_dls(size=SIZE))
+    learn.model.body[4][0].conv1.dilation,learn.model.body[4][0].conv1.padding = (2,2),(2,2)
+    with pytest.raises(ValueError, match='changed by hand'): learn.save_model(tmp_path/'m')
+    assert not list((tmp_path/'m').iterdir())
+
+def test_a_missing_extra_is_named(learn, tmp_path, monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    with pytest.raises(ImportError, match=r'pyramidreid\[onnx\]'): learn.to_onnx(tmp_path/'m.onnx')
+    assert not list(tmp_path.iterdir())
+
+# to train on
+
+def test_training_goes_on_from_a_shared_model(exported, learn, make_dls, crops, tmp_path):
+    other = quiet(learner_from(exported['safetensors'][0], make_dls(size=SIZE, p=3, k=2), path=tmp_path, lr=1e-3))
+    files = crops[0][:20]
+    assert abs(other.embed(other.dls.test_dl(files))-learn.embed(learn.dls.test_dl(files))).max()<=1e-5
+    other.fit(1)
+    assert learner_fingerprint(other)!=learner_fingerprint(learn)
+
+def test_weights_for_another_normalisation_are_refused(exported, make_dls, make_learner):
+    own = make_learner(make_dls(size=SIZE, batch_tfms=[Normalize.from_stats([.5]*3, [.5]*3)]), n_parts=6, emb_sz=16)
+    plain = make_learner(make_dls(size=SIZE), n_parts=6, emb_sz=16, normalize=False)
+    for o in (own, plain):
+        with pytest.raises(ValueError, match='normalised by'): o.load_weights(exported['safetensors'][0])

@@ -1,0 +1,315 @@
+"The gallery: searches against brute force, filters, whose embedding, and what the errors say"
+import os,subprocess,sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+faiss = pytest.importorskip('faiss', reason='needs the extra gallery')
+pytest.importorskip('pyarrow', reason='needs the extra gallery')
+from PIL import Image
+from pyramidreid.entries import Embeddings,allowed,threshold_at
+from pyramidreid.gallery import Gallery
+from pyramidreid.nearest import Rows,build_index,exact,nearest,unit
+
+class Model:
+    "Mean colour of three bands: not much of a model, but quick"
+    def __init__(self, name='a model', dim=9): self.fingerprint,self.dim,self.seen = name,dim,0
+    def embed(self, images):
+        self.seen += len(images)
+        return np.stack([np.asarray(o.resize((1,3)), np.float32).ravel()[:self.dim]+1 for o in images])
+
+def pictures(n, seed=0): return list(np.random.default_rng(seed).integers(0, 255, (n,6,3,3), np.uint8))
+
+@pytest.fixture
+def files(tmp_path):
+    "Six pictures of two people by two cameras, an hour between each"
+    res = []
+    for i,o in enumerate(pictures(6)):
+        res.append(tmp_path/f'{i}.png')
+        Image.fromarray(o).save(res[-1])
+    return pd.DataFrame(dict(fn=res, pid=[1,1,1,2,2,2], cam=['door','hall']*3, time=pd.date_range('2026-11-23 08:00', periods=6, freq='h')))
+
+@pytest.fixture
+def gallery(files): return Gallery.from_learner(Model(), files)
+
+def cosines(q, g): return unit(q)@unit(g).T
+
+# Searching
+
+def test_against_brute_force(gallery, files):
+    model = Model()
+    q,g = model.embed([Image.fromarray(o) for o in pictures(3, 7)]),model.embed([Image.open(o) for o in files.fn])
+    found,sims = gallery.search(pictures(3, 7), k=6),cosines(q, g)
+    for i in range(3):
+        rows = found[found['query']==i]
+        order = np.argsort(-sims[i], kind='stable')
+        assert rows.key.tolist()==[str(files.fn[o]) for o in order] and np.allclose(rows.similarity, sims[i,order], atol=1e-6)
+        assert rows.pid.tolist()==files.pid[order].tolist() and rows.time.tolist()==files.time[order].tolist()
+    one = gallery.search(pictures(3, 7)[1], k=6)
+    assert 'query' not in one and one.key.tolist()==found.key[found['query']==1].tolist()
+
+def test_kinds_of_queries(gallery, files):
+    f = files.fn[2]
+    for o in (f, str(f), Image.open(f), np.asarray(Image.open(f)), gallery.embed([f])):
+        found = gallery.search(o, k=2)
+        assert found.key[0]==str(f) and found.similarity[0]>.999999 and 'query' not in found
+    assert gallery.search([f], k=1)['query'].tolist()==[0] and gallery.search(gallery.embed([f,f]), k=1)['query'].tolist()==[0,1]
+
+def test_filters(gallery, files):
+    q = files.fn[0]
+    assert set(gallery.search(q, 6, exclude_cam='door').cam)=={'hall'}
+    assert gallery.search(q, 6, exclude_cam=['door','hall']).empty
+    assert set(gallery.search(q, 6, since='2026-11-23 11:00').pid)=={2}
+    assert gallery.search(q, 6, since=pd.Timestamp('2026-11-23 12:00'), exclude_cam='hall').key.tolist()==[str(files.fn[4])]
+    assert len(gallery.search(q, 6, where='pid==2 and cam!="door"'))==2
+    assert len(gallery.search(q, 6, where=lambda t: t.pid==1))==3
+    assert len(gallery.search(q, 6, threshold=.9999))==1
+    assert len(gallery.search([q,q], 2, where='pid==2'))==4
+
+@pytest.mark.parametrize('args,why', [(dict(k=7),'k=7: the gallery has 6 entries'),(dict(k=0),'k=0'),(dict(where='dor=="x"'),'dor'),(dict(where='pid'),'True or False'),(dict(where=lambda t: [True]),'each of the 6'),
+    (dict(where=lambda t: t.nobody),'AttributeError'),(dict(exclude_cam=1),'excludes nothing'),(dict(since='noon or so'),"since='noon or so'"),(dict(since='2026-11-23 08:00+01:00'),'time zone'),(dict(far=.01),'needs a calibration')])
+def test_search_errors(gallery, files, args, why):
+    with pytest.raises(ValueError, match=why): gallery.search(files.fn[0], **{'k':3, **args})
+
+def test_columns_that_are_not_there(files):
+    g = Gallery.from_learner(Model(), files[['fn']])
+    for args in (dict(exclude_cam='door'),dict(since='2026-11-23')):
+        with pytest.raises(ValueError, match="needs a column"): g.search(files.fn[0], k=1, **args)
+
+def test_gaps(files):
+    g = Gallery.from_learner(Model(), files.assign(cam=['door']+[None]*5, time=[pd.NaT]+files.time[1:].tolist()))
+    assert len(g.search(files.fn[0], 6, exclude_cam='door'))==5 and len(g.search(files.fn[0], 6, since='2000-01-01'))==5
+    g.add(pictures(1, 3), keys='x')
+    assert g.search(pictures(1, 3)[0], 7, where='pid==1').pid.tolist()==[1,1,1]
+
+def test_calibration(gallery, files, tmp_path):
+    gallery.calibration = {.01:.9999, .1:.5}
+    gallery.save(tmp_path/'g')
+    again = Gallery.load(tmp_path/'g', Model())
+    assert len(again.search(files.fn[0], 6, far=.01))==1 and again.threshold(.1)==.5
+    with pytest.raises(ValueError, match='far=0.5 was not calibrated: there is 0.01, 0.1'): again.threshold(.5)
+    class Calibrated:
+        def threshold(self, far):
+            if far<.01: raise ValueError('too rare')
+            return 1-far
+    gallery.calibration = Calibrated()
+    gallery.save()
+    assert Gallery.load(tmp_path/'g').threshold(.02)==.98
+
+def test_threshold_from_pairs():
+    "No more than `far` of the pairs reach it, and one ulp less would be too many"
+    pairs = np.random.default_rng(0).random(997)
+    for far in (.002,.01,.1,.5):
+        t = threshold_at(pairs.tolist(), far)
+        assert (pairs>=t).mean()<=far<(pairs>=np.nextafter(t, 0)).mean()
+    with pytest.raises(ValueError, match='cannot be told'): threshold_at(pairs.tolist(), .0001)
+
+# Adding and removing
+
+def test_add_and_remove(gallery, files):
+    gallery.remove(files.fn[1])
+    assert len(gallery)==5 and str(files.fn[1]) not in gallery and str(files.fn[1]) not in gallery.search(files.fn[1], 5).key.tolist()
+    gallery.add(files.iloc[1:2], note='again')
+    assert gallery.search(files.fn[1], 1).note[0]=='again'
+    assert len(gallery.add(pictures(2, 5), keys=['x','y'], cam='yard', pid=[7,8]))==8
+    assert gallery.table.set_index('key').loc[['x','y']].pid.tolist()==[7,8]
+    gallery.remove(['x','y','x'])
+    assert len(gallery)==6
+
+def test_all_or_none(gallery, files, tmp_path):
+    (tmp_path/'text.png').write_text('no picture')
+    (tmp_path/'cut.png').write_bytes(files.fn[0].read_bytes()[:60])
+    new = tmp_path/'new.png'
+    Image.fromarray(pictures(1, 9)[0]).save(new)
+    for bad,error,why in ((tmp_path/'text.png',ValueError,'text.png is no picture'),(tmp_path/'cut.png',ValueError,'cut.png is no picture or is cut off'),
+                          (tmp_path/'gone.png',FileNotFoundError,'gone.png is not there'),(tmp_path,ValueError,'is no picture'),(files.fn[0],ValueError,'0.png.* the first: remove it before')):
+        with pytest.raises(error, match=why): gallery.add([new,bad])
+        with pytest.raises(ValueError if bad==files.fn[0] else error): gallery.add([new,bad] if bad!=files.fn[0] else [new,new])
+        assert len(gallery)==6 and str(new) not in gallery
+    with pytest.raises(ValueError, match="1 of 2 keys are not in the gallery, 'nobody' the first"): gallery.remove([files.fn[0],'nobody'])
+    assert len(gallery)==6
+
+@pytest.mark.parametrize('bad,error,why', [('text',FileNotFoundError,'not there'),(np.zeros((4,3), np.float32),ValueError,'wrap embeddings'),(3,TypeError,'int is no picture'),(None,TypeError,'NoneType')])
+def test_what_is_no_query(gallery, bad, error, why):
+    with pytest.raises(error, match=why): gallery.search(bad, k=1)
+
+def test_add_errors(gallery, files):
+    with pytest.raises(ValueError, match='keys='): gallery.add(pictures(1))
+    with pytest.raises(ValueError, match='dates and times'): gallery.add(pictures(1), keys='x', time='soon')
+    with pytest.raises(ValueError, match="'pid' held number"): gallery.add(pictures(1), keys='x', pid='ann')
+    with pytest.raises(ValueError, match='have no key'): gallery.add(pictures(2), keys=['x',None])
+    with pytest.raises(ValueError, match='1 embeddings for 2'): gallery.add(pd.DataFrame(dict(key=['x','y'])), embs=gallery.embed(files.fn[:1].tolist()))
+    assert len(gallery)==6 and 'x' not in gallery
+    assert len(gallery.add([]))==6
+
+def test_embeddings_that_are_there_already(gallery, files):
+    embs = gallery.embed(files.fn.tolist())
+    g = Gallery(Model()).add(files.assign(key=[f'k{i}' for i in range(6)]), embs=embs)
+    seen = g.embedder.seen
+    assert g.search(embs[3], 1).key.tolist()==['k3'] and g.embedder.seen==seen==0
+
+def test_bad_embeddings(gallery):
+    for x in (np.zeros(9),np.full(9, np.nan),np.r_[np.inf,np.ones(8)]):
+        with pytest.raises(ValueError, match='zero or not finite'): gallery.search(Embeddings(x, 'a model'), k=1)
+    with pytest.raises(ValueError, match="of 5 numbers, and this gallery's have 9"): gallery.search(Embeddings(np.ones(5), 'a model'), k=1)
+
+def test_an_empty_gallery(files, tmp_path):
+    g = Gallery(Model())
+    assert len(g)==0 and 'of 0 entries' in repr(g) and len(g.table)==0
+    for f in (g.search,g.show):
+        with pytest.raises(ValueError, match='gallery is empty'): f(files.fn[0])
+    with pytest.raises(ValueError, match='gallery is empty'): g.build_index()
+    g.save(tmp_path/'g')
+    again = Gallery.load(tmp_path/'g', Model())
+    assert len(again)==0 and len(again.add(files))==6
+    again.remove(list(again.keys))
+    with pytest.raises(ValueError, match='gallery is empty'): again.search(files.fn[0])
+
+# Whose embedding
+
+def test_another_model(gallery, files, tmp_path):
+    gallery.save(tmp_path/'g')
+    for f in (lambda: gallery.search(Embeddings(np.ones(9), 'b model'), k=1), lambda: gallery.add(pd.DataFrame(dict(key=['x'])), embs=Embeddings(np.ones(9), 'b model')), lambda: Gallery.load(tmp_path/'g', Model('b model'))):
+        with pytest.raises(ValueError, match="this gallery is of model a model, and this is b model"): f()
+    gallery.embedder.fingerprint = 'trained on'
+    for f in (lambda: gallery.search(files.fn[0], k=1), lambda: gallery.add(pictures(1), keys='x')):
+        with pytest.raises(ValueError, match="Another model's embedding"): f()
+    assert len(gallery)==6
+
+def test_without_a_model(gallery, files, tmp_path):
+    gallery.save(tmp_path/'g')
+    g = Gallery.load(tmp_path/'g')
+    assert g.search(gallery.embed([files.fn[4]]), 1).key.tolist()==[str(files.fn[4])]
+    with pytest.raises(ValueError, match='loaded without its model'): g.search(files.fn[4], 1)
+    with pytest.raises(ValueError, match='needs a model'): Gallery()
+    with pytest.raises(TypeError, match='cannot embed'): Gallery('resnet50')
+
+def test_a_learner(trained, people, tmp_path):
+    "Embeddings are the learner's own, and its fingerprint follows its weights"
+    import torch
+    from pyramidreid.fingerprint import learner_fingerprint
+    files = sorted((people/'bounding_box_test').glob('*.jpg'))[:5]
+    g = Gallery.from_learner(trained, files)
+    dl = trained.dls.test_dl(files)
+    assert np.allclose(g.store.segments[0].embs, unit(trained.embed(dl).numpy()), atol=1e-6) and g.fingerprint==learner_fingerprint(trained)
+    assert g.search(files[3], k=1).key.tolist()==[str(files[3])]
+    g.save(tmp_path/'g')
+    assert len(Gallery.load(tmp_path/'g', trained))==5
+    w = next(trained.model.parameters())
+    with torch.no_grad(): w.add_(1e-3)
+    try:
+        with pytest.raises(ValueError, match="Another model's"): g.search(files[0], k=1)
+    finally:
+        with torch.no_grad(): w.sub_(1e-3)
+
+# Keeping
+
+def test_saved_and_loaded(gallery, files, tmp_path):
+    gallery.remove(files.fn[5])
+    gallery.save(tmp_path/'g')
+    again = Gallery.load(tmp_path/'g', Model())
+    pd.testing.assert_frame_equal(again.search(pictures(2, 8), k=5), gallery.search(pictures(2, 8), k=5))
+    again.add(files.iloc[5:])
+    again.save()
+    assert len(Gallery.load(tmp_path/'g'))==6
+
+@pytest.mark.parametrize('harm', [lambda b: b[:-5], lambda b: b'', lambda b: b[:-1]+bytes([b[-1]^1])])
+def test_damage(gallery, tmp_path, harm):
+    gallery.save(tmp_path/'g')
+    for f in sorted((tmp_path/'g').iterdir()):
+        whole = f.read_bytes()
+        f.write_bytes(harm(whole))
+        with pytest.raises(ValueError, match=f'{f.name} is damaged'): Gallery.load(tmp_path/'g')
+        f.write_bytes(whole)
+    assert len(Gallery.load(tmp_path/'g'))==6
+
+def test_show(gallery, files):
+    files.fn[1].unlink()
+    fig = gallery.show(files.fn[0], k=9, pid=1, exclude_cam='yard')
+    text = [ax.get_title() for ax in fig.axes]
+    assert len(text)==7 and text[0]=='query\npid 1' and 'pid 1 · cam door' in text[1]
+    assert [t.get_text() for ax in fig.axes for t in ax.texts]==['no picture']
+    with pytest.raises(FileNotFoundError, match='1.png is not there'): gallery.show(files.fn[1])
+
+# Large galleries
+
+@pytest.fixture(scope='module')
+def crowd():
+    "12,000 rows around 200 centres, in three blocks of which one is half precision; every tenth id is missing"
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((200,24))
+    x = unit(centres[rng.integers(0, 200, 12000)]+.5*rng.standard_normal((12000,24)))
+    ids = np.array([i for i in range(14000) if i%10])[:12000]
+    return Rows([(ids[:5000],x[:5000]),(ids[5000:5001],x[5000:5001]),(ids[5001:],x[5001:].astype(np.float16))]),unit(centres[:30])
+
+def brute(q, rows, k, ok=None):
+    sims = q@np.concatenate([np.asarray(o, np.float32) for _,o in rows.blocks]).T
+    if ok is not None: sims[:,~ok] = -np.inf
+    order = np.argsort(-sims, 1, kind='stable')[:,:k]
+    sims = np.take_along_axis(sims, order, 1)
+    return sims,np.where(np.isfinite(sims), order, -1)
+
+@pytest.mark.parametrize('share', [None,1.,.5,.01,.0005,0.])
+def test_exact_under_filters(crowd, share):
+    rows,q = crowd
+    ok = None if share is None else np.random.default_rng(1).random(len(rows))<share
+    got,want = exact(q, rows, 10, ok),brute(q, rows, 10, ok)
+    assert np.allclose(got[0], want[0], atol=1e-6) and (got[1]==want[1]).mean()>.999
+
+def test_equals_keep_their_order():
+    x = np.tile(unit(np.ones((1,4))), (7,1))
+    rows = Rows([(np.arange(3),x[:3]),(np.arange(3,7),x[3:])])
+    assert exact(x[:1], rows, 5)[1].tolist()==[[0,1,2,3,4]]
+
+@pytest.mark.parametrize('kind', ['ivf','hnsw'])
+def test_index(crowd, kind, capsys):
+    "Under every filter: only what is allowed, no gaps, similarities as they are; recall as promised"
+    rows,q = crowd
+    index = build_index(rows, kind, few=100)
+    out = capsys.readouterr().out
+    assert f"recall@10 {index.note['recall']:.3f}" in out and 'ms a query' in out and index.note['recall']>=.95
+    assert abs(index.note['bytes']/len(faiss.serialize_index(index.index))-1)<.15
+    rng = np.random.default_rng(2)
+    for share in (None,.9,.3,.1,.02,.004,.0002):
+        ok = None if share is None else rng.random(len(rows))<share
+        sims,found = nearest(q, rows, 10, ok, index, few=100)
+        want = brute(q, rows, 10, ok)
+        assert ((found>=0).sum(1)==min(10, len(rows) if ok is None else ok.sum())).all() and (ok is None or ok[found[found>=0]].all())
+        for o,s,f in zip(q, sims, found): assert np.allclose(s[f>=0], rows.gather(f[f>=0])@o, atol=1e-6)
+        assert np.mean([len(set(a)&set(b))/len(set(b)) for a,b in zip(found, want[1])])>=.93, share
+
+def test_index_of_the_gallery(tmp_path, capsys):
+    "Built, saved, loaded; entries that came later and entries that went are respected"
+    rng = np.random.default_rng(0)
+    x = Embeddings(unit(rng.standard_normal((25000,8))), 'a model')
+    frame = pd.DataFrame(dict(key=np.arange(25000).astype(str), cam=np.arange(25000)%5))
+    g = Gallery(Model(dim=8)).add(frame, embs=x)
+    g.build_index('ivf')
+    assert g.index.note['recall']>=.95 and 'IVF of 25,000 rows' in repr(g)
+    g.add(pd.DataFrame(dict(key=['late'], cam=[9])), embs=x[7])
+    g.remove('7')
+    g.save(tmp_path/'g')
+    for h in (g,Gallery.load(tmp_path/'g')):
+        assert '1 entries came later' in repr(h)
+        assert h.search(x[7], 3).key[0]=='late' and '7' not in h.search(x[7], 50).key.tolist()
+        assert h.search(x[8], 1).key.tolist()==['8'] and h.search(x[8], 5, exclude_cam=[0,1,2,3,4]).key.tolist()==['late']
+        assert set(h.search(x[8], 20, exclude_cam=3).cam)<={0,1,2,4,9}
+    h.build_index('exact').save()
+    assert not list((tmp_path/'g').glob('*.faiss')) and Gallery.load(tmp_path/'g').index is None
+    with pytest.raises(ValueError, match="kind='lsh'"): h.build_index('lsh')
+
+def test_small_galleries_need_no_index(gallery):
+    with pytest.raises(ValueError, match='6 entries need no index'): gallery.build_index()
+
+# Packaging
+
+def test_light():
+    "Neither torch, fastai nor faiss is imported with the gallery, and not faiss with all"
+    code = "import sys,pyramidreid.gallery,pyramidreid.milvus; assert not {'torch','fastai','faiss','pyarrow.parquet','pymilvus'} & set(sys.modules), set(sys.modules) & {'torch','fastai','faiss','pyarrow.parquet','pymilvus'}"
+    subprocess.run([sys.executable,'-c',code], check=True, capture_output=True)
+
+def test_in_all():
+    import pyramidreid.all as lib
+    assert lib.Gallery is Gallery and lib.Embeddings is Embeddings
+
+def test_without_the_extra(gallery, files, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'faiss', None)
+    with pytest.raises(ImportError, match=r'pyramidreid\[gallery\]'): gallery.search(files.fn[0], k=1)

@@ -1,0 +1,85 @@
+"The gallery on Milvus, tested against Milvus Lite and against the gallery in a folder"
+import os,sys
+import numpy as np, pandas as pd, pytest
+pytest.importorskip('pymilvus', reason='needs the extra milvus')
+pytest.importorskip('milvus_lite', reason='needs milvus-lite, which the extra milvus brings')
+pytest.importorskip('faiss', reason='compared with the gallery in a folder, which needs the extra gallery')
+from pyramidreid.entries import Embeddings
+from pyramidreid.gallery import Gallery
+from pyramidreid.milvus import MilvusGallery,milvus_filter
+from test_gallery import Model,pictures
+
+N = 300
+
+def seen(**columns):
+    "Entries with gaps in every column, and keys that want quoting"
+    i = np.arange(N)
+    return pd.DataFrame(dict(key=[f'k{j}' if j%50 else f'"Jürgen\'s {j}\\' for j in i], pid=pd.array(i%7, dtype='Int64'), cam=[('door','hall','yard',None)[j%4] for j in i],
+        time=[pd.NaT if j%11==0 else pd.Timestamp('2026-11-23 08:00')+pd.Timedelta(minutes=int(j)) for j in i], score=np.where(i%5==0, np.nan, i/N), ok=pd.array([None if j%13==0 else bool(j%2) for j in i], dtype='boolean')) | columns)
+
+embs = Embeddings(np.random.default_rng(0).standard_normal((N,9)), 'a model')
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+    far = MilvusGallery(tmp_path_factory.mktemp('milvus')/'people.db', Model()).add(seen(), embs=embs)
+    yield far,Gallery(Model()).add(seen(), embs=embs)
+    far.close()
+
+def same(a, b):
+    assert a.columns.tolist()==b.columns.tolist() and len(a)==len(b) and np.allclose(a.similarity, b.similarity, atol=1e-5)
+    for c in set(a)-{'similarity'}: assert [None if pd.isna(o) else o for o in a[c]]==[None if pd.isna(o) else o for o in b[c]], c
+
+@pytest.mark.parametrize('filters', [{},dict(exclude_cam='door'),dict(exclude_cam=['door','yard']),dict(since='2026-11-23 10:00'),dict(where='pid==3'),dict(where='pid in [1,2] and cam=="hall"'),dict(where='not (pid<5) or score>0.9'),
+    dict(where='ok==True'),dict(exclude_cam='hall', since=pd.Timestamp('2026-11-23 09:30:30'), where='pid<6'),dict(threshold=.6),dict(where='pid==99')])
+def test_as_in_a_folder(both, filters):
+    far,near = both
+    for q,k in ((embs[17],N),(embs[17],5),(embs[:4],7)): same(far.search(q, k, **filters), near.search(q, k, **filters))
+
+def test_pictures(both):
+    far,near = both
+    same(far.search(pictures(2, 3), 9), near.search(pictures(2, 3), 9))
+
+def test_table(both):
+    far,near = both
+    a,b = (o.table.sort_values('key').reset_index(drop=True) for o in both)
+    same(a.assign(similarity=0), b.assign(similarity=0))
+    assert len(far)==N and '"Jürgen\'s 50\\' in far and 'nobody' not in far and '300 entries, 9-d' in repr(far)
+
+def test_errors(both):
+    far,_ = both
+    for f,why in ((lambda: far.search(embs[0], N+1), 'k is between 1 and 300'),(lambda: far.search(embs[0], 3, where='pid=='), 'Milvus refuses'),(lambda: far.search(embs[0], 3, where=lambda t: t.pid==1), 'cannot be sent'),
+                  (lambda: far.search(embs[0], 3, exclude_cam=1), 'excludes nothing'),(lambda: far.search(embs[0], 3, since='soon'), "since='soon'"),(lambda: far.search(embs[0], 3, since='2026-11-23 08:00Z'), 'time zone'),
+                  (lambda: far.add(seen()[:2], embs=embs[:2]), 'there already'),(lambda: far.add(pictures(1), keys='x', pid='ann'), "'pid' held number"),(lambda: far.remove(['k1','nobody']), "'nobody' the first"),
+                  (lambda: far.search(Embeddings(np.ones(9), 'b model'), 3), "Another model's"),(lambda: far.search(Embeddings(np.ones(4), 'a model'), 3), "of 4 numbers"),(far.build_index, 'builds its index itself')):
+        with pytest.raises(ValueError, match=why): f()
+    assert len(far)==N and 'k1' in far
+
+def test_a_life(tmp_path):
+    "Made, closed, opened, changed, calibrated; another model is refused; two collections in one file"
+    uri = tmp_path/'people.db'
+    g = MilvusGallery(uri, Model())
+    assert len(g)==0 and len(g.table)==0 and 'x' not in g
+    with pytest.raises(ValueError, match='gallery is empty'): g.search(pictures(1)[0])
+    g.add(pictures(3), keys=list('abc'), cam='door').add(pictures(2, 1), keys=['d','e'], pid=[1,2])
+    g.remove('b')
+    g.calibration = {.01:.9999}
+    g.save()
+    g.close()
+    with pytest.raises(ValueError, match="Another model's embedding"): MilvusGallery.load(uri, Model('b model'))
+    g = MilvusGallery.load(uri, Model())
+    assert len(g)==4 and sorted(g.table.key)==['a','c','d','e'] and g.search(pictures(1)[0], 4, far=.01).key.tolist()==['a']
+    assert g.add(pictures(3)[1], keys='b').search(pictures(3)[1], 1).key.tolist()==['b']
+    with pytest.raises(ValueError, match="holds no gallery 'others'"): MilvusGallery(uri, name='others')
+    assert g.show(pictures(1)[0], k=2).axes[0].get_title()=='query'
+    g.close()
+
+def test_expressions():
+    kinds = dict(cam='number', time='time with zone')
+    assert milvus_filter(kinds)==''
+    assert milvus_filter(kinds, np.int64(3), '1970-01-01 01:00:00.000005+01:00', 'pid>1')=='(not exists cam or cam not in [3]) and time >= 5 and (pid>1)'
+    for args in (dict(exclude_cam=1),dict(since='2026-11-23')):
+        with pytest.raises(ValueError, match='needs a column'): milvus_filter({}, **args)
+
+def test_without_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pymilvus', None)
+    with pytest.raises(ImportError, match=r'pyramidreid\[milvus\]'): MilvusGallery(tmp_path/'x.db', Model())

@@ -1,0 +1,156 @@
+"The runtime alone: what it imports, what it takes, and what it refuses"
+import subprocess,sys,threading,time
+import numpy as np, pytest
+from PIL import Image
+from pyramidreid.runtime import *
+
+ort = pytest.importorskip('onnxruntime', reason='the onnx extra is not installed')
+pytest.importorskip('onnxscript', reason='the onnx extra is not installed')
+pytestmark = pytest.mark.filterwarnings('ignore')
+SIZE = (48,24)
+heavy = ('torch','torchvision','fastai','fastcore','pandas','matplotlib','scipy','onnx','safetensors','IPython')
+
+@pytest.fixture(scope='session')
+def learn(make_learner): return make_learner()
+
+@pytest.fixture(scope='session')
+def file(learn, tmp_path_factory):
+    import pyramidreid.export
+    return learn.to_onnx(tmp_path_factory.mktemp('runtime')/'m.onnx')
+
+@pytest.fixture(scope='session')
+def files(people): return sorted((people/'query').glob('*.jpg'))
+
+def python(code): return subprocess.run([sys.executable,'-c',code], capture_output=True, text=True)
+
+def test_imports_nothing_heavy_and_in_under_a_second():
+    code = f"import time; t=time.process_time()\nimport sys,pyramidreid.runtime,onnxruntime\nprint(time.process_time()-t, [o for o in {heavy} if o in sys.modules])"
+    runs = [python(code).stdout.split(maxsplit=1) for _ in range(3)]
+    assert all(o.strip()=='[]' for _,o in runs) and min(float(t) for t,_ in runs)<1
+
+def test_works_where_there_is_nothing_else(file, files):
+    "Nothing but onnxruntime, NumPy, Pillow and the standard library can be imported"
+    code = f'''
+import sys
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split('.')[0]
+        if top not in sys.stdlib_module_names and top not in ('pyramidreid','onnxruntime','numpy','PIL','flatbuffers','google','coloredlogs','humanfriendly','sympy','mpmath','packaging'):
+            raise ModuleNotFoundError(f'no {{name}} here')
+sys.meta_path.insert(0, Forbid())
+from pyramidreid.runtime import Runtime
+r = Runtime({str(file)!r}, threads=1)
+print(r.embed([{str(files[0])!r}]).shape, r.size, r.fingerprint)
+try: import torch
+except ModuleNotFoundError: print('alone')
+'''
+    res = python(code)
+    assert res.stdout.split()[:2]==['(1,','48)'] and 'alone' in res.stdout, res.stderr
+
+def test_without_onnxruntime_the_extra_is_named(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(ImportError, match=r'pip install .pyramidreid\[onnx\]'): Runtime(file)
+
+# what it takes
+
+def test_files_arrays_images_and_generators(file, files, learn):
+    r = Runtime(file, threads=1)
+    emb = r.embed(files, bs=5)
+    assert abs(emb-learn.embed(learn.dls.test_dl(files)).numpy()).max()<=1e-4
+    same = dict(strings=map(str, files), images=[Image.open(f) for f in files], arrays=[np.asarray(Image.open(f)) for f in files], batch=np.stack([np.asarray(Image.open(f)) for f in files]),
+                mixed=[files[0], *(Image.open(f) for f in files[1:])], generator=(f for f in files), tuple_=tuple(files))
+    for name,o in same.items(): assert abs(r.embed(o)-emb).max()<=1e-6, name
+    for o in (files[3], str(files[3]), Image.open(files[3]), np.asarray(Image.open(files[3]))): assert abs(r.embed(o)-emb[3:4]).max()<=1e-6
+    assert r.embed([]).shape==(0,r.emb_sz)==(0,6*8)
+
+def test_grey_arrays_and_odd_layouts(file):
+    r,rng = Runtime(file, threads=1),np.random.default_rng(0)
+    grey,colour = rng.integers(0, 256, (70,30), dtype=np.uint8),rng.integers(0, 256, (70,30,3), dtype=np.uint8)
+    assert np.array_equal(r.embed(grey), r.embed(np.stack([grey]*3, -1)))
+    bgr = np.ascontiguousarray(colour[...,::-1])
+    assert np.array_equal(r.embed(bgr[...,::-1]), r.embed(colour)) and not np.array_equal(r.embed(bgr), r.embed(colour))
+
+def test_only_one_batch_of_images_is_in_memory(file):
+    "After 100 images have been asked for, at least 92 have been embedded"
+    r,done = Runtime(file, threads=1),[0]
+    run = r.run
+    def counted(x):
+        done[0] += len(x)
+        return run(x)
+    r.run = counted
+    def stream():
+        for i in range(100):
+            assert i-done[0]<=8
+            yield np.full((10,5,3), i, np.uint8)
+    assert len(r.embed(stream(), bs=8))==100
+
+def test_pixels_of_the_models_size_are_taken_as_they_are():
+    x = np.random.default_rng(0).integers(0, 256, (2,*SIZE,3), dtype=np.uint8)
+    assert np.array_equal(pixels(x, SIZE), x)
+
+def test_threads_share_a_runtime(file, files):
+    r = Runtime(file, threads=1)
+    emb,res = r.embed(files),{}
+    def work(i): res[i] = r.embed(files, bs=i+1)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(res)==4 and all(abs(o-emb).max()<=1e-6 for o in res.values())
+
+# what it refuses
+
+def test_pictures_that_are_none(file, files, tmp_path):
+    r,data = Runtime(file, threads=1),files[0].read_bytes()
+    png = tmp_path/'cut.png'
+    Image.open(files[0]).save(png)
+    png.write_bytes(png.read_bytes()[:-500])
+    for name,o in {'text.jpg':b'hello', 'empty.jpg':b'', 'cut.jpg':data[:len(data)//2], 'head.jpg':data[:200]}.items():
+        (tmp_path/name).write_bytes(o)
+        with pytest.raises(OSError, match=f'{name} is no image or is cut off'): r.embed([files[0],tmp_path/name])
+    with pytest.raises(OSError, match='cut.png is no image or is cut off'): r.embed(png)
+    with pytest.raises(FileNotFoundError, match='no image file .*nobody.jpg'): r.embed([tmp_path/'nobody.jpg'])
+    with pytest.raises(FileNotFoundError, match='no image file'): r.embed(tmp_path)
+
+@pytest.mark.parametrize('item,words', [(None,'NoneType'), (3,'int'), (b'bytes','bytes'), (np.zeros((8,4,3)),'float64'), (np.zeros((8,4,4), np.uint8),r'\(8, 4, 4\)'),
+                                        (np.zeros((3,8,4), np.uint8),r'\(3, 8, 4\)'), (np.zeros((0,4,3), np.uint8),r'\(0, 4, 3\)'), (np.zeros(5, np.uint8),r'\(5,\)')])
+def test_what_is_no_picture_is_numbered(file, files, item, words):
+    "The number counts over batches"
+    with pytest.raises(ValueError, match=f'image 5 is an? .*{words}'): Runtime(file, threads=1).embed([*files[:5],item], bs=2)
+
+def test_no_batches_of_none(file):
+    with pytest.raises(ValueError, match='bs=0'): Runtime(file).embed([], bs=0)
+
+def test_damaged_models(file, tmp_path):
+    bad,data = tmp_path/'bad.onnx',file.read_bytes()
+    for n in (0, 1, 100, len(data)//2, len(data)-5000, len(data)-200, len(data)-1):
+        bad.write_bytes(data[:n])
+        with pytest.raises(ValueError, match='bad.onnx is (no ONNX model or is cut off|damaged)'): Runtime(bad)
+    rng = np.random.default_rng(0)
+    for i in rng.integers(0, len(data), 40):
+        flipped = bytearray(data)
+        flipped[i] ^= 1<<rng.integers(8)
+        bad.write_bytes(flipped)
+        with pytest.raises(ValueError, match='bad.onnx is'): Runtime(bad)
+    bad.write_bytes(data+b'\0')
+    with pytest.raises(ValueError, match='damaged'): Runtime(bad)
+    for o in (b'hello world', b'\x80\x04\x95'*50, bytes(1000)):
+        bad.write_bytes(o)
+        with pytest.raises(ValueError, match='bad.onnx is no ONNX model|none of pyramidreid'): Runtime(bad)
+    with pytest.raises(FileNotFoundError, match='no model'): Runtime(tmp_path/'none.onnx')
+    with pytest.raises(FileNotFoundError, match='no model'): Runtime(tmp_path)
+
+def test_somebody_elses_onnx_file(tmp_path):
+    from onnx import TensorProto,helper
+    x,y = (helper.make_tensor_value_info(o, TensorProto.FLOAT, [1]) for o in 'xy')
+    model = helper.make_model(helper.make_graph([helper.make_node('Relu', ['x'], ['y'])], 'g', [x], [y]), opset_imports=[helper.make_opsetid('', 17)], ir_version=9)
+    (tmp_path/'relu.onnx').write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match='relu.onnx is an ONNX model, but none of pyramidreid'): Runtime(tmp_path/'relu.onnx')
+
+def test_a_later_format(file, tmp_path):
+    import json,onnx
+    model = onnx.load(file)
+    for o in model.metadata_props:
+        if o.key=='pyramidreid': o.value = json.dumps({**json.loads(o.value), 'format':2})
+        else: o.value = blank_seal
+    (tmp_path/'later.onnx').write_bytes(seal(model.SerializeToString()))
+    with pytest.raises(ValueError, match='later version'): Runtime(tmp_path/'later.onnx')

@@ -1,0 +1,239 @@
+"Galleries on disk: every kind of crash, damage and company"
+import json,os,subprocess,sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+pytest.importorskip('pyarrow', reason='needs the extra gallery')
+from pyramidreid import store as module
+from pyramidreid.store import Store,read_embeddings,read_manifest,write_embeddings
+
+def embs(n, seed=0): return np.random.default_rng(seed).standard_normal((n,6)).astype(np.float32)
+def frame(*keys, **columns): return pd.DataFrame(dict(key=list(keys), **columns))
+def held(store): return {k:e.tolist() for s in store.segments for k,e,g in zip(s.table.key, s.embs, s.gone) if not g}
+
+@pytest.fixture
+def path(tmp_path): return tmp_path/'people'
+
+@pytest.fixture
+def store(path):
+    res = Store('a model')
+    res.add(embs(4), frame(*'abcd', pid=[1,2,None,4]))
+    res.save(path)
+    res.add(embs(2, 1), frame('e', 'f', cam=['door','hall']))
+    res.remove([1])
+    res.save()
+    return res
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_fifty_kills(tmp_path):
+    "kill -9 at random moments: what was saved is there, whole, and nothing heavy was imported for it"
+    run = subprocess.run([sys.executable, Path(__file__).parent/'kill_gallery.py', tmp_path/'killed', '50'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS':'1'})
+    assert run.returncode==0, run.stderr[-2000:]
+    res = json.loads(run.stdout)
+    print(res)
+    assert res['kills']==50 and res['heavy']==[] and res['inside']>=10 and res['entries']>0
+
+class Crash(BaseException): pass
+
+@pytest.mark.parametrize('first', [True,False])
+def test_a_crash_at_every_step(path, tmp_path, monkeypatch, first):
+    "Stop before the first, second, … touch of the file system: on disk is the state before or the state after, and the next save goes through"
+    base = Store('a model')
+    base.add(embs(5), frame(*'abcde'))
+    if not first: base.save(path)
+    before,n = {} if first else held(base),0
+    while True:
+        n,left = n+1,[n]
+        def counted(f):
+            def call(*args, **kwargs):
+                left[0] -= 1
+                if left[0]<=0: raise Crash # and so does all that follows
+                return f(*args, **kwargs)
+            return call
+        place = tmp_path/f'try-{n}'
+        if not first: subprocess.run(['cp','-r',path,place], check=True)
+        s = Store('a model') if first else Store.load(place)
+        if first: s.add(embs(5), frame(*'abcde'))
+        s.add(embs(6, 2), frame(*'fghijk'))
+        s.remove([0])
+        after = held(s)
+        with monkeypatch.context() as m:
+            for o in ('fsync','replace','rmdir','unlink'): m.setattr(os, o, counted(getattr(os, o)))
+            m.setattr(Path, 'unlink', counted(Path.unlink))
+            try:
+                s.save(place)
+                done = True
+            except Crash: done = False
+        found = held(Store.load(place)) if (place/'gallery.json').exists() else {}
+        assert found in (before,after), n
+        if done: break
+        again = Store.load(place) if (place/'gallery.json').exists() else Store('a model')
+        again.add(embs(1, 3), frame('z'))
+        again.save(place)
+        assert held(Store.load(place))=={**found, **{'z':embs(1, 3)[0].tolist()}}
+        assert {o.name for o in place.iterdir()}=={f[0] for o in again.segments for f in o.files}|{'gallery.json'}
+    assert n>5 and found==after
+
+def test_saved_and_loaded(store, path):
+    again = Store.load(path)
+    pd.testing.assert_frame_equal(again.table, store.table)
+    assert held(again)==held(store) and list(held(again))==list('acdef') and len(again)==5
+    assert again.table.pid.tolist()[0]==1 and again.table.cam.isna().sum()==3
+
+def test_many_small_saves_make_few_segments(path):
+    s = Store('a model')
+    for i in range(70):
+        s.add(embs(1, i), frame(f'k{i}'))
+        s.save(path)
+    assert len(s.segments)<=7 and len(list(path.iterdir()))==2*len(s.segments)+1
+    assert held(Store.load(path))=={f'k{i}':embs(1, i)[0].tolist() for i in range(70)}
+
+def test_old_files_are_not_touched(path):
+    s = Store('a model')
+    s.add(embs(100), frame(*map(str, range(100))))
+    s.save(path)
+    kept = {o:(o.read_bytes(),o.stat().st_mtime_ns) for o in path.glob('0*')}
+    s.add(embs(3, 1), frame(*'abc'))
+    s.remove([5])
+    s.save()
+    assert kept=={o:(o.read_bytes(),o.stat().st_mtime_ns) for o in kept}
+    s.remove(range(60))
+    s.save()
+    assert not any(o.exists() for o in kept) and list(held(Store.load(path)))==[*map(str, range(60,100)),*'abc']
+
+def test_everything_removed(store, path):
+    store.remove(range(9))
+    store.save()
+    again = Store.load(path)
+    assert len(again)==0 and len(again.table)==0 and [o.name for o in path.iterdir()]==['gallery.json']
+    assert again.add(embs(1), frame('a')).tolist()==[6]
+
+def test_half_precision(path):
+    s = Store('a model', dtype='float16')
+    s.add(embs(4), frame(*'abcd'))
+    s.save(path)
+    again = Store.load(path)
+    assert again.segments[0].embs.dtype==np.float16 and np.allclose(again.segments[0].embs, embs(4), atol=2e-3)
+    with pytest.raises(ValueError, match="'float32' or 'float16'"): Store('a model', dtype='int8')
+
+def test_written_in_blocks_equals_safetensors(tmp_path):
+    from safetensors.numpy import load_file,save_file
+    x,ids = embs(50),np.arange(50)*3
+    name,n,crc = write_embeddings(tmp_path/'a.safetensors', ids, [x[:7],x[7:8],x[8:]], 6, 'float32')
+    assert (tmp_path/name).stat().st_size==n
+    theirs = load_file(tmp_path/name)
+    assert np.array_equal(theirs['embeddings'], x) and np.array_equal(theirs['ids'], ids)
+    save_file(dict(embeddings=x, ids=ids), tmp_path/'b.safetensors')
+    ours = read_embeddings(tmp_path/'b.safetensors')
+    assert np.array_equal(ours[0], ids) and np.array_equal(ours[1], x)
+
+@pytest.mark.parametrize('harm,why', [('cut','has .* bytes and had'),('bit','checksum is wrong'),('empty','has 0 bytes')])
+@pytest.mark.parametrize('ext', ['safetensors','parquet'])
+def test_damaged_segments(store, path, ext, harm, why):
+    victim = sorted(path.glob(f'*.{ext}'))[0]
+    data = bytearray(victim.read_bytes())
+    data[len(data)//2] ^= 4
+    victim.write_bytes({'cut':data[:-9], 'bit':data, 'empty':b''}[harm])
+    with pytest.raises(ValueError, match=f'{victim.name} is damaged: .*{why}'): Store.load(path)
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"format": "gallery 1"}', 'null'])
+def test_damaged_manifest(store, path, text):
+    (path/'gallery.json').write_text(text)
+    with pytest.raises(ValueError, match='gallery.json is damaged'): Store.load(path)
+
+def test_tampered_manifest(store, path):
+    file = path/'gallery.json'
+    file.write_text(file.read_text().replace('a model', 'b model'))
+    with pytest.raises(ValueError, match='checksum'): Store.load(path)
+
+def test_a_file_that_vanished(store, path):
+    victim = sorted(path.glob('*.parquet'))[0]
+    victim.unlink()
+    with pytest.raises(FileNotFoundError, match=f'not whole: {victim.name} is missing'): Store.load(path)
+
+def test_no_gallery_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match='holds no gallery'): Store.load(tmp_path)
+    with pytest.raises(ValueError, match='never saved'): Store('a model').save()
+
+def test_a_newer_format(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, '_format', 'gallery 2')
+    store.save(tmp_path/'new')
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="'gallery 2'"): Store.load(tmp_path/'new')
+
+def test_two_writers(store, path):
+    other = Store.load(path)
+    other.add(embs(1), frame('x'))
+    other.save()
+    store.add(embs(1), frame('y'))
+    with pytest.raises(RuntimeError, match='changed by another process'): store.save()
+    assert list(held(Store.load(path)))==list('acdefx')
+
+def test_not_over_another_gallery(store, path):
+    new = Store('a model')
+    new.add(embs(1), frame('x'))
+    with pytest.raises(FileExistsError, match='holds a gallery already'): new.save(path)
+
+def test_saved_to_a_second_folder(store, path, tmp_path):
+    store.save(tmp_path/'copy')
+    assert held(Store.load(tmp_path/'copy'))==held(Store.load(path))
+    store.add(embs(1), frame('x'))
+    store.save()
+    assert 'x' in held(Store.load(tmp_path/'copy')) and 'x' not in held(Store.load(path))
+
+def test_the_folder_was_deleted(store, path):
+    "What is mapped into memory is still there, and is written anew"
+    import shutil
+    want = held(store)
+    shutil.rmtree(path)
+    store.save()
+    assert held(Store.load(path))==want
+
+def test_a_reader_while_another_saves(store, path, monkeypatch):
+    "The old segments go between reading the manifest and the files: the new manifest is read"
+    real,calls = module.read_manifest,[]
+    def slow(p):
+        res = real(p)
+        if not calls:
+            calls.append(1)
+            store.add(embs(20), frame(*(f'n{i}' for i in range(20))))
+            store.save()
+        return res
+    monkeypatch.setattr(module, 'read_manifest', slow)
+    assert len(Store.load(path))==25
+
+def test_a_full_disk(store, path, monkeypatch):
+    before,listing = held(Store.load(path)),sorted(path.iterdir())
+    store.add(embs(2), frame('x','y'))
+    def full(*args): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', full)
+        with pytest.raises(OSError, match='No space left'): store.save()
+    assert held(Store.load(path))==before and sorted(path.iterdir())==listing
+    store.save()
+    assert set(held(Store.load(path)))==set('acdefxy')
+
+def test_other_files_stay(store, path):
+    (path/'notes.txt').write_text('mine')
+    store.add(embs(9), frame(*'ghijklmno'))
+    store.save()
+    assert (path/'notes.txt').read_text()=='mine'
+
+@pytest.mark.parametrize('values,kind', [(['a',1],'mixed-integer'),([[1],[2]],'mixed'),([b'a',b'b'],'bytes')])
+def test_columns_that_cannot_be_kept(values, kind):
+    with pytest.raises(ValueError, match=f"'note' holds values of the kind '{kind}'"): Store('a model').add(embs(2), frame('a','b', note=values))
+
+def test_columns_keep_their_kind(store):
+    with pytest.raises(ValueError, match="'pid' held number until now, and here it holds text"): store.add(embs(1), frame('x', pid=['ann']))
+    assert len(store)==5
+
+def test_kinds_survive(path):
+    s = Store('a model')
+    s.add(embs(2), frame('a','b', pid=[1,None], ok=[True,False], score=[.5,None], at=pd.to_datetime(['2026-11-23 08:00+01:00',None], utc=True), who=pd.Categorical(['x','y'])))
+    s.save(path)
+    pd.testing.assert_frame_equal(Store.load(path).table, s.table)
+    with pytest.raises(ValueError, match="'at' held time with zone"): s.add(embs(1), frame('c', at=pd.to_datetime(['2026-11-23'])))
+
+def test_without_the_extra(store, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    store.add(embs(1), frame('x'))
+    with pytest.raises(ImportError, match=r'pyramidreid\[gallery\]'): store.save()
