@@ -1,5 +1,5 @@
 "What the benchmarks share: one training on synthetic people or a folder, a grid of them over seeds, and a table with its circumstances."
-import gc,hashlib,json,math,os,platform,sys,time
+import gc,hashlib,json,math,os,platform,sys,threading,time
 from concurrent.futures import BrokenExecutor,Executor,FIRST_COMPLETED,Future,ProcessPoolExecutor,wait
 from datetime import date
 from multiprocessing import get_context
@@ -131,6 +131,22 @@ def write_table(fname, title, table, text=''):
     head = ' · '.join(f'{k}: {info[k]}' for k in ('hardware','date','torch','torchvision','fastai'))
     (results/f'{fname}.md').write_text(f"# {title}\n\n`{info['command']}`\n\n{head}\n\n{text}\n\n{table}\n")
     print(table)
+
+class Peak:
+    "Peak of this process's anonymous memory within the block, beyond what it had before, MB"
+    def now(self): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))/1024
+    def __enter__(self):
+        self.start = self.mb = self.now()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+    def watch(self):
+        while not self.stop.wait(.003): self.mb = max(self.mb, self.now())
+    def __exit__(self, *args):
+        self.stop.set()
+        self.thread.join()
+        self.mb -= self.start
 
 def mean_std(o): return f'{o.mean():.3f}' + (f' ± {o.std():.3f}' if len(o)>1 else '')
 

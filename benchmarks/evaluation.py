@@ -2,29 +2,13 @@
 
 Against the plain versions of `plain.py`, and against torchreid where it is installed (its Cython evaluation too, where that was built).
 `--only metric large` runs some of the parts; 500,000 images take 2.7 GB of disk in `--tmp`."""
-import argparse,json,subprocess,sys,tempfile,threading,time
+import argparse,json,subprocess,sys,tempfile,time
 from pathlib import Path
 import numpy as np, torch
 sys.path.insert(0, str(Path(__file__).parent))
-from common import circumstances,markdown,results,write_table
+from common import Peak,circumstances,markdown,results,write_table
 
 DIM = 2688
-
-class Peak:
-    "Peak of this process's anonymous memory within the block, beyond what it had before, MB"
-    def now(self): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))/1024
-    def __enter__(self):
-        self.start = self.mb = self.now()
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-    def watch(self):
-        while not self.stop.wait(.003): self.mb = max(self.mb, self.now())
-    def __exit__(self, *args):
-        self.stop.set()
-        self.thread.join()
-        self.mb -= self.start
 
 def measured(f, n):
     "Result of `f`, the first and the quickest of `n` runs in seconds, and the peak of memory of the first"

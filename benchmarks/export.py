@@ -6,24 +6,19 @@ import numpy as np, pandas as pd, torch
 from common import circumstances,markdown,results,write_table
 from pyramidreid.core import whole_file
 
-models = {'resnet10 at 96×48':('resnet10', (96,48), 64, 512), 'resnet50 at 384×128':('resnet50', (384,128), 8, 32)}
+models = {'resnet10 at 96×48':('resnet10', (96,48), 64, 512), 'resnet50 at 384×128':('resnet50', (384,128), 8, 16)}
 
-def engines(arch, size, threads, compiled, learn):
-    "By name: a function from pixels to embeddings. All have `threads` processor threads"
+def engines(learn, compiled):
+    "By name: a function of the threads that gives a function from pixels to embeddings. The model is exported once"
     from pyramidreid.export import load_model
     from pyramidreid.runtime import Runtime
-    torch.set_num_threads(threads)
-    d = learn.path/f'{arch}-{threads}'
-    program = torch.export.load(learn.to_exported(d/'m.pt2')).module()
-    embedder = load_model(learn.save_model(d/'shared'))
-    def exported(x):
-        with torch.no_grad(): return program(torch.from_numpy(x)).numpy()
-    res = {'PyTorch':embedder.run, 'PyTorch, torch.export':exported, 'onnxruntime':Runtime(learn.to_onnx(d/'m.onnx'), threads=threads).run}
-    if compiled:
-        net = torch.compile(embedder.net, dynamic=True)
+    program,embedder,onnx_file = torch.export.load(learn.to_exported(learn.path/'m.pt2')).module(),load_model(learn.save_model(learn.path/'shared')),learn.to_onnx(learn.path/'m.onnx')
+    def in_torch(net):
         def run(x):
             with torch.no_grad(): return net(torch.from_numpy(x)).numpy()
-        res['PyTorch, torch.compile'] = run
+        return lambda threads: run
+    res = {'PyTorch':lambda threads: embedder.run, 'PyTorch, torch.export':in_torch(program), 'onnxruntime':lambda threads: Runtime(onnx_file, threads=threads).run}
+    if compiled: res['PyTorch, torch.compile'] = in_torch(torch.compile(embedder.net, dynamic=True))
     return res
 
 def batches(x, run, bs): return np.concatenate([run(x[i:i+bs]) for i in range(0, len(x), bs)])
@@ -32,18 +27,19 @@ def measure(name, threads, repeats, compiled):
     "Rows of figures of one model"
     import pyramidreid.all as lib
     arch,size,bs,n = models[name]
+    from pyramidreid.runtime import pixels
     people = lib.synth_persons(n_train=8, n_test=6, size=(96,48))
     dls = lib.ReIDDataLoaders.from_market(people, p=4, k=2, size=size, num_workers=0)
     lib.set_seed(0)
     learn = lib.pyramid_learner(dls, getattr(lib, arch), pretrained=False, path=mkdtemp())
     files = (dls.valid.items.fn.tolist()*n)[:n]
-    from pyramidreid.runtime import pixels
     start = time.perf_counter()
     x = pixels(files, size)
     decoding = n/(time.perf_counter()-start)
-    truth,rows = learn.embed(dls.test_dl(files[:bs])).numpy(),[]
+    truth,rows,makers = learn.embed(dls.test_dl(files[:bs])).numpy(),[],engines(learn, compiled)
     for t in threads:
-        runs,best = engines(arch, size, t, compiled, learn),{}
+        torch.set_num_threads(t)
+        runs,best = {k:make(t) for k,make in makers.items()},{}
         gaps = {k:float(abs(run(x[:bs])-truth).max()) for k,run in runs.items()}
         for _ in range(repeats):
             for k,run in runs.items():

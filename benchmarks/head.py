@@ -1,9 +1,10 @@
 """Head and losses, forward and backward: fused against branch by branch with a loop over anchors, as one would first write it.
-`python benchmarks/head.py`; both in one run, alternating, best of several."""
-import json,time
+`python benchmarks/head.py`; both in one run, alternating, best of several. The peak of memory of one step, beyond the map and the weights, is taken
+in a process of its own for each."""
+import json,subprocess,sys,time
 import torch
 from torch.nn import functional as F
-from common import circumstances,markdown,results
+from common import Peak,circumstances,markdown,results
 from pyramidreid.losses import PyramidLoss
 from pyramidreid.pyramid import PlainPyramidHead,PyramidHead,fuse_state
 
@@ -27,22 +28,45 @@ def step(head, loss, fmap, labels):
     if fmap.is_cuda: torch.cuda.synchronize()
     return time.perf_counter()-start,value.item()
 
-if __name__=='__main__':
-    import pandas as pd
+def setup():
+    "A feature map, labels, and head and loss of either kind with the same weights"
     torch.manual_seed(0)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     fmap = torch.randn(64,2048,24,8).relu_().to(device).requires_grad_()
-    labels = (torch.arange(64)//8).to(device)
     plain,fused = PlainPyramidHead(2048, 751, drop=0.).to(device),PyramidHead(2048, 751, drop=0.).to(device)
     fused.load_state_dict(fuse_state(plain.state_dict()))
     both = PyramidLoss()
+    return fmap,(torch.arange(64)//8).to(device),dict(plain=(plain,plain_loss), fused=(fused,lambda a,b,y: both((a,b), y)))
+
+def peak_mb(kind):
+    "Peak of memory of the third step, MB: on a GPU what was allocated for tensors, on a CPU the process's anonymous memory"
+    fmap,labels,kinds = setup()
+    for _ in range(2): step(*kinds[kind], fmap, labels)
+    fmap.grad = None
+    kinds[kind][0].zero_grad(set_to_none=True)
+    if fmap.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(*kinds[kind], fmap, labels)
+        return (torch.cuda.max_memory_allocated()-before)/2**20
+    with Peak() as peak: step(*kinds[kind], fmap, labels)
+    return peak.mb
+
+if __name__=='__main__':
+    import pandas as pd
+    if sys.argv[1:]:
+        print(peak_mb(sys.argv[1]))
+        sys.exit()
+    fmap,labels,kinds = setup()
+    device = fmap.device.type
     times = dict(plain=[], fused=[])
     for _ in range(6):
-        t,p = step(plain, plain_loss, fmap, labels); times['plain'].append(t)
-        t,f = step(fused, lambda a,b,y: both((a,b), y), fmap, labels); times['fused'].append(t)
+        t,p = step(*kinds['plain'], fmap, labels); times['plain'].append(t)
+        t,f = step(*kinds['fused'], fmap, labels); times['fused'].append(t)
     assert abs(p-f) < 1e-3*abs(p), (p,f)
     best = {k:min(v) for k,v in times.items()}
-    note = dict(circumstances(), seconds=best, ratio=best['plain']/best['fused'], loss=dict(plain=p, fused=f))
+    peak = {k:float(subprocess.run([sys.executable,__file__,k], check=True, text=True, stdout=subprocess.PIPE).stdout) for k in kinds}
+    note = dict(circumstances(), seconds=best, peak_mb=peak, ratio=best['plain']/best['fused'], loss=dict(plain=p, fused=f))
     results.mkdir(exist_ok=True)
     (results/f'head-{device}.json').write_text(json.dumps(note, indent=1))
-    print(markdown(pd.DataFrame({'seconds':{k:f'{v:.3f}' for k,v in best.items()}})), f"\nplain / fused: {note['ratio']:.1f}")
+    print(markdown(pd.DataFrame({'seconds':{k:f'{v:.3f}' for k,v in best.items()}, 'peak memory, MB':{k:f'{v:.0f}' for k,v in peak.items()}})), f"\nplain / fused: {note['ratio']:.1f}")

@@ -2,6 +2,7 @@
 from fastai.vision.all import *
 from pyramidreid.backbone import *
 from pyramidreid.cache import *
+from pyramidreid.calibrate import *
 from pyramidreid.card import *
 from pyramidreid.core import *
 from pyramidreid.cuhk03 import *
@@ -15,9 +16,12 @@ from pyramidreid.export import *
 from pyramidreid.fingerprint import *
 from pyramidreid.gallery import Gallery
 from pyramidreid.entries import Embeddings
+from pyramidreid.interpretation import *
+from pyramidreid.labels import *
 from pyramidreid.learner import *
 from pyramidreid.losses import *
 from pyramidreid.metrics import *
+from pyramidreid.openset import *
 from pyramidreid.protocols import *
 from pyramidreid.pyramid import *
 from pyramidreid.recipes import *
@@ -30,3 +34,4 @@ from pyramidreid.survive import *
 from pyramidreid.synth import contact_sheet,synth_persons
 from pyramidreid.tables import *
 from pyramidreid.tfms import *
+from pyramidreid.why import *

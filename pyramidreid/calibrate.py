@@ -16,7 +16,7 @@ from .learner import ReIDLearner
 from .openset import Calibration
 from .ranking import id_codes
 
-# %% ../nbs/11d_calibrate.ipynb #eb2ecb33
+# %% ../nbs/11d_calibrate.ipynb #7cba236d
 _BITS = 12 # of a float32 that are cut off for its bin
 def _order(bits): return bits ^ ((bits>>31) & 0x7fffffff) # makes the bits of float32 numbers ascend with them, and back
 
@@ -31,7 +31,8 @@ def _pair_rates(other, match):
     rates = np.geomspace(1/other.sum(), 1, 1+25*math.ceil(math.log10(other.sum()+1)))
     i = np.unique(np.searchsorted(-at_least[0], -rates*(1+1e-9)).clip(np.flatnonzero(other+match)[0], len(other)-1))
     edge = _order(((i-2**(31-_BITS))<<_BITS).astype(np.int32)).view(np.float32)
-    return [r for r in np.stack([edge,*(o[i] for o in at_least)], 1)[::-1] if np.isfinite(r[0])]
+    i,edge = i[np.isfinite(edge)],edge[np.isfinite(edge)]
+    return np.stack([edge,*(o[i] for o in at_least)], 1)[::-1]
 
 def _best(s, same, match):
     "Of each row of scores: the best of another person; the best match, and its place, ties by gallery order"
@@ -40,7 +41,7 @@ def _best(s, same, match):
     before = (other>top[:,None]) | ((other==top[:,None]) & (np.arange(s.shape[1])<at))
     return other.max(1),top,1+before.sum(1)
 
-# %% ../nbs/11d_calibrate.ipynb #d6aaf7cf
+# %% ../nbs/11d_calibrate.ipynb #3ae3fcc5
 def calibrate_distances(dist, # (Q, G) distances, smaller is nearer: tensor, array, or an object with `shape` and rows such as `Distances`
                         query_pids,        # (Q,) person ids, whole numbers or strings
                         gallery_pids,      # (G,)
@@ -68,13 +69,14 @@ def calibrate_distances(dist, # (Q, G) distances, smaller is nearer: tensor, arr
     for i in progress(torch.from_numpy(asks).split(chunk or max(1, 2**22//len(g))), progress_bar):
         s = 0-distance_rows(dist, i).cpu().numpy()[:,keep]
         if s.dtype==np.float16: s = s.astype(np.float32)
-        same = q[i][:,None]==g[keep]
-        match = same & (cams[0][i][:,None]!=cams[1][keep]) if cams else same
+        a = i.numpy()
+        same = q[a][:,None]==g[keep]
+        match = same & (cams[0][a][:,None]!=cams[1][keep]) if cams else same
         best,top,place = _best(s, same, match)
         known = match.any(1)
         if not (s<np.inf).all() or np.isneginf(top[known]).any(): raise ValueError(
             f"The distances of a query between positions {i[0]} and {i[-1]} hold NaN or -inf, or a match is infinitely far. Look for a diverged model or overflow in half precision")
-        found.append((best,top,place,known,q[i]))
+        found.append((best,top,place,known,q[a]))
         bins = [b+_bins(s[o]) for b,o in zip(bins, (~same,match))]
     best,top,place,known,who = map(np.concatenate, zip(*found))
     stranger = np.isfinite(best) if unknown=='hide' else np.isfinite(best) & ~known

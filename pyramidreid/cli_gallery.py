@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['model_option', 'folder', 'typed', 'gallery', 'add', 'remove', 'search', 'info']
 
-# %% ../nbs/17c_cli_gallery.ipynb #30c0c40f
+# %% ../nbs/17c_cli_gallery.ipynb #e63f7cd0
 import click,json
 from pathlib import Path
-from .cli import Answer,app,command,device_option
+from .cli import Answer,app,command,device_option,existing
 
 # %% ../nbs/17c_cli_gallery.ipynb #59bb4c0c
 def typed(value, # As it was typed
@@ -19,12 +19,15 @@ def typed(value, # As it was typed
     try: return int(value)
     except ValueError: raise ValueError(f"{value!r}: this column of the gallery holds numbers") from None
 
-# %% ../nbs/17c_cli_gallery.ipynb #b50f5c71
+# %% ../nbs/17c_cli_gallery.ipynb #0e779dd5
 @app.group(epilog='Exit codes: 0 done, 1 done and nobody was found, 2 wrong usage or input, 130 interrupted.')
 def gallery(): "Add people to a gallery and search in it."
 
-model_option = click.option('--model', required=True, type=click.Path(path_type=Path), help='Folder of train or save_model, or an ONNX file.')
+model_option = click.option('--model', required=True, type=existing, help='Folder of train or save_model, or an ONNX file.')
 folder = click.argument('folder', metavar='GALLERY', type=click.Path(file_okay=False, path_type=Path))
+
+def _there(folder):
+    if not (folder/'gallery.json').is_file(): raise FileNotFoundError(f"There is no gallery at {folder}: pyramidreid gallery add makes one")
 
 def _entries(files, table):
     "Table of the images in FILES and in a CSV table"
@@ -41,7 +44,7 @@ def _entries(files, table):
     pyramidreid gallery add street --csv seen.csv --model person.onnx
     pyramidreid gallery add street crops --model market --skip-known""")
 @folder
-@click.argument('files', nargs=-1, type=click.Path(path_type=Path))
+@click.argument('files', nargs=-1, type=existing)
 @model_option
 @click.option('--csv', 'table', type=click.Path(exists=True, dir_okay=False, path_type=Path), help='Table with the column fn, and where known pid, cam, time, key and any other.')
 @click.option('--pid', help='Who it is, the same for all.')
@@ -66,18 +69,19 @@ def add(talk, folder, files, model, table, pid, cam, time, skip_known, device):
         people.add(df, embs=Embeddings(embed_files(talk, model, df.fn.tolist()), model.fingerprint)).save(folder)
     return Answer(f"{folder}: {len(df):,} added, {len(people):,} in all", dict(gallery=folder, added=len(df), skipped=int(known.sum()), entries=len(people)))
 
-# %% ../nbs/17c_cli_gallery.ipynb #d9f3b1c9
+# %% ../nbs/17c_cli_gallery.ipynb #03b61e04
 @command(gallery, "pyramidreid gallery remove street crops/0002_c1.jpg crops/0002_c3.jpg")
 @folder
 @click.argument('keys', nargs=-1, required=True)
 def remove(talk, folder, keys):
     "Remove the entries with KEYS from GALLERY, all of them or none."
+    _there(folder)
     from pyramidreid.gallery import Gallery
     people = Gallery.load(folder).remove(keys)
     people.save()
     return Answer(f"{folder}: {len(set(keys)):,} removed, {len(people):,} in all", dict(gallery=folder, removed=len(set(keys)), entries=len(people)))
 
-# %% ../nbs/17c_cli_gallery.ipynb #305e23df
+# %% ../nbs/17c_cli_gallery.ipynb #569b7327
 def _records(df): return json.loads(df.to_json(orient='records', date_format='iso', double_precision=7))
 
 @command(gallery, """pyramidreid gallery search street unknown.jpg --model market
@@ -96,6 +100,7 @@ def _records(df): return json.loads(df.to_json(orient='records', date_format='is
 def search(talk, folder, image, model, k, exclude_cam, since, where, threshold, far, device):
     "Find the entries of GALLERY that are most similar to IMAGE. Exit code 1: there is none."
     if threshold is not None and far is not None: raise click.UsageError('--threshold and --far both set the threshold: give one')
+    _there(folder)
     from pyramidreid.cli_inputs import open_model
     from pyramidreid.gallery import Gallery
     people = Gallery.load(folder, open_model(model, device))
@@ -104,11 +109,12 @@ def search(talk, folder, image, model, k, exclude_cam, since, where, threshold, 
     text = found.drop(columns='fn', errors='ignore').to_string(index=False, float_format='{:.4f}'.format) if len(found) else 'Nobody found.'
     return Answer(text, dict(query=image, matches=_records(found)), code=int(not len(found)))
 
-# %% ../nbs/17c_cli_gallery.ipynb #17e6f68c
+# %% ../nbs/17c_cli_gallery.ipynb #21db493b
 @command(gallery, "pyramidreid gallery info street\npyramidreid gallery info street --json")
 @folder
 def info(talk, folder):
     "Tell what is in GALLERY."
+    _there(folder)
     from pyramidreid.gallery import Gallery
     people = Gallery.load(folder)
     t,n = people.table,lambda c: int(people.table[c].nunique()) if c in people.table else None

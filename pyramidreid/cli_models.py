@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['train', 'evaluate', 'embed', 'export']
 
-# %% ../nbs/17b_cli_models.ipynb #28e192c6
+# %% ../nbs/17b_cli_models.ipynb #0471207f
 import click,json,shlex
 from pathlib import Path
-from .cli import Answer,app,command,data_set_option,device_option
+from .cli import Answer,app,command,data_set_option,device_option,existing
 
 # %% ../nbs/17b_cli_models.ipynb #2de44c4f
 _lr = dict(paper=.1, modern=1e-3) # Of the new layers
@@ -38,13 +38,11 @@ def _fit(learn, recipe, epochs, lr, scratch, cbs):
     if recipe=='paper': learn.fit_paper(epochs or 120, **rates)
     else: learn.fit_modern(epochs or 60, frozen_epochs=0 if scratch or epochs==1 else 1, **rates)
 
-# %% ../nbs/17b_cli_models.ipynb #5c4ee45a
-def _checkpoints(out, resume):
-    "The callback, if the folder is free or is to be resumed"
-    from pyramidreid.survive import Checkpoints
+# %% ../nbs/17b_cli_models.ipynb #253085e0
+def _free(out, resume):
+    "Refuse a folder that holds a run, unless it is to be resumed"
     old = sorted((out/'checkpoints').glob('[0-9]*-[0-9]*.pth'))
     if old and not resume: raise FileExistsError(f"{out} holds a run already, {old[-1].name} its newest checkpoint. Go on with it by --resume, or choose another folder by --out")
-    return Checkpoints('checkpoints', resume=resume)
 
 def _again(argv): return 'pyramidreid '+shlex.join([*argv, *([] if '--resume' in argv else ['--resume'])])
 
@@ -55,7 +53,7 @@ def _figures(card): return {**{k:getattr(card, k) for k in ('mAP','rank1','rank5
     pyramidreid train my-people --arch resnet18 --size 256 128 --epochs 20 --out mine
     pyramidreid train my-people --weights market/model --epochs 10 --out tuned
     pyramidreid train Market-1501-v15.09.15 --out market --resume""")
-@click.argument('data', type=click.Path(path_type=Path))
+@click.argument('data', type=existing)
 @click.option('--out', type=click.Path(file_okay=False, path_type=Path), default='run', show_default=True, help='Folder for checkpoints, card.json and the model.')
 @data_set_option
 @click.option('--recipe', type=click.Choice(['modern','paper']), default='modern', show_default=True, help="What the field does today, or the paper's schedule.")
@@ -74,11 +72,12 @@ def _figures(card): return {**{k:getattr(card, k) for k in ('mAP','rank1','rank5
 @device_option
 def train(talk, data, out, data_set, recipe, epochs, arch, weights, size, p, k, lr, hold_out, cache, resume, seed, workers, device):
     "Train a model on DATA: a known data set, a folder for each person, or a CSV file with fn, pid, cam and split."
+    _free(out, resume)
     import pyramidreid.export
-    cbs = _checkpoints(out, resume)
     from fastai.torch_core import set_seed
     from pyramidreid.cli_inputs import read_data
     from pyramidreid.data import ReIDDataLoaders
+    from pyramidreid.survive import Checkpoints
     from pyramidreid.tfms import person_tfms,strong_tfms
     set_seed(seed)
     more = {name:v for name,v in dict(num_workers=workers, device=device).items() if v is not None}
@@ -87,6 +86,7 @@ def train(talk, data, out, data_set, recipe, epochs, arch, weights, size, p, k, 
     learn = _learner(dls, arch, weights, out)
     talk.say(f"{dls.data_name}: {len(dls.train.items):,} images of {dls.c:,} people to train on, {len(dls.valid.items):,} images to validate")
     talk.follow(learn)
+    cbs = Checkpoints('checkpoints', resume=resume)
     try: _fit(learn, recipe, epochs, lr, weights=='none', cbs)
     except KeyboardInterrupt: raise KeyboardInterrupt(f"{cbs.newest} is whole. To go on:\n{_again(talk.argv)}" if cbs.newest else "No epoch was done, so there is nothing to go on from.") from None
     card = learn.evaluate()
@@ -94,7 +94,7 @@ def train(talk, data, out, data_set, recipe, epochs, arch, weights, size, p, k, 
     model = learn.save_model(out/'model', card)
     return Answer(f"\n{card}\n\nModel  {model}\nCard   {out/'card.json'}", dict(model=model, card=out/'card.json', checkpoint=cbs.newest, **_figures(card)))
 
-# %% ../nbs/17b_cli_models.ipynb #f21d5c9a
+# %% ../nbs/17b_cli_models.ipynb #1027e105
 def _about(model, name, flip):
     "What a card says, in the words of a learner's"
     a = model.about
@@ -106,8 +106,8 @@ def _about(model, name, flip):
     pyramidreid evaluate market MSMT17_V1 --flip --card msmt17.json
     pyramidreid evaluate market cuhk03-np --data-set cuhk03_np_labeled --rerank
     pyramidreid evaluate mine my-people --hold-out 0.2 --json""")
-@click.argument('model', type=click.Path(path_type=Path))
-@click.argument('data', type=click.Path(path_type=Path))
+@click.argument('model', type=existing)
+@click.argument('data', type=existing)
 @data_set_option
 @click.option('--hold-out', type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar='PART', help='Evaluate on this part of the training identities: those that train holds out with the same part and seed.')
 @click.option('--seed', type=int, default=42, show_default=True, help='Of who is held out.')
@@ -136,7 +136,7 @@ def evaluate(talk, model, data, data_set, hold_out, seed, flip, rerank, card, de
     if card: res.to_json(card)
     return Answer(str(res), _figures(res))
 
-# %% ../nbs/17b_cli_models.ipynb #7d2cf16a
+# %% ../nbs/17b_cli_models.ipynb #72f6a671
 def _write_embeddings(file, names, emb, fingerprint):
     "Embeddings and the names of their images, in the format that the suffix asks for"
     import numpy as np
@@ -153,8 +153,8 @@ def _write_embeddings(file, names, emb, fingerprint):
 @command(app, """pyramidreid embed market crops --out crops.safetensors
     pyramidreid embed person.onnx ann.jpg bob.jpg --out two.csv
     pyramidreid embed market crops --out crops.npz --quiet --json""")
-@click.argument('model', type=click.Path(path_type=Path))
-@click.argument('files', nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument('model', type=existing)
+@click.argument('files', nargs=-1, required=True, type=existing)
 @click.option('--out', required=True, type=click.Path(dir_okay=False, path_type=Path), help='File to write: .safetensors, .npz or .csv.')
 @click.option('--flip', is_flag=True, help='Embed each image together with its mirror image.')
 @device_option
@@ -168,7 +168,7 @@ def embed(talk, model, files, out, flip, device):
     _write_embeddings(out, list(map(str, files)), emb, model.fingerprint)
     return Answer(f"{out}: {len(emb):,} × {emb.shape[1]:,}", dict(out=out, images=len(emb), numbers=emb.shape[1], fingerprint=model.fingerprint))
 
-# %% ../nbs/17b_cli_models.ipynb #acaf0421
+# %% ../nbs/17b_cli_models.ipynb #d72c0fa5
 def _write(net, about, to, file):
     "What a learner's `to_onnx` and `to_exported` do, of a model that was loaded"
     import torch
@@ -184,7 +184,7 @@ def _write(net, about, to, file):
 
 @command(app, """pyramidreid export market --to onnx --out person.onnx
     pyramidreid export market/model --to pt2 --out person.pt2""")
-@click.argument('model', type=click.Path(path_type=Path))
+@click.argument('model', type=existing)
 @click.option('--to', type=click.Choice(['onnx','pt2']), required=True, help='For onnxruntime, or for PyTorch.')
 @click.option('--out', required=True, type=click.Path(dir_okay=False, path_type=Path), help='File to write.')
 def export(talk, model, to, out):

@@ -6,8 +6,8 @@
 __all__ = ['LearnerEmbedder', 'as_embedder', 'Embeddings', 'open_person', 'entry_table', 'plain_table', 'allowed',
            'plain_calibration', 'threshold_at']
 
-# %% ../nbs/14c_entries.ipynb #04af3630
-import math,os
+# %% ../nbs/14c_entries.ipynb #10530e69
+import math,os,re
 import numpy as np, pandas as pd
 from PIL import Image
 
@@ -98,7 +98,7 @@ def plain_table(df,   # Columns of plain values
         elif kinds.setdefault(c, kind)!=kind: raise ValueError(f"Column {c!r} held {kinds[c]} until now, and here it holds {kind}: bring it to one kind")
     return df.convert_dtypes(convert_floating=False),kinds
 
-# %% ../nbs/14c_entries.ipynb #a10ce537
+# %% ../nbs/14c_entries.ipynb #8e631ee7
 def _excluded(table, cams):
     "Which rows were taken by one of `cams`"
     if 'cam' not in table: raise ValueError("exclude_cam needs a column 'cam', and no entry has one")
@@ -115,6 +115,9 @@ def _since(table, since):
 
 def _where(table, where):
     "Rows for which `where` holds"
+    times = [c for c in table if pd.api.types.is_datetime64_any_dtype(table[c])]
+    if isinstance(where, str) and any(re.search(rf"""\b{re.escape(c)}\b\s*[!=]=\s*["']""", where) for c in times): raise ValueError(
+        f"where={where!r}: pandas does not compare times with text by == and !=; say >= and <, or give a function of the table")
     try: res = where(table) if callable(where) else table.eval(where, engine='python')
     except Exception as e: raise ValueError(f"where={where!r} fails on the columns {', '.join(table.columns)}: {type(e).__name__}: {e}") from e
     res = pd.Series(res, index=table.index) if np.shape(res)==(len(table),) else None

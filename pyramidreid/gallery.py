@@ -118,7 +118,7 @@ def _drop(self:Gallery, keys):
     self.store.remove([self.keys.pop(k) for k in keys])
     self._rows = None
 
-# %% ../nbs/14_gallery.ipynb #9c0cd585
+# %% ../nbs/14_gallery.ipynb #684a0940
 @patch
 def search(self:Gallery,
     query,            # A file, an image, `Embeddings`, or a list of files and images
@@ -137,8 +137,7 @@ def search(self:Gallery,
     if isinstance(query, Embeddings): self._same(query)
     else: query = self.embed(list(query) if several else [query])
     if not len(query): raise ValueError("There is no query")
-    parts = self._ranked(self._fits(query), int(k), exclude_cam, since, where)
-    res = pd.concat([o.assign(query=i) for i,o in enumerate(parts)], ignore_index=True) if len(parts)>1 else parts[0].assign(query=0)
+    res = self._ranked(self._fits(query), int(k), exclude_cam, since, where)
     if threshold is not None: res = res[res.similarity>=threshold].reset_index(drop=True)
     return res[['query']*several+['key','similarity']+[c for c in res if c not in ('query','key','similarity')]]
 
@@ -158,11 +157,12 @@ def _mask(self:Gallery, ok):
 
 @patch
 def _ranked(self:Gallery, q, k, exclude_cam, since, where):
-    "A table of key, similarity and columns for each query"
+    "A table of key, similarity, columns, and the number of the query"
     table,rows = self.store.table,self.rows
     ok = self._mask(allowed(table, exclude_cam, since, where))
-    at = table.index.get_indexer
-    return [table.iloc[at(rows.ids[r[r>=0]])].assign(similarity=s[r>=0]).reset_index(drop=True) for s,r in zip(*nearest(q, rows, k, ok, self.index))]
+    sims,found = nearest(q, rows, k, ok, self.index)
+    there = found>=0
+    return table.iloc[table.index.get_indexer(rows.ids[found[there]])].assign(similarity=sims[there], query=np.nonzero(there)[0]).reset_index(drop=True)
 
 # %% ../nbs/14_gallery.ipynb #e7cab026
 @patch

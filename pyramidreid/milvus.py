@@ -118,7 +118,7 @@ def save(self:MilvusGallery):
     "Write the calibration; entries are with Milvus as soon as they are added"
     self._write_about()
 
-# %% ../nbs/14d_milvus.ipynb #2d8da6ba
+# %% ../nbs/14d_milvus.ipynb #fb539d0e
 def milvus_filter(kinds,            # Kind of each column, see `plain_table`
                   exclude_cam=None, # A camera or several
                   since=None,       # Date and time
@@ -145,7 +145,7 @@ def milvus_filter(kinds,            # Kind of each column, see `plain_table`
 @patch
 def _frame(self:MilvusGallery, rows):
     "Rows of Milvus as a table, times as times"
-    df = pd.DataFrame(rows, columns=['key']+[c for c in self.store.kinds if c!='key'] + (['similarity'] if rows and 'similarity' in rows[0] else []))
+    df = pd.DataFrame(rows, columns=['key']+[c for c in self.store.kinds if c!='key'])
     for c,kind in self.store.kinds.items():
         if kind.startswith('time'): df[c] = pd.to_datetime(df[c].astype('Int64'), unit='us', utc=kind=='time with zone')
     return df.assign(**plain_table(df[list(self.store.kinds)], {})[0]) if len(df) else df
@@ -155,7 +155,8 @@ def _ranked(self:MilvusGallery, q, k, exclude_cam, since, where):
     expr,fields = milvus_filter(self.store.kinds, exclude_cam, since, where),[c for c in self.store.kinds if c!='key']
     try: hits = self.client.search(self.name, data=q.tolist(), limit=k, filter=expr, output_fields=fields, consistency_level='Strong')
     except need('pymilvus', 'milvus').MilvusException as e: raise ValueError(f"Milvus refuses the search with the filter {expr!r}: {e.message}") from e
-    return [self._frame([dict(h['entity'], key=h['key'], similarity=h['distance']) for h in o]) for o in hits]
+    flat = [(i,h) for i,o in enumerate(hits) for h in o]
+    return self._frame([dict(h['entity'], key=h['key']) for _,h in flat]).assign(similarity=[np.float32(h['distance']) for _,h in flat], query=[i for i,_ in flat])
 
 @patch(as_prop=True)
 def table(self:MilvusGallery):

@@ -48,7 +48,7 @@ def _effective(hit, person):
     if p in (0,1): return len(size)
     return n/max(1, ((hits-p*size)**2).sum()/(n*p*(1-p)))
 
-# %% ../nbs/09d_openset.ipynb #1c81886a
+# %% ../nbs/09d_openset.ipynb #0d484f9e
 @dataclass(repr=False, eq=False)
 class Calibration:
     "Scores of searches by unknown and by known people: thresholds, and the rates they give. A score is minus the distance, the similarity if by cosine"
@@ -94,7 +94,7 @@ class Calibration:
         "The rate of false accepts per search at any threshold, and its confidence interval: `(rate, low, high)`"
         hit = self.impostor>=threshold
         n = _effective(hit, self.person)
-        return float(hit.mean()), *binomial_interval(hit.mean()*n, n, self.level)
+        return float(hit.mean()), *binomial_interval(hit.sum()*(n/len(hit)), n, self.level)
 
     def interval(self, far=None): # Wanted rate
         "Between which rates `(low, high)` the threshold for `far` keeps the false accepts"
@@ -110,7 +110,7 @@ class Calibration:
         "Detection and identification rate at the threshold for `far`"
         return self.dir_at(self.threshold(far), k)
 
-# %% ../nbs/09d_openset.ipynb #6958b6e6
+# %% ../nbs/09d_openset.ipynb #7cb6b825
 @patch
 def verification(self:Calibration, far): # Share of pairs of different people
     "Per pair of images, not per search: `(threshold, share of pairs of one person at or above it)`. The pairs share images, so there is no interval"
@@ -132,7 +132,7 @@ def card(self:Calibration):
     "A data frame of the thresholds and of every choice"
     fars = sorted({.1,.05,.01,.001,self.far}, reverse=True)
     n,people = len(self.impostor),len(np.unique(self.person))
-    rows = {f'FAR {f:.3g}':f'threshold {r.threshold:.4f}, {self.level:.0%} sure of {r.low:.2%} to {r.high:.2%}; DIR {r["DIR rank-1"]:.1%} at rank 1' if r.threshold==r.threshold else
+    rows = {f'FAR {f:.3g}':f'threshold {r.threshold:.4f}, {self.level:.0%} sure of {r.low:.2%} to {r.high:.2%}' + (f'; DIR {r["DIR rank-1"]:.1%} at rank 1' if len(self.genuine) else '') if r.threshold==r.threshold else
             f'too few impostor searches, at least {math.ceil(1/f-1e-9):,} are needed' for f,r in self.table(fars).iterrows()}
     how = 'own images hidden' if self.unknown=='hide' else 'not in the gallery'
     rows |= {'impostor searches':f'{n:,} by {people:,} people, {how}', 'known searches':f'{len(self.genuine):,}',
@@ -169,7 +169,7 @@ def from_json(cls:Calibration, src): # What `to_json` gave, or the path it wrote
         return cls(**d)
     except (TypeError,ValueError,AttributeError) as e: raise ValueError(f"{where} is no calibration: {e}. Give what `to_json` wrote") from e
 
-# %% ../nbs/09d_openset.ipynb #1e57af55
+# %% ../nbs/09d_openset.ipynb #37c23cf8
 def _axes(ax, **kwargs):
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6.4,3.6), layout='constrained')[1]
@@ -181,10 +181,11 @@ def _reachable(self, far): return self.wanted(far)*len(self.impostor)>=1
 
 @patch
 def plot_scores(self:Calibration, far=None, # Rate whose threshold is drawn; None: the calibration's own. None is drawn if it is out of reach
-                bins=40, ax=None):
+                bins=30, ax=None):
     "Histograms of the best score of unknown people's searches and of the nearest true match of known people's; returns the axes"
     ax = _axes(ax, xlabel='similarity' if self.distance=='cosine' else 'score', ylabel='share of searches')
     edges = np.histogram_bin_edges(np.concatenate([self.impostor,self.genuine]), bins)
+    if _reachable(self, far): edges = np.append(edges, 2*edges[-1]-edges[-2]) - (edges[1]-edges[0] - (self.threshold(far)-edges[0])%(edges[1]-edges[0]))
     for x,name,color in ((self.impostor,'unknown: best of anyone','tab:blue'),(self.genuine,'known: nearest true match','tab:orange')):
         if len(x): ax.hist(x, edges, weights=np.full(len(x), 1/len(x)), alpha=.6, color=color, label=f'{name} ({len(x):,})')
     if _reachable(self, far): ax.axvline(self.threshold(far), color='black', ls='--', label=f'threshold {self.threshold(far):.3f} for FAR {self.wanted(far):.3g}')

@@ -64,7 +64,7 @@ def test_filters(gallery, files):
     assert len(gallery.search(q, 6, threshold=.9999))==1
     assert len(gallery.search([q,q], 2, where='pid==2'))==4
 
-@pytest.mark.parametrize('args,why', [(dict(k=7),'k=7: the gallery has 6 entries'),(dict(k=0),'k=0'),(dict(where='dor=="x"'),'dor'),(dict(where='pid'),'True or False'),(dict(where=lambda t: [True]),'each of the 6'),
+@pytest.mark.parametrize('args,why', [(dict(k=7),'k=7: the gallery has 6 entries'),(dict(k=0),'k=0'),(dict(where='dor=="x"'),'dor'),(dict(where='pid'),'True or False'),(dict(where='pid==1 and time != "2026-11-23 08:00"'),'say >= and <'),(dict(where=lambda t: [True]),'each of the 6'),
     (dict(where=lambda t: t.nobody),'AttributeError'),(dict(exclude_cam=1),'excludes nothing'),(dict(since='noon or so'),"since='noon or so'"),(dict(since='2026-11-23 08:00+01:00'),'time zone'),(dict(far=.01),'needs a calibration')])
 def test_search_errors(gallery, files, args, why):
     with pytest.raises(ValueError, match=why): gallery.search(files.fn[0], **{'k':3, **args})
@@ -199,6 +199,15 @@ def test_a_learner(trained, people, tmp_path):
         with pytest.raises(ValueError, match="Another model's"): g.search(files[0], k=1)
     finally:
         with torch.no_grad(): w.sub_(1e-3)
+
+def test_a_saved_model_asks_the_learners_gallery(trained, people, tmp_path):
+    "What the learner filled, its copy on disk may ask: same fingerprint, same ranking"
+    from pyramidreid.export import load_model
+    files = sorted((people/'bounding_box_test').glob('*.jpg'))[:8]
+    Gallery.from_learner(trained, files).save(tmp_path/'g')
+    g = Gallery.load(tmp_path/'g', load_model(trained.save_model(tmp_path/'m')))
+    assert g.search(files[2], k=1).key.tolist()==[str(files[2])] and g.search(files[2], k=1).similarity[0]>.9999
+    assert len(g.add(files[0], keys='twin'))==9
 
 # Keeping
 

@@ -83,3 +83,13 @@ def test_expressions():
 def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pymilvus', None)
     with pytest.raises(ImportError, match=r'pyramidreid\[milvus\]'): MilvusGallery(tmp_path/'x.db', Model())
+
+def test_moving_house(both, tmp_path):
+    "The lines of the page on when to change over"
+    _,near = both
+    near.remove('k1')
+    far = MilvusGallery(tmp_path/'new.db', Model())
+    for s in near.store.segments: far.add(s.table[~s.gone], embs=Embeddings(s.embs[~s.gone], near.fingerprint))
+    same(far.search(embs[5], 20), near.search(embs[5], 20))
+    near.add(seen()[1:2], embs=embs[1])
+    far.close()

@@ -1,0 +1,331 @@
+"The command line as a person or a program meets it: in a shell, in a terminal, in a pipe, interrupted"
+import json,os,re,shlex,shutil,signal,subprocess,sys,sysconfig,time
+import numpy as np, pytest
+from importlib.metadata import entry_points,version
+from pathlib import Path
+from PIL import Image
+import pyramidreid.export
+from pyramidreid.cli import main
+from pyramidreid.cli_inputs import held_out,image_files,open_model,read_data
+from pyramidreid.core import whole_file
+from pyramidreid.data import ReIDDataLoaders
+from pyramidreid.datasets import market_table
+from safetensors import safe_open
+
+root = Path(__file__).resolve().parent.parent
+env = {**os.environ, 'PATH':os.pathsep.join([sysconfig.get_path('scripts'), os.environ.get('PATH','')]), 'OMP_NUM_THREADS':'1', 'COLUMNS':'100', 'TERM':'xterm'}
+env.pop('PYTHONPATH', None)
+terminal = pytest.mark.skipif(os.name=='nt', reason='pseudo-terminals and their signals are of Unix')
+SMALL = '--arch resnet10 --weights none --size 96 48 --workers 0'
+
+def page():
+    "Commands of the page, each with the exit code that the page asserts"
+    cells = [''.join(c['source']) for c in json.loads((root/'nbs'/'56_command_line.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+    after = dict(zip(cells, cells[1:]+['']))
+    code = lambda c: int(m[1]) if (m:=re.search(r'exit_code==(\d)', after[c])) else 0
+    return [(line[1:],code(c)) for c in cells for line in c.splitlines() if line.startswith('!pyramidreid')]
+
+def readme():
+    "Commands of the README, made smaller where a training or a real data set is meant"
+    text = (root/'README.md').read_text(encoding='utf-8')
+    found = re.findall(r'^(?: {4}|\$ )?(pyramidreid [a-z-][^\n]*)', text, re.M)+re.findall(r'`(pyramidreid [a-z-][^`\n]*)`', text)
+    lines = [shlex.join(shlex.split(o, comments=True)) for o in found]
+    more = lambda o: o+' --epochs 1' if o.startswith('pyramidreid demo') else f'{o} {SMALL} --epochs 1' if o.startswith('pyramidreid train') and 'resnet10' not in o else o
+    return [more(re.sub(r'Market-1501\S*', 'people', o)) for o in dict.fromkeys(lines)]
+
+def sh(line, cwd, **kwargs): return subprocess.run(line, shell=True, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, **kwargs)
+def rubbish(path): return [o for o in Path(path).rglob('*') if o.name.startswith('.partial-')]
+
+@pytest.fixture(scope='module')
+def desk(tmp_path_factory):
+    "A folder in which all commands of page and README were typed into a shell, and what came of each"
+    d = tmp_path_factory.mktemp('desk')
+    lines = page()
+    known = {shlex.join(shlex.split(o)) for o,_ in lines}
+    lines += [(o,None) for o in readme() if o not in known]
+    return d,[(line,code,sh(line, d)) for line,code in lines]
+
+# every command as typed
+
+def test_commands_of_page_and_readme(desk):
+    d,done = desk
+    assert len(done)>=12
+    for line,code,res in done:
+        said = f'{line}\n{res.stdout}\n{res.stderr}'
+        assert res.returncode in ((0,1) if code is None else (code,)), said
+        assert 'Traceback' not in said and not {'\r','\x1b'} & set(res.stdout+res.stderr), said
+        if '--json' in line: assert isinstance(json.loads(res.stdout), dict)
+        if res.returncode==2: assert not res.stdout and res.stderr.rstrip().splitlines()[-1].startswith('Error: ')
+    assert not rubbish(d)
+
+def test_page_covers_every_command():
+    import click
+    from pyramidreid.cli import app
+    def names(group, before=''):
+        for k,c in group.commands.items(): yield from names(c, f'{before}{k} ') if isinstance(c, click.Group) else [f'{before}{k}']
+    typed = [o.removeprefix('pyramidreid ') for o,_ in page()]
+    assert {o for o in names(app) if not any(t.startswith(o) for t in typed)}<={'demo'} # takes minutes; the tests of packaging and its own page run it
+
+def test_lines_in_a_pipe(desk):
+    out = next(res.stdout for line,_,res in desk[1] if line.startswith('pyramidreid train'))
+    epochs = [o for o in out.splitlines() if o.startswith('epoch ')]
+    assert [o.split('  ')[0] for o in epochs]==[f'epoch {i} of 8' for i in range(1,9)] and all('mAP 0.' in o for o in epochs)
+    assert 'images' in next(res.stdout for line,_,res in desk[1] if line.startswith('pyramidreid embed'))
+
+# nothing heavy
+
+def test_help_imports_nothing_heavy():
+    "All helps in one process: each with examples, none with more than click behind it"
+    code = '''
+import click,io,sys
+from contextlib import redirect_stdout
+from pyramidreid.cli import app,main
+def walk(group, before):
+    for k,c in group.commands.items():
+        if isinstance(c, click.Group): yield from walk(c, [*before,k])
+        yield [*before,k],isinstance(c, click.Group)
+assert main(['--help'])==main(['--version'])==0
+for names,is_group in list(walk(app, [])):
+    with redirect_stdout(io.StringIO()) as out: assert main([*names,'--help'])==0
+    assert is_group or ('Examples:' in out.getvalue() and f"pyramidreid {' '.join(names)} " in out.getvalue()), names
+heavy = {'torch','torchvision','fastai','pandas','numpy','matplotlib','PIL','scipy','safetensors','onnxruntime'} & set(sys.modules)
+assert not heavy, heavy
+'''
+    subprocess.run([sys.executable,'-c',code], env=env, check=True)
+
+def test_entry_point_and_module(tmp_path):
+    assert [o.value for o in entry_points(group='console_scripts', name='pyramidreid')][:1]==['pyramidreid.cli:main']
+    for line in ('pyramidreid --version', f'{shlex.quote(sys.executable)} -m pyramidreid --version'):
+        assert version('pyramidreid') in sh(line, tmp_path).stdout
+
+def test_completion(tmp_path):
+    res = subprocess.run(['pyramidreid'], env={**env, '_PYRAMIDREID_COMPLETE':'bash_complete', 'COMP_WORDS':'pyramidreid gallery se', 'COMP_CWORD':'2'}, cwd=tmp_path, capture_output=True, text=True)
+    assert 'search' in res.stdout
+
+# in a real terminal
+
+def in_terminal(line, cwd, until=None, timeout=300):
+    "Type `line`, and Ctrl-C once `until()` holds; what the terminal showed, and the exit code"
+    import pty,select
+    pid,fd = pty.fork()
+    if not pid:
+        os.chdir(cwd)
+        os.execvpe('pyramidreid', shlex.split(line), env)
+    shown,end,typed = b'',time.monotonic()+timeout,False
+    while time.monotonic()<end:
+        if select.select([fd], [], [], .05)[0]:
+            try: data = os.read(fd, 65536)
+            except OSError: break # the other side has gone
+            if not data: break
+            shown += data
+        if until and not typed and until(): typed = os.write(fd, b'\x03')
+    else: os.kill(pid, signal.SIGKILL)
+    os.close(fd)
+    return shown.decode('utf-8', 'replace'),os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+@terminal
+def test_ctrl_c_in_a_training_and_resume(desk):
+    "In a terminal: bars; Ctrl-C: 130, the newest checkpoint is whole and nothing else is there; the command it names finishes the run"
+    d,_ = desk
+    shown,code = in_terminal(f'pyramidreid train people --out cut --epochs 3 {SMALL}', d, until=lambda: list((d/'cut'/'checkpoints').glob('1-*.pth')))
+    assert code==130, shown
+    assert '█' in shown and '\r' in shown and 'Traceback' not in shown
+    assert not rubbish(d/'cut') and not (d/'cut'/'card.json').exists() and not (d/'cut'/'model').exists()
+    again = re.search(r'pyramidreid train .*--resume', shown)[0]
+    res = sh(again+' --json', d)
+    assert res.returncode==0, res.stderr
+    assert 'Resumed after epoch' in res.stderr and 'epoch 3 of 3' in res.stderr
+    assert json.loads(res.stdout)['mAP']==pytest.approx(json.loads((d/'cut'/'card.json').read_text())['mAP'])
+    assert open_model(d/'cut').emb_sz==2688
+
+@terminal
+@pytest.mark.parametrize('how,code', [(signal.SIGINT,130),(signal.SIGTERM,143)], ids=['int','term'])
+def test_interrupted_while_it_embeds(desk, how, code):
+    d,_ = desk
+    p = subprocess.Popen(['pyramidreid','embed','person.onnx',*['people/query']*400,'--out',f'big-{code}.npz'], cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert 'Embedding 19,200 images' in p.stdout.readline()
+    time.sleep(.5)
+    p.send_signal(how)
+    out,err = p.communicate(timeout=60)
+    assert p.returncode==code, err
+    assert 'Traceback' not in err and not (d/f'big-{code}.npz').exists() and not rubbish(d)
+
+@terminal
+def test_interrupted_while_it_adds(desk):
+    "In a terminal: a bar; the gallery stays what it was"
+    d,_ = desk
+    shutil.copytree(d/'street', d/'lane')
+    before = {o.name:o.read_bytes() for o in (d/'lane').iterdir()}
+    (d/'crowd').mkdir()
+    for i in range(60): shutil.copytree(d/'people'/'query', d/'crowd'/f'{i}')
+    began = time.monotonic()
+    shown,code = in_terminal('pyramidreid gallery add lane crowd --model person.onnx', d, until=lambda: time.monotonic()-began>4)
+    shutil.rmtree(d/'crowd')
+    if code==0: pytest.skip('this machine had added them all before Ctrl-C')
+    assert code==130 and 'Traceback' not in shown, shown
+    assert {o.name:o.read_bytes() for o in (d/'lane').iterdir()}==before
+
+@terminal
+def test_the_reader_goes_away(desk):
+    res = subprocess.run(['bash','-c','pyramidreid gallery info street | true; echo ${PIPESTATUS[0]}'], cwd=desk[0], env=env, capture_output=True, text=True)
+    assert res.stdout.strip()=='141' and not res.stderr
+
+def test_interrupted_while_it_writes(desk, monkeypatch, tmp_path):
+    "The file that was there stays"
+    def half(f, **arrays):
+        Path(f).write_bytes(b'half')
+        raise KeyboardInterrupt
+    file = tmp_path/'emb.npz'
+    file.write_bytes(b'old')
+    monkeypatch.setattr(np, 'savez', half)
+    assert main(['embed', desk[0]/'person.onnx', desk[0]/'people'/'query', '--out', file])==130
+    assert file.read_bytes()==b'old' and [o.name for o in tmp_path.iterdir()]==['emb.npz']
+
+# figures and formats
+
+def run(capfd, *args):
+    "Exit code, stdout and stderr of a command in this process"
+    capfd.readouterr()
+    code = main(args)
+    out,err = capfd.readouterr()
+    return code,out,err
+
+@pytest.fixture(scope='module')
+def shared(trained, tmp_path_factory): return trained.save_model(tmp_path_factory.mktemp('shared')/'model')
+
+@pytest.mark.parametrize('options', [dict(), dict(flip=True), dict(rerank=True)], ids=['plain','flip','rerank'])
+def test_evaluate_is_the_learners(trained, shared, people, options, capfd, tmp_path):
+    ours = trained.evaluate(**options)
+    code,out,err = run(capfd, 'evaluate', shared, people, *[f'--{o}' for o in options], '--json', '--card', tmp_path/'card.json')
+    assert code==0
+    theirs = json.loads(out)
+    for k in ('mAP','rank1','rank5','mINP','mAP_trapezoid'): assert theirs[k]==pytest.approx(getattr(ours, k), abs=1e-6)
+    assert {**ours.words(), 'data':''}=={**theirs['choices'], 'data':''}
+    assert json.loads((tmp_path/'card.json').read_text(encoding='utf-8'))['n_query']==ours.n_query
+
+def test_evaluate_by_onnx(desk, capfd):
+    d,_ = desk
+    by = [json.loads(run(capfd, 'evaluate', d/o, d/'people', '--json', '-q')[1]) for o in ('run','person.onnx')]
+    assert by[0]['mAP']==pytest.approx(by[1]['mAP'], abs=1e-4) and by[0]['choices']['trained on']==by[1]['choices']['trained on']
+
+def test_formats(trained, shared, people, capfd, tmp_path):
+    "All three hold the same, in the order of names"
+    files = image_files([people/'query'])
+    emb = trained.embed(trained.dls.test_dl(files)).numpy()
+    for o in ('e.safetensors','e.npz','e.csv'): assert run(capfd, 'embed', shared, people/'query', '--out', tmp_path/o)[0]==0
+    with safe_open(tmp_path/'e.safetensors', 'np') as f: st,names,fp = f.get_tensor('embeddings'),json.loads(f.metadata()['names']),f.metadata()['fingerprint']
+    with np.load(tmp_path/'e.npz') as f: nz,nz_names,nz_fp = f['embeddings'],f['names'].tolist(),str(f['fingerprint'])
+    import pandas as pd
+    csv = pd.read_csv(tmp_path/'e.csv', index_col='fn')
+    for o in (st,nz,csv.to_numpy()): np.testing.assert_allclose(o, emb, atol=2e-5)
+    assert names==nz_names==csv.index.tolist()==[str(f) for f in files]
+    assert fp==nz_fp==open_model(shared).fingerprint
+
+def test_the_same_people_are_held_out(people, tmp_path):
+    "By train and by evaluate, from a CSV file as from a folder"
+    df = market_table(people)
+    df[df.split=='train'].drop(columns='split').to_csv(tmp_path/'own.csv', index=False)
+    for src in (people, tmp_path/'own.csv'):
+        dls = ReIDDataLoaders.from_table(read_data(src), p=4, k=4, size=(48,24), valid_pct=.25, seed=7, num_workers=0)
+        ours,name = held_out(read_data(src), .25, seed=7)
+        assert sorted(map(str, ours.fn))==sorted(map(str, dls.valid.items.fn)) and name==dls.data_name
+
+def test_folder_for_each_person(people, capfd, tmp_path):
+    for fn,pid in market_table(people).query('split=="train"')[['fn','pid']].itertuples(index=False):
+        (tmp_path/'mine'/f'p{pid}').mkdir(parents=True, exist_ok=True)
+        shutil.copy(fn, tmp_path/'mine'/f'p{pid}')
+    assert read_data(tmp_path/'mine').pid.nunique()==12
+    assert run(capfd, 'doctor', tmp_path/'mine', '--quick')[0]==0
+    code,out,err = run(capfd, 'train', tmp_path/'mine', '--out', tmp_path/'run', *SMALL.split(), '--epochs', 1, '--p', 4, '--k', 4, '--recipe', 'paper', '--quiet')
+    assert code==0 and not err and 'epoch' not in out and 'mAP' in out
+    card = json.loads((tmp_path/'run'/'card.json').read_text(encoding='utf-8'))
+    code,out,_ = run(capfd, 'evaluate', tmp_path/'run', tmp_path/'mine', '--hold-out', .2, '--json', '-q')
+    assert json.loads(out)['mAP']==pytest.approx(card['mAP'], abs=1e-6)
+    code,out,err = run(capfd, 'evaluate', tmp_path/'run', tmp_path/'mine')
+    assert code==2 and '--hold-out' in err and not out
+
+# a model to begin with, and the doctor
+
+def test_train_on_from_a_model(shared, people, capfd, tmp_path):
+    code,out,err = run(capfd, 'train', people, '--out', tmp_path/'run', '--weights', shared, '--size', 48, 24, '--workers', 0, '--p', 4, '--k', 4, '--epochs', 1, '--cache', 'memory', '--json')
+    assert code==0, err
+    assert open_model(json.loads(out)['model']).about['n_parts']==3
+    assert run(capfd, 'train', people, '--out', tmp_path/'other', '--weights', shared, '--arch', 'resnet18', '--size', 48, 24, '--p', 4)[0]==2
+
+def test_doctor(people, capfd, tmp_path):
+    bad = tmp_path/'bad'
+    shutil.copytree(people, bad)
+    next((bad/'query').glob('*.jpg')).write_bytes(b'no image')
+    code,out,err = run(capfd, 'doctor', bad, '--json', '--plot', tmp_path/'p.png')
+    assert code==1 and json.loads(out)['findings'][0]['finding']=='unreadable' and Image.open(tmp_path/'p.png').size[0]>500
+    assert run(capfd, 'doctor', people)[0]==0
+
+# galleries
+
+def test_gallery(desk, capfd, tmp_path):
+    d,_ = desk
+    model,street = ['--model',d/'person.onnx'],tmp_path/'street'
+    files = image_files([d/'people'/'query'])[:8]
+    table = tmp_path/'seen.csv'
+    table.write_text('fn,pid,cam,time,coat\n'+''.join(f'{os.path.relpath(f, tmp_path)},{i//4},{i%2+1},2026-11-23 08:{i:02d},{"red" if i%2 else "blue"}\n' for i,f in enumerate(files)))
+    assert run(capfd, 'gallery', 'add', street, '--csv', table, *model)[0]==0
+    search = lambda *args: run(capfd, 'gallery', 'search', street, files[0], *model, '--json', '-q', *args)
+    code,out,_ = search()
+    found = json.loads(out)['matches']
+    assert code==0 and len(found)==8 and found[0]['similarity']==pytest.approx(1, abs=1e-5) and Path(found[0]['key']).resolve()==files[0].resolve()
+    assert [o['similarity'] for o in found]==sorted((o['similarity'] for o in found), reverse=True)
+    only = lambda *args: {(o['cam'],o['coat']) for o in json.loads(search(*args)[1])['matches']}
+    assert only('--exclude-cam', 1)=={(2,'red')} and only('--where', 'coat=="blue"')=={(1,'blue')}
+    assert len(json.loads(search('--since', '2026-11-23 08:05')[1])['matches'])==3 and len(json.loads(search('-k', 2)[1])['matches'])==2
+    assert search('--threshold', 1.5)[0]==search('--exclude-cam', 1, '--exclude-cam', 2)[0]==1
+    for args in (['--far','.1'],['--where','colour==1'],['--since','yesterday evening'],['--exclude-cam','door'],['--far','.1','--threshold','.5']):
+        code,out,err = search(*args)
+        assert code==2 and not out and 'Error: ' in err and 'Traceback' not in err, args
+    assert run(capfd, 'gallery', 'add', street, '--csv', table, *model)[0]==2
+    assert '0 added, 8 in all' in run(capfd, 'gallery', 'add', street, '--csv', table, *model, '--skip-known')[1]
+    code,out,_ = run(capfd, 'gallery', 'info', street, '--json')
+    info = json.loads(out)
+    assert (info['entries'],info['people'],info['cameras'])==(8,2,2)
+    assert run(capfd, 'gallery', 'remove', street, found[0]['key'])[0]==0 and run(capfd, 'gallery', 'remove', street, 'nobody')[0]==2
+    assert json.loads(run(capfd, 'gallery', 'info', street, '--json')[1])['entries']==7
+
+def test_gallery_of_another_model(desk, shared, capfd):
+    d,_ = desk
+    code,_,err = run(capfd, 'gallery', 'search', d/'street', image_files([d/'people'/'query'])[0], '--model', shared)
+    assert code==2 and 'Another model' in err
+
+# what is wrong is said, and nothing is written
+
+def test_bad_input(desk, shared, people, capfd, tmp_path):
+    d,_ = desk
+    (tmp_path/'in').mkdir()
+    cut = tmp_path/'in'/'cut.jpg'
+    cut.write_bytes(image_files([people/'query'])[0].read_bytes()[:300])
+    (tmp_path/'in'/'empty').mkdir()
+    (tmp_path/'in'/'no.csv').write_text('a,b\n1,2\n')
+    (tmp_path/'in'/'nobody.csv').write_text(f'fn\n{cut}\n')
+    (tmp_path/'in'/'bad.onnx').write_bytes(b'not a model')
+    i,out = tmp_path/'in',tmp_path/'out'
+    cases = {
+        ('trian',):"Did you mean 'train'", ('train',people,'--epoch','1'):'--epochs', ('train',people,'--epochs','0'):'0 is not in the range', ('train','nowhere'):'nowhere', ('train',):"Missing argument 'DATA'",
+        ('train',people,'--out',out,'--p','50'):'cannot be filled', ('train',people,'--out',out,'--weights','no.pth'):'no.pth', ('train',people,'--out',out,'--data-set','viper'):'no known data set',
+        ('train',i/'no.csv','--out',out):"no column 'fn'", ('train',i/'nobody.csv','--out',out):"no column 'pid'", ('train',people/'query','--out',out):'pass that path', ('train',i/'empty','--out',out):'No images',
+        ('evaluate',people,people):'There is no model', ('evaluate',i/'bad.onnx',people):'bad.onnx', ('evaluate',shared,i/'empty'):'No images',
+        ('embed',shared,cut,'--out',out/'e.npz'):'cut.jpg', ('embed',shared,i/'empty','--out',out/'e.npz'):'no images', ('embed',shared,people/'query','--out',out/'e.pkl'):'.safetensors',
+        ('embed',shared,people/'query','--out',cut/'e.npz'):'cut.jpg', ('embed',shared,people/'query'):"Missing option '--out'",
+        ('export',shared,'--to','onnx','--out',out/'m.pt2'):'.onnx', ('export',d/'person.onnx','--to','onnx','--out',out/'m.onnx'):'exported already',
+        ('gallery','info',i):'no gallery', ('gallery','search',out,cut,'--model',shared):'no gallery', ('gallery','add',out,'--model',shared):'Nothing to add', ('gallery','add',out,cut,'--model',shared):'cut.jpg',
+        ('doctor',people,'--plot','x.doc'):'.png'}
+    for args,words in cases.items():
+        code,shown,err = run(capfd, *args)
+        assert code==2 and words in err and 'Traceback' not in err, (args,shown,err)
+        assert err.splitlines()[-1].startswith('Error: ') or args[0]=='train' or words in err
+        assert not out.exists(), args
+
+def test_faults_of_ours(monkeypatch, people, capfd):
+    def broken(*args, **kwargs): raise KeyError('x')
+    monkeypatch.setattr('pyramidreid.doctor.doctor', broken)
+    code,_,err = run(capfd, 'doctor', people)
+    assert code==3 and 'Traceback' not in err and '--debug' in err
+    code,_,err = run(capfd, 'doctor', people, '--debug')
+    assert code==3 and 'Traceback' in err
