@@ -18,7 +18,7 @@ parser.add_argument('--data', default=os.environ.get('PYRAMIDREID_DATA'), help='
 parser.add_argument('--set', default='Market-1501-v15.09.15', help="the data set's folder below it, e.g. cuhk03-np")
 parser.add_argument('--recipe', default='modern', choices=('paper','modern'))
 parser.add_argument('--knobs', type=knob, nargs='*', default=(), metavar='NAME=VALUE', help='arguments of the recipe')
-parser.add_argument('--tfms', choices=('person','strong'), help="augmentation; default: 'person' for the paper's recipe, 'strong' for the modern one")
+parser.add_argument('--tfms', choices=('person','strong'), default='person', help="augmentation")
 parser.add_argument('--tfms-knobs', type=knob, nargs='*', default=(), metavar='NAME=VALUE', help='arguments of the augmentation')
 parser.add_argument('--arch', default='resnet50', help='a torchvision ResNet, or the name of a timm model')
 parser.add_argument('--weights', help='file of ImageNet weights; without it they are downloaded')
@@ -65,7 +65,7 @@ if __name__=='__main__':
             if not args.curve or (self.epoch+1)%args.curve: raise CancelValidException
 
     lib.set_seed(args.seed)
-    tfms = dict(person=lib.person_tfms, strong=lib.strong_tfms)[args.tfms or dict(paper='person', modern='strong')[args.recipe]]
+    tfms = dict(person=lib.person_tfms, strong=lib.strong_tfms)[args.tfms]
     table = lib.dataset_table(Path(args.data)/args.set)
     dls = lib.ReIDDataLoaders.from_table(table, p=8, k=8, size=args.size, valid_pct=args.hold_out,
         tfms=partial(tfms, **dict(args.tfms_knobs)), cache={None:None,'memory':True}.get(args.cache, args.cache), **({} if args.cache else dict(num_workers=args.workers)))

@@ -49,14 +49,14 @@ class Talk:
                 self.say(f'{done:,} of {total:,} {what}')
                 last = now
 
-# %% ../nbs/17_cli.ipynb #3ca25b4e
+# %% ../nbs/17_cli.ipynb #054e6a3c
 @patch
 def follow(self:Talk, learn): # A learner before it is trained
     "Show a training: fastai's bars on a terminal, elsewhere a line for each epoch"
     if self.bars: return
     from fastai.callback.progress import ProgressCallback
     def line(row):
-        texts = [f'{v:.4f}' if isinstance(v, float) else f'{v+1} of {learn.n_epoch}' if name=='epoch' else str(v) for name,v in zip(learn.recorder.metric_names, row)]
+        texts = ['–' if v!=v else f'{v:.4f}' if isinstance(v, float) else f'{v+1} of {learn.n_epoch}' if name=='epoch' else str(v) for name,v in zip(learn.recorder.metric_names, row)]
         self.say('  '.join(f'{name} {text}' for name,text in zip(learn.recorder.metric_names, texts)))
     learn.remove_cbs(ProgressCallback)
     learn.logger = line
@@ -119,14 +119,15 @@ def command(group,   # A `click.Group`
 def app():
     "Find a person again: train, evaluate and use models for person re-identification."
 
-# %% ../nbs/17_cli.ipynb #7131d152
+# %% ../nbs/17_cli.ipynb #5582e65e
 def main(argv=None): # Arguments; None: those of the process
     "The command `pyramidreid`; returns the exit code"
-    import pyramidreid.cli_gallery,pyramidreid.cli_models
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     for o in (sys.stdout,sys.stderr):
         if hasattr(o, 'reconfigure'): o.reconfigure(errors='replace')
-    try: return app.main(argv, 'pyramidreid', standalone_mode=False, obj=argv) or 0
+    try:
+        import pyramidreid.cli_gallery,pyramidreid.cli_models
+        return app.main(argv, 'pyramidreid', standalone_mode=False, obj=argv) or 0
     except click.ClickException as e: return e.show() or 2
     except (click.Abort,KeyboardInterrupt): return click.echo('Interrupted.', err=True) or 130
 

@@ -38,7 +38,7 @@ def _fit(learn, recipe, epochs, lr, scratch, cbs):
     if recipe=='paper': learn.fit_paper(epochs or 120, **rates)
     else: learn.fit_modern(epochs or 60, frozen_epochs=0 if scratch or epochs==1 else 1, **rates)
 
-# %% ../nbs/17b_cli_models.ipynb #253085e0
+# %% ../nbs/17b_cli_models.ipynb #ae5c933a
 def _free(out, resume):
     "Refuse a folder that holds a run, unless it is to be resumed"
     old = sorted((out/'checkpoints').glob('[0-9]*-[0-9]*.pth'))
@@ -87,11 +87,12 @@ def train(talk, data, out, data_set, recipe, epochs, arch, weights, size, p, k, 
     talk.say(f"{dls.data_name}: {len(dls.train.items):,} images of {dls.c:,} people to train on, {len(dls.valid.items):,} images to validate")
     talk.follow(learn)
     cbs = Checkpoints('checkpoints', resume=resume)
-    try: _fit(learn, recipe, epochs, lr, weights=='none', cbs)
+    try:
+        _fit(learn, recipe, epochs, lr, weights=='none', cbs)
+        card = learn.evaluate()
+        card.to_json(out/'card.json')
+        model = learn.save_model(out/'model', card)
     except KeyboardInterrupt: raise KeyboardInterrupt(f"{cbs.newest} is whole. To go on:\n{_again(talk.argv)}" if cbs.newest else "No epoch was done, so there is nothing to go on from.") from None
-    card = learn.evaluate()
-    card.to_json(out/'card.json')
-    model = learn.save_model(out/'model', card)
     return Answer(f"\n{card}\n\nModel  {model}\nCard   {out/'card.json'}", dict(model=model, card=out/'card.json', checkpoint=cbs.newest, **_figures(card)))
 
 # %% ../nbs/17b_cli_models.ipynb #1027e105

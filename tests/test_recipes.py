@@ -110,14 +110,14 @@ def test_adamw_by_hand(make_learner):
     "Decoupled decay, a momentum that follows the schedule, bias corrections"
     learn,watch = make_learner(),Watch()
     learn.metrics = []
-    learn.fit_modern(2, wd=.1, frozen_epochs=0, moms=(.9,.9,.9), ema=None, cbs=[watch,NoValid()])
+    learn.fit_modern(2, 1e-4, 1e-3, wd=.1, moms=(.9,.9,.9), ema=None, opt_func=torch_opt(torch.optim.AdamW, betas=(.9,.99), eps=1e-5), cbs=[watch,NoValid()])
     def step(w, g, lr, mom, t, state):
         state['m'],state['s'] = mom*state.get('m', 0) + (1-mom)*g, .99*state.get('s', 0) + .01*g*g
         return w*(1-lr*.1) - lr*(state['m']/(1-mom**t))/((state['s']/(1-.99**t)).sqrt()+1e-5)
     replayed(learn, watch, step)
 
 def test_torchs_optimizer_is_saved_and_loaded(make_learner, tmp_path):
-    learns = [make_learner(opt_func=fused(torch.optim.AdamW, eps=1e-5), path=tmp_path) for _ in range(2)]
+    learns = [make_learner(opt_func=torch_opt(torch.optim.AdamW, eps=1e-5), path=tmp_path) for _ in range(2)]
     learns[0].fit_one_cycle(1)
     learns[0].save('adamw')
     learns[1].load('adamw')
@@ -234,7 +234,7 @@ def test_frozen_weights_stay_to_the_bit(make_learner):
     learn,watch = make_learner(),Watch()
     learn.metrics = []
     learn.fit(1, cbs=[ShortEpochCallback(.2),NoValid()])
-    learn.fit_modern(2, frozen_epochs=1, wd=.5, cbs=[watch,NoValid()])
+    learn.fit_modern(2, 1e-4, 1e-3, frozen_epochs=1, wd=.5, label_smoothing=.1, cbs=[watch,NoValid()])
     n = len(learn.dls.train)
     conv = [k for k,f in watch.free[0].items() if not f]
     assert conv and all(k.startswith('body') for k in conv) and all(all(f.values()) for f in watch.free[n:])
@@ -312,7 +312,7 @@ def test_smoothing_needs_a_loss_that_has_it(make_learner):
     class Bare(torch.nn.Module):
         def forward(self, pred, target): return 0
     learn = make_learner(loss_func=Bare(), dynamic=False)
-    with pytest.raises(ValueError, match='label_smoothing'): learn.fit_modern(1)
+    with pytest.raises(ValueError, match='label_smoothing'): learn.fit_modern(1, label_smoothing=.1)
 
 def test_impossible_epochs(make_learner):
     with pytest.raises(ValueError, match='frozen_epochs=3'): make_learner().fit_modern(2, frozen_epochs=3)

@@ -8,7 +8,7 @@ from fastai.vision.all import EarlyStoppingCallback,SaveModelCallback,set_seed
 from pyramidreid.core import whole_file
 from pyramidreid.data import ReIDDataLoaders
 from pyramidreid.datasets import market_table
-from pyramidreid.recipes import fused
+from pyramidreid.recipes import torch_opt
 from pyramidreid.survive import *
 
 SCRIPT = '''
@@ -135,7 +135,7 @@ def test_recipes(make_learner, recipe):
     run(again, Checkpoints(resume=True))
     assert same_tree(weights(whole), weights(again)) and same_tree(figures(whole), figures(again)) and whole.recorder.hps==again.recorder.hps
     with pytest.raises(ValueError, match='optimizer: (SGD|AdamW), 3 groups there, Adam, 3'):
-        make_learner(path=cut.path).fit_modern(3, lr_body=1e-3, lr_head=3e-3, opt_func=fused(torch.optim.Adam), cbs=Checkpoints(resume=True))
+        make_learner(path=cut.path).fit_modern(3, lr_body=1e-3, lr_head=3e-3, opt_func=torch_opt(torch.optim.Adam), cbs=Checkpoints(resume=True))
 
 def test_with_workers(make_learner, make_dls):
     "Worker processes take their seeds from states that were kept"
