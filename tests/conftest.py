@@ -1,5 +1,5 @@
 "What several test files share: a few synthetic people, and a small learner trained on them"
-import sys
+import signal,sys
 from pathlib import Path
 import matplotlib
 matplotlib.use('Agg')
@@ -47,3 +47,11 @@ def _close_figures():
     yield
     import matplotlib.pyplot as plt
     plt.close('all')
+
+@pytest.fixture(scope='session', autouse=True)
+def heard():
+    "Ctrl-C is heard also where the tests were started in the background, which makes a process and its children deaf to it"
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -36,14 +36,6 @@ def readme():
 def sh(line, cwd, **kwargs): return subprocess.run(line, shell=True, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, **kwargs)
 def rubbish(path): return [o for o in Path(path).rglob('*') if o.name.startswith('.partial-')]
 
-@pytest.fixture(scope='module', autouse=True)
-def heard():
-    "Ctrl-C reaches the commands also where this process was started in the background, whose children would inherit deafness"
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
 @pytest.fixture(scope='module')
 def desk(tmp_path_factory):
     "A folder in which all commands of page and README were typed into a shell, and what came of each"
