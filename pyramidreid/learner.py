@@ -38,7 +38,7 @@ class LossParts(Callback):
     @property
     def columns(self): return [ValueMetric(partial(self.mean, o), f'{o}_loss') for o in self.names]
 
-# %% ../nbs/11_learner.ipynb #71e9e0ac
+# %% ../nbs/11_learner.ipynb #8a8846d9
 class ReIDLearner(Learner):
     "A `Learner` for re-identification; made by `pyramid_learner`"
 
@@ -53,6 +53,7 @@ def embed(self:ReIDLearner,
     model,gather = get_model(self.model),getattr(dl, 'to_detach', partial(to_detach, gather=False))
     modes,device = [(m,m.training) for m in model.modules()],next(model.parameters()).device
     def run(x):
+        x = x.as_subclass(Tensor)
         if not flip: return model(x)
         both = (model(x) + model(x.flip(-1)))/2
         return embedding(both.view(len(x), len(model.head.windows), -1), model.norm)
