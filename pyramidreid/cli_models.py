@@ -169,20 +169,7 @@ def embed(talk, model, files, out, flip, device):
     _write_embeddings(out, list(map(str, files)), emb, model.fingerprint)
     return Answer(f"{out}: {len(emb):,} × {emb.shape[1]:,}", dict(out=out, images=len(emb), numbers=emb.shape[1], fingerprint=model.fingerprint))
 
-# %% ../nbs/17b_cli_models.ipynb #d72c0fa5
-def _write(net, about, to, file):
-    "What a learner's `to_onnx` and `to_exported` do, of a model that was loaded"
-    import torch
-    from pyramidreid.core import need,whole_file
-    from pyramidreid.export import _agree,_proto,_traced
-    from pyramidreid.runtime import Runtime,seal
-    if to=='onnx': [need(o, 'onnx') for o in ('onnx','onnxscript','onnxruntime')]
-    with whole_file(file) as f:
-        if to=='onnx': f.write_bytes(seal(_proto(net, about).SerializeToString(deterministic=True)))
-        else: torch.export.save(_traced(net, about['size']), f, extra_files={'pyramidreid.json':json.dumps(about)})
-        again = Runtime(f).run if to=='onnx' else lambda x, program=torch.export.load(f).module(): program(torch.from_numpy(x))
-        _agree(again, net, about['size'], 'What was written')
-
+# %% ../nbs/17b_cli_models.ipynb #838849e6
 @command(app, """pyramidreid export market --to onnx --out person.onnx
     pyramidreid export market/model --to pt2 --out person.pt2""")
 @click.argument('model', type=existing)
@@ -193,7 +180,9 @@ def export(talk, model, to, out):
     if out.suffix!=f'.{to}': raise click.BadParameter(f'{out}: a file for {to} ends in .{to}', param_hint='--out')
     if model.suffix=='.onnx': raise ValueError(f"{model} is exported already: give the model's folder")
     from pyramidreid.cli_inputs import open_model
+    from pyramidreid.export import write_exported,write_onnx
     model = open_model(model, 'cpu')
     talk.say(f'Writing {out} …')
-    _write(model.net, {k:v for k,v in model.about.items() if k!='weights'}, to, out)
+    write = dict(onnx=write_onnx, pt2=write_exported)[to]
+    write(model.net, {k:v for k,v in model.about.items() if k!='weights'}, out)
     return Answer(f"{out}: {out.stat().st_size/1e6:.1f} MB, fingerprint {model.fingerprint}", dict(out=out, bytes=out.stat().st_size, fingerprint=model.fingerprint))
