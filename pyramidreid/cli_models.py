@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['train', 'evaluate', 'embed', 'export']
 
-# %% ../nbs/17b_cli_models.ipynb #0471207f
+# %% ../nbs/17b_cli_models.ipynb #46939ee5
 import click,json,shlex
 from pathlib import Path
-from .cli import Answer,app,command,data_set_option,device_option,existing
+from .cli import Answer,app,command,data_set_option,device_option,existing,held_out_options
 
 # %% ../nbs/17b_cli_models.ipynb #2de44c4f
 _lr = dict(paper=.1, modern=1e-3) # Of the new layers
@@ -95,14 +95,7 @@ def train(talk, data, out, data_set, recipe, epochs, arch, weights, size, p, k, 
     except KeyboardInterrupt: raise KeyboardInterrupt(f"{cbs.newest} is whole. To go on:\n{_again(talk.argv)}" if cbs.newest else "No epoch was done, so there is nothing to go on from.") from None
     return Answer(f"\n{card}\n\nModel  {model}\nCard   {out/'card.json'}", dict(model=model, card=out/'card.json', checkpoint=cbs.newest, **_figures(card)))
 
-# %% ../nbs/17b_cli_models.ipynb #1027e105
-def _about(model, name, flip):
-    "What a card says, in the words of a learner's"
-    a = model.about
-    return {'data':name, 'trained on':f"{a['data']}, {a['n_ids']:,} identities", 'backbone':a['arch'], 'input':'{}×{}'.format(*a['size']),
-            'pyramid':f"n_parts={a['n_parts']}, levels={a['levels']}, {model.n_branches} branches", 'embedding':f"{model.emb_sz}-d, norm={a['norm']}",
-            'flip':'mean of both' if flip else 'none', 're-ranking':'none'}
-
+# %% ../nbs/17b_cli_models.ipynb #16df5f29
 @command(app, """pyramidreid evaluate market Market-1501-v15.09.15
     pyramidreid evaluate market MSMT17_V1 --flip --card msmt17.json
     pyramidreid evaluate market cuhk03-np --data-set cuhk03_np_labeled --rerank
@@ -110,30 +103,18 @@ def _about(model, name, flip):
 @click.argument('model', type=existing)
 @click.argument('data', type=existing)
 @data_set_option
-@click.option('--hold-out', type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar='PART', help='Evaluate on this part of the training identities: those that train holds out with the same part and seed.')
-@click.option('--seed', type=int, default=42, show_default=True, help='Of who is held out.')
+@held_out_options
 @click.option('--flip', is_flag=True, help='Embed each image together with its mirror image.')
 @click.option('--rerank', is_flag=True, help='Re-rank by k-reciprocal neighbours.')
 @click.option('--card', type=click.Path(dir_okay=False, path_type=Path), metavar='FILE', help='Write the protocol card there, as JSON with the values of every query.')
 @device_option
 def evaluate(talk, model, data, data_set, hold_out, seed, flip, rerank, card, device):
     "Rank the gallery of DATA for each of its queries by MODEL: a folder of train or save_model, or an ONNX file."
-    from pyramidreid.cli_inputs import embed_files,held_out,open_model,read_data
+    from pyramidreid.cli_inputs import held_out,open_model,ranked,read_data
     model = open_model(model, device)
-    df,name = held_out(read_data(data, data_set), hold_out, seed)
-    from pyramidreid.core import Role
-    from pyramidreid.evaluation import Distances,evaluate_distances
-    from pyramidreid.learner import _cams
-    from pyramidreid.rerank import rerank as k_reciprocal
-    from pyramidreid.tables import check_match,encode_table
-    items,*_ = encode_table(df)
-    check_match(items)
-    talk.say(f"{name}: {(items.role==Role.QUERY).sum():,} queries, {(items.role==Role.GALLERY).sum():,} images in the gallery")
-    if rerank: items = items[items.label>=0].reset_index(drop=True)
-    emb,q,g = embed_files(talk, model, items.fn.tolist(), flip),*((items.role==r).to_numpy() for r in (Role.QUERY,Role.GALLERY))
-    dist,ids,cams = (k_reciprocal if rerank else Distances)(emb[q], emb[g]),items.label.to_numpy(),_cams(items)
-    dist.about = {**_about(model, name, flip), **getattr(dist, 'about', {})}
-    res = evaluate_distances(dist, ids[q], ids[g], *([None]*2 if cams is None else [cams[q],cams[g]]), progress_bar=talk.bars)
+    found = ranked(talk, model, *held_out(read_data(data, data_set), hold_out, seed), flip, rerank)
+    from pyramidreid.evaluation import evaluate_distances
+    res = evaluate_distances(**found, progress_bar=talk.bars)
     if card: res.to_json(card)
     return Answer(str(res), _figures(res))
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LearnerEmbedder', 'as_embedder', 'Embeddings', 'open_person', 'entry_table', 'plain_table', 'allowed',
-           'plain_calibration', 'threshold_at']
+           'own_calibration']
 
-# %% ../nbs/14c_entries.ipynb #10530e69
-import math,os,re
+# %% ../nbs/14c_entries.ipynb #d26b448a
+import os,re
 import numpy as np, pandas as pd
 from PIL import Image
+from .openset import Calibration
 
 # %% ../nbs/14c_entries.ipynb #a5cdd6a8
 class LearnerEmbedder:
@@ -133,23 +134,14 @@ def allowed(table,            # Of the entries
     tests = ([] if exclude_cam is None else [~_excluded(table, exclude_cam)]) + ([] if since is None else [_since(table, since)]) + ([] if where is None else [_where(table, where)])
     return np.logical_and.reduce([o.fillna(False).to_numpy(bool) for o in tests]) if tests else None
 
-# %% ../nbs/14c_entries.ipynb #de6a61e1
-def plain_calibration(o): # As above
-    "A calibration as JSON can hold it"
-    if o is None or isinstance(o, dict): return o and {str(float(k)):float(v) for k,v in o.items()}
-    if not hasattr(o, 'threshold'): return [float(v) for v in o]
-    res = {}
-    for far in (.1,.05,.02,.01,.005,.002,.001,.0005,.0002,.0001):
-        try: res[str(far)] = float(o.threshold(far))
-        except ValueError: pass # rarer than it has seen
-    return res
-
-def threshold_at(calibration, far): # As above; part of all pairs of different people
-    "The similarity that pairs of different people reach no more often than `far`"
-    o = plain_calibration(calibration)
-    if o is None: raise ValueError(f"far={far} needs a calibration, and this gallery has none: set gallery.calibration, or pass a threshold")
-    if isinstance(o, dict):
-        if str(float(far)) in o: return o[str(float(far))]
-        raise ValueError(f"far={far} was not calibrated: there is {', '.join(o)}")
-    if not 1/len(o)<=far<1: raise ValueError(f"far={far} cannot be told from {len(o)} pairs: it has to be {1/len(o):.2g} at least, and below 1")
-    return float(np.nextafter(sorted(o, reverse=True)[math.floor(far*len(o)+1e-9)], np.inf))
+# %% ../nbs/14c_entries.ipynb #2762fbd3
+def own_calibration(o,          # A `Calibration`, or None
+                    fingerprint # Of a gallery's model
+                   ):
+    "`o`, if its thresholds are similarities by that model; a `TypeError` or `ValueError` says what else they are"
+    if o is None: return None
+    if not isinstance(o, Calibration): raise TypeError(f"{type(o).__name__} is no calibration: take learn.calibrate(…), or calibrate_distances(…)")
+    if o.distance!='cosine': raise ValueError(f"A gallery compares by cosine, and these thresholds are for distances that are {o.distance!r}: calibrate with Distances(queries, gallery)")
+    model = o.about.get('model', fingerprint)
+    if model!=fingerprint: raise ValueError(f"This calibration is of model {model[:8]}, and the gallery of model {fingerprint[:8]}: calibrate the gallery's own")
+    return o

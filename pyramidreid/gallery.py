@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['Gallery']
 
-# %% ../nbs/14_gallery.ipynb #b2b221e3
-import os
+# %% ../nbs/14_gallery.ipynb #b723719c
+import os,warnings
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from concurrent.futures import ThreadPoolExecutor
 from fastcore.basics import patch
 from pathlib import Path
 from .core import need,progress
-from .entries import Embeddings,allowed,as_embedder,entry_table,open_person,plain_calibration,threshold_at
+from .entries import Embeddings,allowed,as_embedder,entry_table,open_person,own_calibration
 from .nearest import Index,Rows,build_index,nearest,unit
+from .openset import Calibration
 from .store import Store
 
-# %% ../nbs/14_gallery.ipynb #ebec473d
+# %% ../nbs/14_gallery.ipynb #7e34d53d
 class Gallery:
     "Embedded people, to be searched"
     def __init__(self,
@@ -28,7 +29,7 @@ class Gallery:
         if embedder is None and store is None: raise ValueError("A new gallery needs a model: Gallery(learn), or an object with `embed` and `fingerprint`")
         self.embedder = None if embedder is None else as_embedder(embedder)
         self.store = Store(self.embedder.fingerprint, dtype=dtype) if store is None else store
-        self.keys,self.index,self._rows,self.calibration = dict(zip(self.store.table.key, self.store.table.index)),None,None,None
+        self.keys,self.index,self._rows,self._calibration = dict(zip(self.store.table.key, self.store.table.index)),None,None,None
         self._same(self.embedder)
 
     @classmethod
@@ -46,6 +47,10 @@ class Gallery:
     def fingerprint(self): return self.store.fingerprint
     @property
     def table(self): return self.store.table.reset_index(drop=True)
+    @property
+    def calibration(self): return self._calibration # `Calibration` of the model, for `far`; None: there is none
+    @calibration.setter
+    def calibration(self, o): self._calibration = own_calibration(o, self.fingerprint)
     def __repr__(self):
         how = 'searched exactly' if self.index is None else f'{self.index}; {int((self.store.table.index>=self.index.note["upto"]).sum()):,} entries came later'
         return f"{type(self).__name__} of {len(self):,} entries, {self.store.dim or '?'}-d, model {self.fingerprint[:8]}, {how}"
@@ -118,7 +123,7 @@ def _drop(self:Gallery, keys):
     self.store.remove([self.keys.pop(k) for k in keys])
     self._rows = None
 
-# %% ../nbs/14_gallery.ipynb #684a0940
+# %% ../nbs/14_gallery.ipynb #ec7f2c86
 @patch
 def search(self:Gallery,
     query,            # A file, an image, `Embeddings`, or a list of files and images
@@ -127,7 +132,7 @@ def search(self:Gallery,
     since=None,       # Nothing before this date and time
     where=None,       # An expression over the columns, or a function of the table
     threshold=None,   # No similarity below
-    far=None          # Threshold for this false alarm rate, from the gallery's `calibration`
+    far=None          # As `threshold`: what an unknown person's search reaches at this rate, from the gallery's `calibration`
 ):
     "The most similar entries, a table of `key`, `similarity` and all other columns; of several queries, with their number in `query`"
     several = len(query)!=1 if isinstance(query, Embeddings) else isinstance(query, (list,tuple))
@@ -164,11 +169,14 @@ def _ranked(self:Gallery, q, k, exclude_cam, since, where):
     there = found>=0
     return table.iloc[table.index.get_indexer(rows.ids[found[there]])].assign(similarity=sims[there], query=np.nonzero(there)[0]).reset_index(drop=True)
 
-# %% ../nbs/14_gallery.ipynb #e7cab026
+# %% ../nbs/14_gallery.ipynb #58dafba7
 @patch
-def threshold(self:Gallery, far): # False alarm rate: the part of all pairs of different people
-    "The similarity that pairs of different people reach no more often than `far`, from `calibration`"
-    return threshold_at(self.calibration, far)
+def threshold(self:Gallery, far): # Wanted rate of false accepts per search
+    "The similarity from which on a search takes an unknown person for somebody at the rate `far`. Raises `ValueError` without a calibration, or if it is too small for so rare an error"
+    c = self.calibration
+    if c is None: raise ValueError(f"far={far} needs a calibration, and this gallery has none: set gallery.calibration = learn.calibrate(…), in a terminal pyramidreid gallery calibrate; or pass a threshold")
+    if len(self)>2*c.n_gallery: warnings.warn(f"The calibration searched {c.n_gallery:,} images, and this gallery has {len(self):,}: expect more false accepts than far={far:g}. Calibrate with a gallery of its size")
+    return c.threshold(far)
 
 @patch
 def build_index(self:Gallery,
@@ -188,7 +196,7 @@ def _write_index(self:Gallery, file): need('faiss', 'gallery').write_index(self.
 @patch
 def save(self:Gallery, path=None): # Folder; None: where it was saved or loaded
     "Write what is new, whole or not at all; returns the folder"
-    self.store.notes['calibration'] = plain_calibration(self.calibration)
+    self.store.notes['calibration'] = self.calibration and self.calibration.to_json()
     self.store.save(path)
     self._rows = None
     return self.store.path
@@ -201,7 +209,7 @@ def load(cls:Gallery, path, # Folder
     "The gallery in a folder. Raises `ValueError` if the model is another, or a file is damaged"
     store = Store.load(path, check)
     res = cls(embedder, store=store)
-    res.calibration = store.notes.get('calibration')
+    if note := store.notes.get('calibration'): res.calibration = Calibration.from_json(note)
     if store.index:
         res.index = Index(store.index['note']['kind'], need('faiss', 'gallery').read_index(str(store.path/store.index['file'][0])), store.index['note'])
         store.index['write'] = res._write_index

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['MilvusGallery', 'milvus_filter']
 
-# %% ../nbs/14d_milvus.ipynb #45b2567e
+# %% ../nbs/14d_milvus.ipynb #f6a58d4a
 import json
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import need
-from .entries import as_embedder,plain_calibration,plain_table
+from .entries import as_embedder,plain_table
 from .gallery import Gallery
+from .openset import Calibration
 
-# %% ../nbs/14d_milvus.ipynb #e815eb10
+# %% ../nbs/14d_milvus.ipynb #be38ce1d
 class _Place:
     "What a `Gallery` asks of its store: whose embeddings, how wide, and notes"
     def __init__(self, fingerprint, dim=None, kinds=None, calibration=None): self.fingerprint,self.dim,self.kinds,self.calibration = fingerprint,dim,kinds or {},calibration
@@ -33,7 +34,7 @@ class MilvusGallery(Gallery):
         found = self._read_about()
         if found is None and self.embedder is None: raise ValueError(f"{uri} holds no gallery {name!r}, and a new one needs a model")
         self.store = _Place(self.embedder.fingerprint) if found is None else _Place(**found)
-        self.calibration = self.store.calibration
+        self.calibration = self.store.calibration and Calibration.from_json(self.store.calibration)
         self._same(self.embedder)
         if self.store.dim: self.client.load_collection(name)
 
@@ -46,7 +47,7 @@ class MilvusGallery(Gallery):
     def build_index(self, *args, **kwargs): raise ValueError("Milvus builds its index itself: say which when the collection is made, MilvusGallery(…, index=dict(index_type='IVF_FLAT', params=dict(nlist=4096)))")
     def close(self): self.client.close()
 
-# %% ../nbs/14d_milvus.ipynb #3130848e
+# %% ../nbs/14d_milvus.ipynb #6635b050
 @patch(as_prop=True)
 def _about(self:MilvusGallery): return f'{self.name}_about'
 
@@ -55,8 +56,9 @@ def _read_about(self:MilvusGallery):
     "What is known of the collection; None if there is none"
     if not self.client.has_collection(self._about): return None
     self.client.load_collection(self._about)
-    rows = self.client.query(self._about, filter='id==0', output_fields=['about'], consistency_level='Strong')
-    return json.loads(rows[0]['about']) if rows else None
+    rows = self.client.query(self._about, filter='id>=0', output_fields=['id','about'], consistency_level='Strong')
+    text = ''.join(o['about'] for o in sorted(rows, key=lambda o: o['id']))
+    return json.JSONDecoder().raw_decode(text)[0] if text else None # rows of a longer text may follow
 
 @patch
 def _write_about(self:MilvusGallery):
@@ -67,8 +69,8 @@ def _write_about(self:MilvusGallery):
         schema.add_field('about', types.VARCHAR, max_length=65535)
         schema.add_field('nothing', types.FLOAT_VECTOR, dim=2) # Milvus wants a vector
         c.create_collection(self._about, schema=schema, index_params=self._params('nothing', dict(index_type='FLAT')))
-    about = dict(vars(self.store), calibration=plain_calibration(self.calibration))
-    c.upsert(self._about, [dict(id=0, about=json.dumps(about), nothing=[0.,1.])])
+    about,n = json.dumps(dict(vars(self.store), calibration=self.calibration and self.calibration.to_json())),60_000
+    c.upsert(self._about, [dict(id=i, about=about[i:i+n], nothing=[0.,1.]) for i in range(0, len(about), n)])
 
 @patch
 def _params(self:MilvusGallery, field, index):

@@ -281,11 +281,18 @@ def test_gallery(desk, capfd, tmp_path):
     for args in (['--far','.1'],['--where','colour==1'],['--since','yesterday evening'],['--exclude-cam','door'],['--far','.1','--threshold','.5']):
         code,out,err = search(*args)
         assert code==2 and not out and 'Error: ' in err and 'Traceback' not in err, args
+    code,out,_ = run(capfd, 'gallery', 'calibrate', street, d/'people', *model, '--far', .2, '--json', '-q')
+    found_at = json.loads(out)
+    assert code==0 and found_at['interval'][0]<.2<found_at['interval'][1] and found_at['searches']==len(image_files([d/'people'/'query']))
+    assert search('--far', .2)[1]==search('--threshold', found_at['threshold'])[1]
+    for args in (('--far',.0001),('--far',2)):
+        before = (street/'gallery.json').read_bytes()
+        assert run(capfd, 'gallery', 'calibrate', street, d/'people', *model, *args)[0]==2 and (street/'gallery.json').read_bytes()==before
     assert run(capfd, 'gallery', 'add', street, '--csv', table, *model)[0]==2
     assert '0 added, 8 in all' in run(capfd, 'gallery', 'add', street, '--csv', table, *model, '--skip-known')[1]
     code,out,_ = run(capfd, 'gallery', 'info', street, '--json')
     info = json.loads(out)
-    assert (info['entries'],info['people'],info['cameras'])==(8,2,2)
+    assert (info['entries'],info['people'],info['cameras'],info['calibrated']['searches'])==(8,2,2,found_at['searches'])
     assert run(capfd, 'gallery', 'remove', street, found[0]['key'])[0]==0 and run(capfd, 'gallery', 'remove', street, 'nobody')[0]==2
     assert json.loads(run(capfd, 'gallery', 'info', street, '--json')[1])['entries']==7
 

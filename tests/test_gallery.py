@@ -5,9 +5,10 @@ import numpy as np, pandas as pd, pytest
 faiss = pytest.importorskip('faiss', reason='needs the extra gallery')
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 from PIL import Image
-from pyramidreid.entries import Embeddings,allowed,threshold_at
+from pyramidreid.entries import Embeddings,allowed
 from pyramidreid.gallery import Gallery
 from pyramidreid.nearest import Rows,build_index,exact,nearest,unit
+from pyramidreid.openset import Calibration
 
 class Model:
     "Mean colour of three bands: not much of a model, but quick"
@@ -80,27 +81,48 @@ def test_gaps(files):
     g.add(pictures(1, 3), keys='x')
     assert g.search(pictures(1, 3)[0], 7, where='pid==1').pid.tolist()==[1,1,1]
 
+def calibrated(n_gallery=6, **about):
+    "Ten strangers' best similarities, by hand"
+    return Calibration(np.arange(10)/10, range(10), [.95], [1], [], n_gallery, 5, 'absent', False, 'cosine', .1, about=about)
+
 def test_calibration(gallery, files, tmp_path):
-    gallery.calibration = {.01:.9999, .1:.5}
+    c = calibrated(model=gallery.fingerprint)
+    gallery.calibration = c
     gallery.save(tmp_path/'g')
     again = Gallery.load(tmp_path/'g', Model())
-    assert len(again.search(files.fn[0], 6, far=.01))==1 and again.threshold(.1)==.5
-    with pytest.raises(ValueError, match='far=0.5 was not calibrated: there is 0.01, 0.1'): again.threshold(.5)
-    class Calibrated:
-        def threshold(self, far):
-            if far<.01: raise ValueError('too rare')
-            return 1-far
-    gallery.calibration = Calibrated()
-    gallery.save()
-    assert Gallery.load(tmp_path/'g').threshold(.02)==.98
+    assert again.calibration.to_json()==c.to_json() and again.threshold(.1)==.9 and again.threshold(.2)==.8
+    for far in (.1,.5):
+        everyone = again.search(files.fn[0], 6)
+        assert again.search(files.fn[0], 6, far=far).key.tolist()==everyone[everyone.similarity>=1-far].key.tolist()
+    with pytest.raises(ValueError, match='out of reach of 10 impostor searches'): again.search(files.fn[0], 6, far=.01)
+    again.calibration = None
+    again.save()
+    with pytest.raises(ValueError, match='this gallery has none'): Gallery.load(tmp_path/'g', Model()).search(files.fn[0], 6, far=.1)
 
-def test_threshold_from_pairs():
-    "No more than `far` of the pairs reach it, and one ulp less would be too many"
-    pairs = np.random.default_rng(0).random(997)
-    for far in (.002,.01,.1,.5):
-        t = threshold_at(pairs.tolist(), far)
-        assert (pairs>=t).mean()<=far<(pairs>=np.nextafter(t, 0)).mean()
-    with pytest.raises(ValueError, match='cannot be told'): threshold_at(pairs.tolist(), .0001)
+def test_calibration_of_something_else(gallery):
+    gallery.calibration = before = calibrated()
+    for bad,error,why in (({.01:.9},TypeError,'no calibration'),([.1,.2],TypeError,'no calibration'),(calibrated(model='another'),ValueError,"calibrate the gallery's own"),
+                          (Calibration(**{**vars(before), 'distance':'euclidean'}),ValueError,'by cosine')):
+        with pytest.raises(error, match=why): gallery.calibration = bad
+        assert gallery.calibration is before
+
+def test_gallery_that_outgrew_its_calibration(gallery):
+    gallery.calibration = calibrated(n_gallery=3)
+    assert gallery.threshold(.1)==.9
+    gallery.add(pictures(2, 5), keys=['x','y'])
+    with pytest.warns(UserWarning, match='searched 3 images, and this gallery has 8'): gallery.threshold(.1)
+
+def test_calibrated_by_the_learner_itself(trained, tmp_path):
+    "A search by `far` is the ranking of `evaluate`, cut at the calibration's threshold: as often wrong as the calibration says"
+    items = trained.dls.valid.items
+    there,asked = items[items.split=='gallery'],items[items.split=='query']
+    gallery = Gallery.from_learner(trained, there[['fn','pid','cam']])
+    gallery.calibration = c = trained.calibrate(far=.2)
+    wrong = n = 0
+    for o in asked.itertuples():
+        found = gallery.search(o.fn, len(gallery), where=f'pid!={o.pid}', far=.2)
+        wrong,n = wrong+bool(len(found)),n+1
+    assert n==len(c.impostor) and wrong/n==pytest.approx(c.far_at(c.threshold())[0])
 
 # Adding and removing
 

@@ -7,6 +7,7 @@ pytest.importorskip('faiss', reason='compared with the gallery in a folder, whic
 from pyramidreid.entries import Embeddings
 from pyramidreid.gallery import Gallery
 from pyramidreid.milvus import MilvusGallery,milvus_filter
+from pyramidreid.openset import Calibration
 from test_gallery import Model,pictures
 
 N = 300
@@ -62,7 +63,9 @@ def test_a_life(tmp_path):
     with pytest.raises(ValueError, match='gallery is empty'): g.search(pictures(1)[0])
     g.add(pictures(3), keys=list('abc'), cam='door').add(pictures(2, 1), keys=['d','e'], pid=[1,2])
     g.remove('b')
-    g.calibration = {.01:.9999}
+    g.calibration = Calibration(np.linspace(-1, .9999, 20_000), range(20_000), [], [], [], 5, 5, 'absent', False, 'cosine', about={'model':g.fingerprint})
+    g.save()
+    g.calibration = Calibration([.9999]*200, range(200), [], [], [], 5, 5, 'absent', False, 'cosine')
     g.save()
     g.close()
     with pytest.raises(ValueError, match="Another model's embedding"): MilvusGallery.load(uri, Model('b model'))
