@@ -10,9 +10,9 @@ models = {'resnet10 at 96Ã—48':('resnet10', (96,48), 64, 512), 'resnet50 at 384Ã
 
 def engines(learn, compiled):
     "By name: a function of the threads that gives a function from pixels to embeddings. The model is exported once"
-    from pyramidreid.export import load_model
+    from pyramidreid.export import load_embedder
     from pyramidreid.runtime import Runtime
-    program,embedder,onnx_file = torch.export.load(learn.to_exported(learn.path/'m.pt2')).module(),load_model(learn.save_model(learn.path/'shared')),learn.to_onnx(learn.path/'m.onnx')
+    program,embedder,onnx_file = torch.export.load(learn.to_exported(learn.path/'m.pt2')).module(),load_embedder(learn.save_model(learn.path/'shared')),learn.to_onnx(learn.path/'m.onnx')
     def in_torch(net):
         def run(x):
             with torch.no_grad(): return net(torch.from_numpy(x)).numpy()

@@ -74,7 +74,7 @@ def image_files(paths): # Files and folders
         res += found
     return res
 
-# %% ../nbs/17a_cli_inputs.ipynb #3101ec4f
+# %% ../nbs/17a_cli_inputs.ipynb #9ce50e6a
 def open_model(path,       # Folder with a model.json, or an ONNX file
                device=None # Where to compute; None: on a GPU if there is one
               ):
@@ -86,8 +86,8 @@ def open_model(path,       # Folder with a model.json, or an ONNX file
     if (path/'model'/'model.json').is_file(): path = path/'model' # the folder of a training
     if not (path/'model.json').is_file(): raise FileNotFoundError(f"There is no model at {path}: neither a folder with a model.json, as pyramidreid train writes, nor an .onnx file")
     import torch
-    from pyramidreid.export import load_model
-    return load_model(path, device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    from pyramidreid.export import load_embedder
+    return load_embedder(path, device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
 # %% ../nbs/17a_cli_inputs.ipynb #a08d2219
 def embed_files(talk,  # A `Talk`

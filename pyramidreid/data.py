@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ReIDTarget', 'ReIDLabel', 'EncodeTarget', 'show_batch', 'show_results', 'CachedDatasets', 'ReIDDataLoaders']
 
-# %% ../nbs/04_data.ipynb #614a3412
+# %% ../nbs/04_data.ipynb #0d5b68d7
 import pandas as pd, torch
 from fastai.imports import dispatch
 from fastai.vision.all import *
@@ -17,7 +17,7 @@ from .sampler import PKDataLoader
 from .cuhk03 import cuhk03_table
 from .datasets import cuhk03_np_table,duke_table,market_table,msmt17_table,occluded_duke_table
 from .tables import folder_table,hold_out,encode_table,check_match,unreadable
-from .tfms import ResizeBatch,person_tfms
+from .tfms import ResizeEach,person_tfms
 
 # %% ../nbs/04_data.ipynb #cc5ddde2
 class ReIDTarget(TensorBase):
@@ -81,7 +81,7 @@ class CachedDatasets(Datasets):
     def get_batch(self, idxs): return TensorImage(self.cache[self.rows[idxs]]),ReIDTarget(self.targets[idxs])
     def new_empty(self): return Datasets(tls=[o.new_empty() for o in self.tls], n_inp=self.n_inp)
 
-# %% ../nbs/04_data.ipynb #18bc40b8
+# %% ../nbs/04_data.ipynb #5b95440b
 def _need_columns(df, cols):
     missing = [c for c in cols if c not in df]
     if missing: raise ValueError(f"The table has no column {', '.join(map(repr,missing))}; it has {', '.join(map(repr,df.columns))}")
@@ -130,7 +130,7 @@ class ReIDDataLoaders(DataLoaders):
         check_match(df)
         item,batch = tfms(size, batch=cached)
         if cached: kwargs = {'num_workers':0, **kwargs}
-        block = DataBlock(blocks=(TransformBlock(type_tfms=open_image, batch_tfms=[IntToFloatTensor]+[ResizeBatch(size)]*cached), TransformBlock(type_tfms=EncodeTarget(pids, cams, c, name))),
+        block = DataBlock(blocks=(TransformBlock(type_tfms=open_image, batch_tfms=[IntToFloatTensor]+[ResizeEach(size)]*cached), TransformBlock(type_tfms=EncodeTarget(pids, cams, c, name))),
                           getters=(ColReader('fn'), noop), dl_type=PKDataLoader, splitter=IndexSplitter(df.index[df.role!=Role.TRAIN]),
                           item_tfms=ifnone(item_tfms, item), batch_tfms=ifnone(batch_tfms, batch))
         dls = cls.from_dblock(block, df, path=path, p=p, k=k, mode=mode, **kwargs)

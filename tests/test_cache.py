@@ -290,9 +290,9 @@ def test_one_cache_for_several_loaders(make_dls, files, capsys):
 
 def test_transforms_of_ones_own(make_dls):
     dls = make_dls(size=(128,64), cache=True, batch_tfms=[Flip()])
-    assert [type(o).__name__ for o in dls.train.after_batch.fs]==['ResizeBatch','IntToFloatTensor','Flip'] and dls.one_batch()[0].shape==(16,3,128,64)
+    assert [type(o).__name__ for o in dls.train.after_batch.fs]==['ResizeEach','IntToFloatTensor','Flip'] and dls.one_batch()[0].shape==(16,3,128,64)
     dls = make_dls(cache=True, tfms=partial(strong_tfms, colour=0, pad=3))
-    assert [type(o).__name__ for o in dls.train.after_batch.fs]==['FlipEach','ResizeBatch','PadCropEach','IntToFloatTensor','EraseEach']
+    assert [type(o).__name__ for o in dls.train.after_batch.fs]==['FlipEach','ResizeEach','PadCropEach','IntToFloatTensor','EraseEach']
     with pytest.raises(ValueError, match='item_tfms.*tfms=strong_tfms'): make_dls(cache=True, item_tfms=person_tfms((48,24))[0])
     assert not isinstance(make_dls(cache=False).train_ds, CachedDatasets)
 

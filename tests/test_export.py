@@ -53,7 +53,7 @@ def program(file):
 def exported(learn, tmp_path_factory):
     "By kind: the file or folder, and a function of files and batch size"
     d = tmp_path_factory.mktemp('exported')
-    res = dict(safetensors=(f:=learn.save_model(d/'shared'), load_model(f).embed), pt2=(f:=learn.to_exported(d/'m.pt2'), program(f)))
+    res = dict(safetensors=(f:=learn.save_model(d/'shared'), load_embedder(f).embed), pt2=(f:=learn.to_exported(d/'m.pt2'), program(f)))
     if importlib.util.find_spec('onnxscript'): res['onnx'] = (f:=learn.to_onnx(d/'m.onnx'), Runtime(f, threads=1).embed)
     return res
 
@@ -111,14 +111,14 @@ def test_agrees_on_real_crops(exported, learn, kind):
 def test_every_kind_of_model(make_dls, make_learner, crops, tmp_path, kwargs):
     learn = make_learner(make_dls(size=SIZE), **kwargs)
     truth = learn.embed(learn.dls.test_dl(crops[0][:9])).numpy()
-    models = [load_model(learn.save_model(tmp_path/'m')),Runtime(learn.to_onnx(tmp_path/'m.onnx'))]
+    models = [load_embedder(learn.save_model(tmp_path/'m')),Runtime(learn.to_onnx(tmp_path/'m.onnx'))]
     for m in models:
         assert m.fingerprint==learner_fingerprint(learn) and m.emb_sz==truth.shape[1]
         assert abs(m.embed(crops[0][:9])-truth).max()<=1e-4*max(1, abs(truth).max())
 
 def test_without_normalisation(make_dls, make_learner, crops, tmp_path):
     learn = make_learner(make_dls(size=SIZE), normalize=False)
-    model = load_model(learn.save_model(tmp_path))
+    model = load_embedder(learn.save_model(tmp_path))
     assert model.about['mean'] is None
     assert abs(model.embed(crops[0][:9])-learn.embed(learn.dls.test_dl(crops[0][:9])).numpy()).max()<=1e-4
 
@@ -127,13 +127,13 @@ def test_without_normalisation(make_dls, make_learner, crops, tmp_path):
 def test_timm_models(make_dls, make_learner, crops, tmp_path):
     learn = make_learner(make_dls(size=SIZE), arch='resnet10t')
     truth = learn.embed(learn.dls.test_dl(crops[0][:9])).numpy()
-    model = load_model(learn.save_model(tmp_path/'m'))
+    model = load_embedder(learn.save_model(tmp_path/'m'))
     assert model.about['arch_from']=='timm' and abs(model.embed(crops[0][:9])-truth).max()<=1e-4
     assert abs(Runtime(learn.to_onnx(tmp_path/'m.onnx')).embed(crops[0][:9])-truth).max()<=1e-4
 
 def test_a_timm_name_that_would_download_is_refused(exported, tmp_path):
     for name in ('hf_hub:someone/resnet', 'hf-hub:someone/resnet', f'local-dir:{tmp_path}', '../resnet50'):
-        with pytest.raises((ValueError,ImportError), match='not known here|timm'): load_model(copied(exported, tmp_path/name.replace('/','_'), arch=name, arch_from='timm'))
+        with pytest.raises((ValueError,ImportError), match='not known here|timm'): load_embedder(copied(exported, tmp_path/name.replace('/','_'), arch=name, arch_from='timm'))
 
 @pytest.mark.parametrize('mode', ['L','RGBA','P','CMYK','1','LA','I;16'])
 def test_pixels_are_the_learners_for_all_modes(learn, crops, tmp_path, mode):
@@ -150,11 +150,11 @@ def test_pixels_are_the_learners_for_all_modes(learn, crops, tmp_path, mode):
 def test_all_files_of_a_model_have_its_fingerprint(exported, learn):
     own,note = learner_fingerprint(learn),{'pyramidreid.json':''}
     torch.export.load(exported['pt2'][0], extra_files=note)
-    assert own==load_model(exported['safetensors'][0]).fingerprint==json.loads(note['pyramidreid.json'])['fingerprint']
+    assert own==load_embedder(exported['safetensors'][0]).fingerprint==json.loads(note['pyramidreid.json'])['fingerprint']
     if 'onnx' in exported: assert own==Runtime(exported['onnx'][0]).fingerprint
 
 def test_another_model_has_another(make_learner, make_dls, learn, tmp_path):
-    assert load_model(make_learner(make_dls(size=SIZE), n_parts=6, emb_sz=16).save_model(tmp_path)).fingerprint!=learner_fingerprint(learn)
+    assert load_embedder(make_learner(make_dls(size=SIZE), n_parts=6, emb_sz=16).save_model(tmp_path)).fingerprint!=learner_fingerprint(learn)
 
 @onnx
 def test_a_gallery_takes_every_file_of_one_model_and_no_other(exported, make_learner, make_dls, learn, crops, tmp_path):
@@ -163,10 +163,10 @@ def test_a_gallery_takes_every_file_of_one_model_and_no_other(exported, make_lea
     from pyramidreid.gallery import Gallery
     files = crops[0][:20]
     Gallery.from_learner(learn, files).save(tmp_path/'gallery')
-    tables = [Gallery.load(tmp_path/'gallery', o).search(files[3], k=5) for o in (learn, load_model(exported['safetensors'][0]), Runtime(exported['onnx'][0]))]
+    tables = [Gallery.load(tmp_path/'gallery', o).search(files[3], k=5) for o in (learn, load_embedder(exported['safetensors'][0]), Runtime(exported['onnx'][0]))]
     assert all(t.key.tolist()==tables[0].key.tolist() for t in tables) and str(files[3]) in str(tables[0].key.iloc[0])
     other = make_learner(make_dls(size=SIZE), n_parts=6, emb_sz=16)
-    for o in (load_model(other.save_model(tmp_path/'other')), Runtime(other.to_onnx(tmp_path/'other.onnx'))):
+    for o in (load_embedder(other.save_model(tmp_path/'other')), Runtime(other.to_onnx(tmp_path/'other.onnx'))):
         with pytest.raises(ValueError, match="Another model's embedding"): Gallery.load(tmp_path/'gallery', o)
 
 # what is and is not in the files
@@ -184,7 +184,7 @@ def test_no_person_and_no_path_is_in_the_files(exported, learn):
 
 def test_the_card_goes_along(learn, tmp_path):
     card = learn.evaluate()
-    about = load_model(learn.save_model(tmp_path, card=card)).about
+    about = load_embedder(learn.save_model(tmp_path, card=card)).about
     assert about['card']['mAP (mean of precisions)']==card.mAP and about['card']['distance']=='cosine'
 
 def test_exporting_leaves_the_learner_and_the_dice_alone(make_learner, make_dls, tmp_path):
@@ -216,7 +216,7 @@ def copied(exported, folder, **kwargs):
     (dict(last_stride=2), 'changed or damaged'), (dict(norm='whole'), 'changed or damaged'), (dict(mean=[0,0,0]), 'changed or damaged'), (dict(size=[192,96]), 'changed or damaged'),
     (dict(weights='/etc/passwd'), "'weights' is"), (dict(weights='model-000000000000.safetensors'), 'no file')])
 def test_a_changed_description_is_refused(exported, tmp_path, change, words):
-    with pytest.raises((ValueError,FileNotFoundError), match=words): load_model(copied(exported, tmp_path/'m', **change))
+    with pytest.raises((ValueError,FileNotFoundError), match=words): load_embedder(copied(exported, tmp_path/'m', **change))
 
 def test_damaged_files_are_refused(exported, tmp_path):
     folder = copied(exported, tmp_path/'m')
@@ -226,14 +226,14 @@ def test_damaged_files_are_refused(exported, tmp_path):
     flipped[len(data)//2] ^= 1
     for o,words in ((data[:len(data)//2],'cut off'), (data[:-1],'cut off'), (b'','cut off'), (b'\x80\x04.'*100,'cut off'), (bytes(flipped),'changed or damaged')):
         weights.write_bytes(o)
-        with pytest.raises(ValueError, match=words): load_model(folder)
+        with pytest.raises(ValueError, match=words): load_embedder(folder)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=weights.name): load_model(folder)
+    with pytest.raises(FileNotFoundError, match=weights.name): load_embedder(folder)
     weights.write_bytes(data)
     for o,words in ((text[:100],'cut off'), (b'','cut off'), (b'[1]','does not describe'), (b'\xff\xfe','no JSON')):
         about.write_bytes(o)
-        with pytest.raises(ValueError, match=words): load_model(folder)
-    with pytest.raises(FileNotFoundError, match='no model.json'): load_model(tmp_path)
+        with pytest.raises(ValueError, match=words): load_embedder(folder)
+    with pytest.raises(FileNotFoundError, match='no model.json'): load_embedder(tmp_path)
 
 def test_loading_runs_no_code(exported, tmp_path):
     "Weights that are a pickle in disguise are not unpickled"
@@ -241,7 +241,7 @@ def test_loading_runs_no_code(exported, tmp_path):
         def __reduce__(self): return (Path.touch, (tmp_path/'ran',))
     folder = copied(exported, tmp_path/'m')
     torch.save({'a':Evil()}, next(folder.glob('*.safetensors')))
-    with pytest.raises(ValueError, match='no safetensors'): load_model(folder)
+    with pytest.raises(ValueError, match='no safetensors'): load_embedder(folder)
     assert not (tmp_path/'ran').exists()
 
 @pytest.mark.parametrize('at', range(4))
@@ -250,7 +250,7 @@ def test_a_crash_leaves_the_old_model_whole(make_learner, make_dls, crops, tmp_p
     from pyramidreid import core, export
     old,new = make_learner(make_dls(size=SIZE)),make_learner(make_dls(size=SIZE), emb_sz=4)
     old.save_model(tmp_path)
-    was,n = load_model(tmp_path).embed(crops[0][:3]),[0]
+    was,n = load_embedder(tmp_path).embed(crops[0][:3]),[0]
     def dies(call):
         def f(*args, **kwargs):
             n[0] += 1
@@ -263,10 +263,10 @@ def test_a_crash_leaves_the_old_model_whole(make_learner, make_dls, crops, tmp_p
         m.setattr(Path, 'unlink', dies(Path.unlink))
         try: new.save_model(tmp_path)
         except KeyboardInterrupt: pass
-    now = load_model(tmp_path).embed(crops[0][:3])
+    now = load_embedder(tmp_path).embed(crops[0][:3])
     assert now.shape[1] in (6*8,6*4) and (now.shape!=was.shape or np.array_equal(now, was))
     new.save_model(tmp_path)
-    assert load_model(tmp_path).emb_sz==6*4 and len(list(tmp_path.glob('*.safetensors')))==1
+    assert load_embedder(tmp_path).emb_sz==6*4 and len(list(tmp_path.glob('*.safetensors')))==1
 
 @pytest.mark.parametrize('kind', ['save_model','to_exported',pytest.param('to_onnx', marks=onnx)])
 def test_what_does_not_agree_is_not_written(learn, tmp_path, monkeypatch, kind):
@@ -290,7 +290,7 @@ def test_transforms_that_no_file_would_do_are_refused(people, tmp_path):
 def test_from_a_cache_it_is_the_same_model(people, tmp_path, crops):
     dls = ReIDDataLoaders.from_market(people, p=4, k=4, size=SIZE, cache=True)
     learn = quiet(pyramid_learner(dls, resnet10, pretrained=False, n_parts=3, emb_sz=8, path=tmp_path))
-    assert abs(load_model(learn.save_model(tmp_path/'m')).embed(crops[0][:5])-learn.embed(dls.test_dl(crops[0][:5])).numpy()).max()<=1e-4
+    assert abs(load_embedder(learn.save_model(tmp_path/'m')).embed(crops[0][:5])-learn.embed(dls.test_dl(crops[0][:5])).numpy()).max()<=1e-4
 
 def test_a_backbone_of_ones_own_cannot_be_shared(make_dls, make_learner, tmp_path):
     learn = make_learner(make_dls(size=SIZE))

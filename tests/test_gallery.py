@@ -224,10 +224,10 @@ def test_a_learner(trained, people, tmp_path):
 
 def test_a_saved_model_asks_the_learners_gallery(trained, people, tmp_path):
     "What the learner filled, its copy on disk may ask: same fingerprint, same ranking"
-    from pyramidreid.export import load_model
+    from pyramidreid.export import load_embedder
     files = sorted((people/'bounding_box_test').glob('*.jpg'))[:8]
     Gallery.from_learner(trained, files).save(tmp_path/'g')
-    g = Gallery.load(tmp_path/'g', load_model(trained.save_model(tmp_path/'m')))
+    g = Gallery.load(tmp_path/'g', load_embedder(trained.save_model(tmp_path/'m')))
     assert g.search(files[2], k=1).key.tolist()==[str(files[2])] and g.search(files[2], k=1).similarity[0]>.9999
     assert len(g.add(files[0], keys='twin'))==9
 

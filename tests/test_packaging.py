@@ -59,3 +59,8 @@ def test_no_images_of_a_data_set_are_tracked():
     if not (root/'.git').exists(): pytest.skip('no git checkout')
     files = subprocess.run(['git','ls-files'], cwd=root, capture_output=True, text=True, check=True).stdout.split()
     assert not [f for f in files if re.search(r'(^|/)-?\d{1,4}_c\d.*\.(jpg|png)$', f)]
+
+def test_names_of_fastai_are_left_alone():
+    "`from pyramidreid.all import *` gives all that `from fastai.vision.all import *` gives"
+    import fastai.vision.all as theirs, pyramidreid.all as ours
+    assert [n for n,o in vars(theirs).items() if not n.startswith('_') and getattr(ours, n, None) is not o]==[]

@@ -25,18 +25,18 @@ def test_resize_is_pils_to_rounding(to, noise):
     "At most a level apart by PyTorch's arithmetic of bytes, two by that of floats, and that for a pixel in a hundred"
     ims = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (128,64,3)).astype(np.uint8)) if noise else picture(128, 64, i) for i in range(3)]
     x,want = batch(*ims),batch(*[im.resize(to[::-1], Image.Resampling.BICUBIC) for im in ims]).int()
-    for f,levels in ((resize_images,1),(_in_two_passes,2)):
+    for f,levels in ((resize_bicubic,1),(_in_two_passes,2)):
         got = f(x, to)
         assert got.dtype==torch.uint8 and got.shape==want.shape
         off = (got.int()-want).abs()
         assert off.max()<=levels and off.float().mean()<.02
-    assert torch.equal(ResizeBatch(to)(TensorImage(x)), resize_images(x, to))
+    assert torch.equal(ResizeEach(to)(TensorImage(x)), resize_bicubic(x, to))
 
 def test_resize_to_the_same_size_does_nothing():
     x = batch(picture(48, 24))
-    assert resize_images(x, (48,24)) is x
-    assert ResizeBatch(32)(TensorImage(x)).shape==(1,3,32,32)
-    assert type(ResizeBatch((48,24))(TensorImage(x))) is TensorImage
+    assert resize_bicubic(x, (48,24)) is x
+    assert ResizeEach(32)(TensorImage(x)).shape==(1,3,32,32)
+    assert type(ResizeEach((48,24))(TensorImage(x))) is TensorImage
 
 # flip and shift
 
@@ -173,7 +173,7 @@ def test_both_kinds_have_the_same_mean_and_spread(tfms):
     im,size,n = picture(32, 16),(48,24),800
     single = through(*tfms(size), im, n)
     resize,after = tfms(size, batch=True)
-    whole = Pipeline([IntToFloatTensor(), ResizeBatch(size), *after], split_idx=0)(TensorImage(batch(im).repeat(n,1,1,1)))
+    whole = Pipeline([IntToFloatTensor(), ResizeEach(size), *after], split_idx=0)(TensorImage(batch(im).repeat(n,1,1,1)))
     assert type(whole) is type(single) is TensorImage and whole.shape==single.shape
     a,b = (o.as_subclass(torch.Tensor) for o in (whole,single))
     se = (b.var(0)/n+a.var(0)/n).sqrt()
@@ -189,7 +189,7 @@ def test_what_is_made():
     assert [names(o) for o in strong_tfms()]==[['Resize','FlipItem','PadCrop','ColourJitter'],['EraseEach']]
     assert [names(o) for o in strong_tfms(batch=True)]==[['Resize'],['FlipEach','EraseEach','PadCropEach','ColourEach']]
     assert [names(o) for o in strong_tfms(pad=0, erase=0, colour=0, batch=True)]==[['Resize'],['FlipEach']]
-    assert names(Pipeline([IntToFloatTensor(), ResizeBatch(8), *strong_tfms(batch=True)[1]]).fs)==['FlipEach','ResizeBatch','PadCropEach','IntToFloatTensor','ColourEach','EraseEach']
+    assert names(Pipeline([IntToFloatTensor(), ResizeEach(8), *strong_tfms(batch=True)[1]]).fs)==['FlipEach','ResizeEach','PadCropEach','IntToFloatTensor','ColourEach','EraseEach']
 
 EACH = [FlipEach(), PadCropEach(3), ColourEach(.2), EraseEach(.5)]
 
@@ -212,18 +212,18 @@ def test_a_seed_decides_and_nothing_is_changed_in_place(tfm):
     torch.set_rng_state(state)
     assert torch.equal(draw(tfm, x), first)
 
-@pytest.mark.parametrize('tfm', [*EACH, ResizeBatch((24,12))], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('tfm', [*EACH, ResizeEach((24,12))], ids=lambda o: type(o).__name__)
 def test_no_shape_depends_on_what_is_on_the_device(tfm):
     "On the meta device there are shapes and no values, so whoever waits for a value fails"
     set_seed(0)
-    x = TensorImage(torch.empty(16,3,12,8, dtype=torch.uint8 if isinstance(tfm, (FlipEach,PadCropEach,ResizeBatch)) else torch.float32, device='meta'))
+    x = TensorImage(torch.empty(16,3,12,8, dtype=torch.uint8 if isinstance(tfm, (FlipEach,PadCropEach,ResizeEach)) else torch.float32, device='meta'))
     y = tfm(x, split_idx=0)
     assert y.device.type=='meta' and y.dtype==x.dtype and y.shape[:2]==x.shape[:2]
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_on_a_gpu_nobody_waits_and_all_is_the_same():
     x = batch(*[picture(32, 16, i) for i in range(16)])
-    pipe = lambda erase: Pipeline([IntToFloatTensor(), ResizeBatch((48,24)), *strong_tfms((48,24), erase=erase, batch=True)[1]], split_idx=0)
+    pipe = lambda erase: Pipeline([IntToFloatTensor(), ResizeEach((48,24)), *strong_tfms((48,24), erase=erase, batch=True)[1]], split_idx=0)
     set_seed(0)
     here = pipe(0)(TensorImage(x))
     there = x.cuda()
