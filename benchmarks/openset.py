@@ -65,4 +65,4 @@ if __name__=='__main__':
     write_table('openset', 'Knowing when nobody matches', markdown(one)+f'\n\nOver {args.splits} ways to deal the same people into three parts, and {args.seeds} seeds:\n\n'+markdown(all_),
         f"Synthetic people at 96×48, resnet10 from scratch, {args.train} people trained on for {args.epochs} epochs (mAP on the others {first.mAP.min():.3f} to {first.mAP.max():.3f}, rank-1 at the door {first['rank1'].min():.3f} to {first['rank1'].max():.3f}). "
         f"{n} people calibrate, each hidden from the others' gallery in turn; {n} others are the gallery of the door, and {r.known:.0f} queries there show them, {r.strangers:.0f} show {n} people who are not in it. "
-        "“Promised” is the 95 % interval of the calibration, “its interval” that of the searches at the door alone.")
+        "“Promised” is the 95 % interval of the calibration, “its interval” that of the searches at the door alone. Both are samples: over many deals the rate observed lies within what was promised less often than in 95 % of cases, but the two intervals overlap.")
