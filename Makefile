@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 .PHONY: demo test export readme clean
 
 demo: $(VENV)/.ready   ## synthetic people, training, evaluation, pictures
-	$(BIN)/python -W ignore -m pyramidreid.demo
+	$(BIN)/pyramidreid demo
 
 test: export OMP_NUM_THREADS = 1
 test: export PYTHONWARNINGS = ignore

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['chance_mAP', 'demo']
 
-# %% ../nbs/13_demo.ipynb #d8a775f4
-import sys
+# %% ../nbs/13_demo.ipynb #3e7cb1d7
 from pathlib import Path
 from .core import whole_file
 
@@ -76,8 +75,3 @@ def _curves(recorder, plt):
     right.set(xlabel='epoch', ylabel='on people never trained on', ylim=(0,1))
     for ax in (left,right): ax.legend(frameon=False)
     return fig
-
-# %% ../nbs/13_demo.ipynb #4e50b867
-if __name__=='__main__' and '__file__' in globals(): # a notebook has no file
-    from pyramidreid.cli import main
-    sys.exit(main(['demo', *sys.argv[1:]]))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DataReport', 'doctor', 'save_plot']
 
-# %% ../nbs/02c_doctor.ipynb #067a4de4
-import json,re,sys
+# %% ../nbs/02c_doctor.ipynb #c95e5e21
+import json,re
 import pandas as pd
 from contextlib import redirect_stdout
 from fastcore.basics import patch
@@ -196,7 +196,7 @@ def plot(self:DataReport):
     for ax in axs.flat: ax.spines[['top','right']].set_visible(False)
     return fig
 
-# %% ../nbs/02c_doctor.ipynb #5cf11794
+# %% ../nbs/02c_doctor.ipynb #65674737
 def save_plot(report, # A `DataReport`
               path    # File: .png, .pdf, .svg or .jpg
              ):
@@ -204,7 +204,3 @@ def save_plot(report, # A `DataReport`
     import matplotlib
     matplotlib.use('agg')
     with whole_file(path) as f: report.plot().savefig(f, dpi=130)
-
-if __name__=='__main__' and '__file__' in globals(): # a notebook has no file
-    from pyramidreid.cli import main
-    sys.exit(main(['doctor', *sys.argv[1:]]))
