@@ -212,3 +212,18 @@ def test_bf16_autocast_trains():
     (feats.float().sum() + logits.float().sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype==torch.float32 for p in net.parameters())
     assert (feats.float()-full).abs().max()<.2
+
+@pytest.mark.parametrize('train', [True,False])
+def test_head_compiles_as_one_graph(train):
+    "No part of it falls back to Python, and features, logits and gradients stay"
+    torch.manual_seed(0)
+    head = pair(3, None, torch.float)[1].train(train)
+    compiled,x = torch.compile(head, fullgraph=True, backend='aot_eager'),torch.randn(N, C, 6, 2)
+    def run(f):
+        inp = x.clone().requires_grad_()
+        head.zero_grad()
+        outs = f(inp)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        sum((o*torch.arange(o.numel()).view_as(o).cos()).sum() for o in outs).backward()
+        return *outs,inp.grad,*(p.grad for p in head.parameters() if p.grad is not None)
+    for a,b in zip(run(head), run(compiled), strict=True): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
