@@ -34,6 +34,7 @@ parser.add_argument('--seed', type=int, default=0)
 parser.add_argument('--checkpoints', help='folder for checkpoints; a run that lies there goes on')
 parser.add_argument('--minutes', type=float, help='stop after the epoch in which this time is over; with --checkpoints the next call goes on')
 parser.add_argument('--steps', type=int, help='stop after so many steps: to try the script')
+parser.add_argument('--save', metavar='DIR', help='save the model there, as learn.save_model does')
 parser.add_argument('--out', help='name of the result, default SET-RECIPE-DEVICE')
 
 if __name__=='__main__':
@@ -81,6 +82,7 @@ if __name__=='__main__':
     names,history,start = learn.recorder.metric_names[1:-1],learn.dynamic_loss_weights.history,time.perf_counter()
     card = learn.evaluate()
     print(card)
+    if args.save: learn.save_model(args.save, card)
     rows = [dict(zip(names, map(float, v))) for v in learn.recorder.values]
     note = dict(circumstances(), recipe=args.recipe, minutes_training=round(watch.seconds[-1]/60,2) if watch.seconds else None,
         minutes_evaluation=round((time.perf_counter()-start)/60,2), steps=len(history), both=round((history.weight_triplet>0).mean(),3),

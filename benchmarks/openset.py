@@ -1,11 +1,25 @@
-"""What a threshold promises and what comes of it: calibrated on some synthetic people, used at a door where a third of the queries show people who are not in the gallery.
-A small network from scratch; `python benchmarks/openset.py [--seeds 3]`. `--people 90 --epochs 1 --splits 5` is a quick try."""
+"""What a threshold promises and what comes of it: calibrated on some people, used at a door where a third of the queries show people who are not in the gallery.
+Synthetic people and a small network from scratch; `python benchmarks/openset.py [--seeds 3]`. `--people 90 --epochs 1 --splits 5` is a quick try.
+`--model FOLDER --data DIR` takes a trained model and the test people of a known data set instead."""
 import argparse,json
+from pathlib import Path
 from tempfile import mkdtemp
 import numpy as np, pandas as pd, torch
 from common import circumstances,markdown,results,write_table
 from pyramidreid.all import ReIDDataLoaders,calibrate_distances,market_table,pyramid_learner,resnet10,set_seed,synth_persons
 from pyramidreid.core import whole_file
+
+def of_data(args):
+    "What a model that is there makes of the test people of a data set, distractors left out"
+    from pyramidreid.cli import Talk
+    from pyramidreid.cli_inputs import held_out,open_model,ranked,read_data
+    from pyramidreid.evaluation import evaluate_distances
+    torch.set_num_threads(args.threads)
+    model = open_model(args.model)
+    found = ranked(Talk(), model, *held_out(read_data(args.data)))
+    about = found['dist'].about
+    args.what = f"{Path(args.data).name}: {about['backbone']} at {about['input']}, trained on {about['trained on']}"
+    return evaluate_distances(**found).mAP, found['dist'][:], *(found[k] for k in ('query_pids','gallery_pids','query_cams','gallery_cams'))
 
 def embedded(args, seed):
     "What a trained network makes of people it has never seen, as `calibrate_distances` takes it"
@@ -27,7 +41,7 @@ def searches(dist, q, g, qc, gc, asking, there, n=4, **kwargs):
 
 def door(o, seed, far):
     "One third of the people calibrate, one is in the gallery of the door, one is not; these come half as often"
-    some,known,unknown = np.split(np.random.default_rng(seed).permutation(np.unique(o[1])), 3)
+    some,known,unknown = np.array_split(np.random.default_rng(seed).permutation(np.unique(o[1])), 3)
     first,strangers,friends = searches(*o, some, some),searches(*o, unknown, known, n=2, unknown='absent'),searches(*o, known, known)
     rows = []
     for f in far:
@@ -45,11 +59,17 @@ if __name__=='__main__':
     parser.add_argument('--splits', type=int, default=100, help='ways to deal the people into three parts')
     parser.add_argument('--far', type=float, nargs='+', default=[.01,.05,.1])
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--model', help='folder of a trained model, as learn.save_model writes it')
+    parser.add_argument('--data', help='folder of a known data set')
+    parser.add_argument('--out', default='openset', help='name of the result')
     args = parser.parse_args()
     if args.people%3: parser.error('--people: a multiple of 3')
-    rows = []
+    if bool(args.model)!=bool(args.data): parser.error('--model and --data go together')
+    args.what,rows = f'Synthetic people at 96×48, resnet10 from scratch, {args.train} people trained on for {args.epochs} epochs',[]
+    if args.model: args.seeds = 1
     for seed in range(args.seeds):
-        mAP,*o = embedded(args, seed)
+        mAP,*o = of_data(args) if args.model else embedded(args, seed)
+        args.people = len(np.unique(o[1]))
         rows += [dict(r, seed=seed, split=s, mAP=mAP) for s in range(args.splits) for r in door(o, s, args.far)]
         print(f'seed {seed}: mAP {mAP:.3f}', flush=True)
     d = pd.DataFrame(rows)
@@ -60,9 +80,9 @@ if __name__=='__main__':
         'FAR at the door':first.rate.map('{:.3f}'.format), 'its interval':[f'{a:.3f} to {b:.3f}' for a,b in zip(first.own_low, first.own_high)], 'DIR, rank 1':first.dir.map('{:.3f}'.format)}).set_index(first.seed.rename('seed'))
     all_ = d.groupby('far').agg(**{'mean FAR at the door':('rate','mean'), 'its standard deviation':('rate','std'), 'within what was promised':('promised','mean'), 'wanted in the door\'s interval':('asked','mean'),
                                    'intervals overlap':('overlap','mean'), 'DIR, rank 1':('dir','mean')}).round(4).rename_axis('FAR wanted')
-    with whole_file(results/'openset.json') as f: f.write_text(json.dumps(dict(circumstances(), settings=vars(args), runs=first.drop(columns='split').to_dict('records'), splits=all_.reset_index().to_dict('records')), indent=1, default=bool))
+    with whole_file(results/f'{args.out}.json') as f: f.write_text(json.dumps(dict(circumstances(), settings=vars(args), runs=first.drop(columns='split').to_dict('records'), splits=all_.reset_index().to_dict('records')), indent=1, default=bool))
     n,r = args.people//3,first.iloc[0]
-    write_table('openset', 'Knowing when nobody matches', markdown(one)+f'\n\nOver {args.splits} ways to deal the same people into three parts, and {args.seeds} seeds:\n\n'+markdown(all_),
-        f"Synthetic people at 96×48, resnet10 from scratch, {args.train} people trained on for {args.epochs} epochs (mAP on the others {first.mAP.min():.3f} to {first.mAP.max():.3f}, rank-1 at the door {first['rank1'].min():.3f} to {first['rank1'].max():.3f}). "
+    write_table(args.out, 'Knowing when nobody matches', markdown(one)+f'\n\nOver {args.splits} ways to deal the same people into three parts, and {args.seeds} seeds:\n\n'+markdown(all_),
+        f"{args.what} (mAP on the others {first.mAP.min():.3f} to {first.mAP.max():.3f}, rank-1 at the door {first['rank1'].min():.3f} to {first['rank1'].max():.3f}). "
         f"{n} people calibrate, each hidden from the others' gallery in turn; {n} others are the gallery of the door, and {r.known:.0f} queries there show them, {r.strangers:.0f} show {n} people who are not in it. "
         "“Promised” is the 95 % interval of the calibration, “its interval” that of the searches at the door alone. Both are samples: over many deals the rate observed lies within what was promised less often than in 95 % of cases, but the two intervals overlap.")
