@@ -80,7 +80,7 @@ if __name__=='__main__':
         'FAR at the door':first.rate.map('{:.3f}'.format), 'its interval':[f'{a:.3f} to {b:.3f}' for a,b in zip(first.own_low, first.own_high)], 'DIR, rank 1':first.dir.map('{:.3f}'.format)}).set_index(first.seed.rename('seed'))
     all_ = d.groupby('far').agg(**{'mean FAR at the door':('rate','mean'), 'its standard deviation':('rate','std'), 'within what was promised':('promised','mean'), 'wanted in the door\'s interval':('asked','mean'),
                                    'intervals overlap':('overlap','mean'), 'DIR, rank 1':('dir','mean')}).round(4).rename_axis('FAR wanted')
-    with whole_file(results/f'{args.out}.json') as f: f.write_text(json.dumps(dict(circumstances(), settings=vars(args), runs=first.drop(columns='split').to_dict('records'), splits=all_.reset_index().to_dict('records')), indent=1, default=bool))
+    with whole_file(results/f'{args.out}.json') as f: f.write_text(json.dumps(dict(circumstances(), settings={k:Path(v).name if k in ('model','data') and v else v for k,v in vars(args).items()}, runs=first.drop(columns='split').to_dict('records'), splits=all_.reset_index().to_dict('records')), indent=1, default=bool))
     n,r = args.people//3,first.iloc[0]
     write_table(args.out, 'Knowing when nobody matches', markdown(one)+f'\n\nOver {args.splits} ways to deal the same people into three parts, and {args.seeds} seeds:\n\n'+markdown(all_),
         f"{args.what} (mAP on the others {first.mAP.min():.3f} to {first.mAP.max():.3f}, rank-1 at the door {first['rank1'].min():.3f} to {first['rank1'].max():.3f}). "

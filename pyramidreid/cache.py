@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_image', 'kept_size', 'decoded', 'ImageCache']
 
-# %% ../nbs/03b_cache.ipynb #3551ab30
+# %% ../nbs/03b_cache.ipynb #1546d994
 import errno,json,os
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
@@ -16,31 +16,32 @@ from functools import partial
 from pathlib import Path
 from PIL import Image
 from .core import progress,whole_file
+from .runtime import _turned,_unreadable,rgb
 
-# %% ../nbs/03b_cache.ipynb #020ea504
+# %% ../nbs/03b_cache.ipynb #d155271b
+_way_out = "or pass on_bad='skip' to check all files first and leave bad ones out"
+
 @contextmanager
 def _naming(o):
     "Errors of reading `o` name it, and the way out"
     try: yield
-    except (OSError,SyntaxError) as e:
-        raise OSError(f"{o} is no image or is cut off ({e}). Mend or remove it, or pass on_bad='skip' to check all files first and leave bad ones out") from e
+    except _unreadable as e: raise OSError(f"{o} is no image or is cut off ({e}). Mend or remove it, {_way_out}") from e
 
 def open_image(o): # A file, an array or a PIL image
-    "An RGB `PILImage`; an unreadable file is an error that names it"
-    with _naming(o):
-        if isinstance(o, np.ndarray): o = Image.fromarray(o)
-        return PILImage.create(o.convert('RGB') if isinstance(o, Image.Image) else o)
+    "An RGB `PILImage`, upright; an unreadable file is an error that names it"
+    try: return PILImage(rgb(o if isinstance(o, (str,os.PathLike,Image.Image)) else PILImage.create(o, mode=None)))
+    except OSError as e: raise OSError(f"{e}, {_way_out}") from e
 
-# %% ../nbs/03b_cache.ipynb #dbe6a709
+# %% ../nbs/03b_cache.ipynb #c790b593
 def kept_size(fns, # Image files
               size # Height and width of the model's input, pixels
              ):
     "Height and width at which the images are kept, and whether they are resized for it"
     first = None
     for f in fns:
-        with _naming(f), Image.open(f) as im: own = im.size[::-1]
+        with _naming(f), Image.open(f) as im: own,turned = im.size[::-1],_turned(im)
         first = first or own
-        if own!=first or own[0]>size[0] or own[1]>size[1]: return tuple(size),True
+        if turned or own!=first or own[0]>size[0] or own[1]>size[1]: return tuple(size),True
     return first,False
 
 # %% ../nbs/03b_cache.ipynb #ffc38899

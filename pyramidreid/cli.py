@@ -6,9 +6,9 @@
 __all__ = ['existing', 'device_option', 'data_set_option', 'Answer', 'Talk', 'command', 'app', 'main', 'draw', 'demo',
            'held_out_options', 'doctor']
 
-# %% ../nbs/17_cli.ipynb #8736b0d7
-import click,json,os,signal,sys,threading,time,traceback,warnings
-from contextlib import contextmanager,redirect_stdout
+# %% ../nbs/17_cli.ipynb #c0e19602
+import click,json,linecache,os,signal,sys,threading,time,traceback,warnings
+from contextlib import contextmanager,nullcontext,redirect_stdout
 from fastcore.basics import patch
 from functools import wraps
 from pathlib import Path
@@ -62,7 +62,7 @@ def follow(self:Talk, learn): # A learner before it is trained
     learn.remove_cbs(ProgressCallback)
     learn.logger = line
 
-# %% ../nbs/17_cli.ipynb #eb2ddd78
+# %% ../nbs/17_cli.ipynb #e1767f23
 _not_ours = (OSError,ValueError,ImportError,RuntimeError,FloatingPointError)
 
 @contextmanager
@@ -74,17 +74,28 @@ def _orderly():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
+@contextmanager
+def _remarks(quiet):
+    "Say this library's own warnings in a line on stderr, and none of others"
+    def say(message, category, file, line, *_, **__):
+        if not quiet and Path(file).parent.name=='pyramidreid' and 'warnings.warn(' in linecache.getline(file, line): click.echo(f'Warning: {message}', err=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        warnings.filterwarnings('always', category=UserWarning, module='pyramidreid')
+        warnings.showwarning = say
+        yield
+
 def _failed(e, debug):
     "Say what went wrong; the exit code"
     if debug: traceback.print_exception(e)
+    if isinstance(e, ModuleNotFoundError): e = ImportError(f"{e.name} is not installed, and this command needs it: pip install pyramidreid")
     if isinstance(e, _not_ours): return click.echo(f"Error: {e}", err=True) or 2
     return click.echo(f"Error: {type(e).__name__}: {e}. This is a fault of pyramidreid; --debug shows where", err=True) or 3
 
 def _run(f, talk, debug, kwargs):
     "Run the command `f`, print its answer; the exit code"
-    if not debug: warnings.simplefilter('ignore')
     try:
-        with _orderly(),redirect_stdout(talk.stream): answer = f(talk, **kwargs)
+        with _orderly(),nullcontext() if debug else _remarks(talk.quiet),redirect_stdout(talk.stream): answer = f(talk, **kwargs)
         click.echo(answer.json() if talk.as_json else answer.text, nl=bool(talk.as_json or answer.text))
         sys.stdout.flush()
         return answer.code
@@ -95,12 +106,12 @@ def _run(f, talk, debug, kwargs):
     except KeyboardInterrupt as e: return click.echo(f"\nInterrupted. {e}".rstrip(), err=True) or 130
     except Exception as e: return _failed(e, debug)
 
-# %% ../nbs/17_cli.ipynb #9091620f
+# %% ../nbs/17_cli.ipynb #2f888acb
 _common = [click.Option(['--json','as_json'], is_flag=True, help='Print the answer as JSON.'),
            click.Option(['-q','--quiet'], is_flag=True, help='Print the answer alone: no progress, no remarks.'),
            click.Option(['--debug'], is_flag=True, help='Show the traceback of an error.')]
 existing = click.Path(exists=True, path_type=Path) # File or folder
-device_option = click.option('--device', metavar='NAME', help='Where to compute, as cpu or cuda:1.  [default: a GPU if there is one]')
+device_option = click.option('--device', metavar='NAME', help='Where to compute, as cpu or cuda:1.  [default: a GPU if there is one; an ONNX file: cpu]')
 
 def command(group,   # A `click.Group`
             examples # Lines to show below the help

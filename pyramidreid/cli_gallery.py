@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['model_option', 'folder', 'typed', 'gallery', 'add', 'remove', 'search', 'calibrate', 'info']
 
-# %% ../nbs/17c_cli_gallery.ipynb #c83e3271
-import click,json
+# %% ../nbs/17c_cli_gallery.ipynb #08ccca2a
+import click,json,os
 from pathlib import Path
 from .cli import Answer,app,command,data_set_option,device_option,existing,held_out_options
 
-# %% ../nbs/17c_cli_gallery.ipynb #59bb4c0c
-def typed(value, # As it was typed
-          kind=None # Of the column: 'number', 'text', or None for a new one
+# %% ../nbs/17c_cli_gallery.ipynb #370a5c54
+def typed(value,     # As it was typed
+          kind=None, # Of the column: 'number', 'text', or None for a new one
+          option=''  # Where it was typed, for the error
          ):
     "The value, a whole number where the column wants one"
     if kind=='text' or kind is None and not value.lstrip('-').isdecimal(): return value
     try: return int(value)
-    except ValueError: raise ValueError(f"{value!r}: this column of the gallery holds numbers") from None
+    except ValueError: raise ValueError(f"{option} {value}: this column of the gallery holds numbers".strip()) from None
 
-# %% ../nbs/17c_cli_gallery.ipynb #0e779dd5
+# %% ../nbs/17c_cli_gallery.ipynb #1a0197a9
 @app.group(epilog='Exit codes: 0 done, 1 done and nobody was found, 2 wrong usage or input, 130 interrupted.')
 def gallery(): "Add people to a gallery and search in it."
 
@@ -29,15 +30,26 @@ folder = click.argument('folder', metavar='GALLERY', type=click.Path(file_okay=F
 def _there(folder):
     if not (folder/'gallery.json').is_file(): raise FileNotFoundError(f"There is no gallery at {folder}: pyramidreid gallery add makes one")
 
+def _near(key):
+    "A path as seen from the working directory, if it is below"
+    return key.removeprefix(os.getcwd()+os.sep)
+
+def _absolute(fns):
+    "Absolute paths, of names that a gallery can write down"
+    fns = [os.path.abspath(o) for o in fns]
+    bad = [o for o in fns if o!=o.encode(errors='replace').decode()]
+    if bad: raise ValueError(f"{bad[0]!r}: this name is not UTF-8, and no table could hold it. Rename the file")
+    return fns
+
 def _entries(files, table):
     "Table of the images in FILES and in a CSV table"
     import pandas as pd
     from pyramidreid.cli_inputs import image_files,read_csv
     if not files and not table: raise click.UsageError('Nothing to add: give FILES, or a table with --csv')
-    parts = [pd.DataFrame(dict(fn=image_files(files)))] if files else []
+    parts = [pd.DataFrame(dict(fn=list(dict.fromkeys(_absolute(image_files(files))))))] if files else []
     df = pd.concat(parts+([read_csv(table, text=False)] if table else []), ignore_index=True)
-    if 'key' not in df: df['key'] = df.fn
-    return df.assign(fn=df.fn.map(str), key=df.key.where(df.key.notna(), df.fn).map(str))
+    df['fn'] = _absolute(df.fn)
+    return df.assign(key=df.key.where(df.key.notna(), df.fn) if 'key' in df else df.fn)
 
 @command(gallery, """pyramidreid gallery add street crops --model market
     pyramidreid gallery add street door/*.jpg --model market --cam 2 --time '2026-11-23 08:10'
@@ -56,32 +68,42 @@ def add(talk, folder, files, model, table, pid, cam, time, skip_known, device):
     "Add images to GALLERY, a folder that is made if it is not there: FILES, folders with images, and the rows of a table."
     df = _entries(files, table)
     from pyramidreid.cli_inputs import embed_files,open_model
+    from pyramidreid.entries import entry_table
     from pyramidreid.gallery import Embeddings,Gallery
     model = open_model(model, device)
     people = Gallery.load(folder, model) if (folder/'gallery.json').exists() else Gallery(model)
-    kinds = people.store.kinds
-    df = df.assign(**{c:typed(v, kinds.get(c)) for c,v in dict(pid=pid, cam=cam).items() if v is not None}, **({} if time is None else dict(time=time)))
+    kinds = people.store.kinds if len(people) else {}
+    df = df.assign(**{c:typed(v, kinds.get(c), f'--{c}') for c,v in dict(pid=pid, cam=cam).items() if v is not None}, **({} if time is None else dict(time=time)))
     known = df.key.isin(list(people.keys))
-    if known.any() and not skip_known: raise ValueError(f"{known.sum()} of {len(df)} entries are in the gallery already, {df.key[known].iloc[0]} the first. --skip-known passes over them")
+    if known.any() and not skip_known: raise ValueError(f"{known.sum()} of {len(df)} entries are in the gallery already, {_near(df.key[known].iloc[0])} the first. --skip-known passes over them")
     df = df[~known].reset_index(drop=True)
+    twice = df.key[df.key.duplicated()]
+    if len(twice): raise ValueError(f"{len(twice)} of {len(df)} entries have the key of another, {_near(twice.iloc[0])} the first")
     if len(df):
+        df,_ = entry_table(df)
+        people._check(df)
         talk.say(f"Embedding {len(df):,} image{'s'*(len(df)!=1)} …")
-        people.add(df, embs=Embeddings(embed_files(talk, model, df.fn.tolist()), model.fingerprint)).save(folder)
+        people.add(df, embs=Embeddings(embed_files(talk, model, df.fn.tolist()), model.fingerprint))
+        try: people.save(folder)
+        except (FileExistsError,RuntimeError) as e: # another command was quicker
+            if not (folder/'gallery.json').exists(): raise
+            raise type(e)(f"{e}. Nothing was added: run the command again") from e
     return Answer(f"{folder}: {len(df):,} added, {len(people):,} in all", dict(gallery=folder, added=len(df), skipped=int(known.sum()), entries=len(people)))
 
-# %% ../nbs/17c_cli_gallery.ipynb #03b61e04
+# %% ../nbs/17c_cli_gallery.ipynb #0b52975d
 @command(gallery, "pyramidreid gallery remove street crops/0002_c1.jpg crops/0002_c3.jpg")
 @folder
 @click.argument('keys', nargs=-1, required=True)
 def remove(talk, folder, keys):
-    "Remove the entries with KEYS from GALLERY, all of them or none."
+    "Remove the entries with KEYS, or of these files, from GALLERY, all of them or none."
     _there(folder)
     from pyramidreid.gallery import Gallery
-    people = Gallery.load(folder).remove(keys)
-    people.save()
-    return Answer(f"{folder}: {len(set(keys)):,} removed, {len(people):,} in all", dict(gallery=folder, removed=len(set(keys)), entries=len(people)))
+    people = Gallery.load(folder)
+    keys = {o if o in people or os.path.abspath(o) not in people else os.path.abspath(o) for o in keys}
+    people.remove(keys).save()
+    return Answer(f"{folder}: {len(keys):,} removed, {len(people):,} in all", dict(gallery=folder, removed=len(keys), entries=len(people)))
 
-# %% ../nbs/17c_cli_gallery.ipynb #2ec6122f
+# %% ../nbs/17c_cli_gallery.ipynb #bcb84e52
 def _records(df): return json.loads(df.to_json(orient='records', date_format='iso', double_precision=7))
 
 @command(gallery, """pyramidreid gallery search street unknown.jpg --model market
@@ -105,9 +127,9 @@ def search(talk, folder, image, model, k, exclude_cam, since, where, threshold, 
     from pyramidreid.cli_inputs import open_model
     from pyramidreid.gallery import Gallery
     people = Gallery.load(folder, open_model(model, device))
-    cams = [typed(o, people.store.kinds.get('cam')) for o in exclude_cam] or None
-    found = people.search(image, min(k, max(1, len(people))), cams, since, where, threshold, far)
-    text = found.drop(columns='fn', errors='ignore').to_string(index=False, float_format='{:.4f}'.format) if len(found) else 'Nobody found.'
+    cams = [typed(o, people.store.kinds.get('cam'), '--exclude-cam') for o in exclude_cam] or None
+    found = people.search(image, min(k, len(people)), cams, since, where, threshold, far) if len(people) else people.table
+    text = found.drop(columns='fn', errors='ignore').assign(key=found.key.map(_near)).to_string(index=False, float_format='{:.4f}'.format) if len(found) else 'Nobody found.'
     return Answer(text, dict(query=image, matches=_records(found)), code=int(not len(found)))
 
 # %% ../nbs/17c_cli_gallery.ipynb #b5e3a091

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['read_csv', 'data_kind', 'read_data', 'held_out', 'image_files', 'open_model', 'embed_files', 'ranked']
 
-# %% ../nbs/17a_cli_inputs.ipynb #9f536378
-import mimetypes
+# %% ../nbs/17a_cli_inputs.ipynb #9b949bc0
+import re
 import numpy as np
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# %% ../nbs/17a_cli_inputs.ipynb #7b269fe7
-def read_csv(file, text=True): # CSV file with a column `fn`; are all columns text?
+# %% ../nbs/17a_cli_inputs.ipynb #301635b1
+def read_csv(file, text=True): # CSV file with a column `fn`; are all columns text, or `fn` and `key` alone?
     "A table from a CSV file, the column `fn` seen from the file's folder"
     import pandas as pd
-    try: df = pd.read_csv(file, dtype=str if text else None)
+    try: df = pd.read_csv(file, dtype=str if text else dict(fn=str, key=str))
     except (ValueError,UnicodeDecodeError) as e: raise ValueError(f"{file} is no CSV table ({e})") from e
     if 'fn' not in df: raise ValueError(f"{file} has no column 'fn' for the image files; it has {', '.join(map(repr, df.columns))}")
     if df.fn.isna().any(): raise ValueError(f"{file}: {df.fn.isna().sum()} of {len(df)} rows name no file in the column 'fn', line {df.index[df.fn.isna()][0]+2} the first")
@@ -61,28 +61,35 @@ def held_out(df,       # Table
     if df.empty: raise ValueError(f"{name} does not say which images are queries and which the gallery. Make folders query and gallery, or a CSV with a column 'split', or hold people out as the training did: --hold-out 0.2")
     return df,name
 
-# %% ../nbs/17a_cli_inputs.ipynb #7ab7ae90
-_suffixes = {k for k,v in mimetypes.types_map.items() if v.startswith('image/')}
-
+# %% ../nbs/17a_cli_inputs.ipynb #f3659788
 def image_files(paths): # Files and folders
     "The image files among `paths` and below them, in order of names within each folder"
+    from pyramidreid.runtime import find_images
     res = []
     for p in map(Path, paths):
-        found = sorted(o for o in p.rglob('*') if o.suffix.lower() in _suffixes and o.is_file()) if p.is_dir() else [p] if p.is_file() else None
+        found = find_images(p) if p.is_dir() else [p] if p.is_file() else None
         if found is None: raise FileNotFoundError(f"There is no {p}")
         if not found: raise FileNotFoundError(f"There are no images in {p}")
         res += found
     return res
 
-# %% ../nbs/17a_cli_inputs.ipynb #9ce50e6a
+# %% ../nbs/17a_cli_inputs.ipynb #70a5b56e
+def _runtime(path, device):
+    "The `Runtime` of an ONNX file, on what `--device` says"
+    from pyramidreid.runtime import Runtime
+    asked = re.fullmatch(r'cpu|cuda(?::(\d+))?', device or 'cpu')
+    if not asked: raise ValueError(f"--device {device}: an ONNX file runs on cpu, cuda, or cuda:1 for the second GPU")
+    if asked[0]=='cpu': return Runtime(path)
+    res = Runtime(path, providers=[('CUDAExecutionProvider', dict(device_id=int(asked[1] or 0))),'CPUExecutionProvider'])
+    if 'CUDAExecutionProvider' not in res.session.get_providers(): raise ValueError(f"--device {device}: onnxruntime finds no such GPU here. It needs onnxruntime-gpu in place of onnxruntime, and CUDA; or leave --device out")
+    return res
+
 def open_model(path,       # Folder with a model.json, or an ONNX file
-               device=None # Where to compute; None: on a GPU if there is one
+               device=None # Where to compute; None: on a GPU if there is one, and an ONNX file on the CPU
               ):
     "What embeds images: an `Embedder`, or a `Runtime` for an ONNX file"
     path = Path(path)
-    if path.suffix=='.onnx':
-        from pyramidreid.runtime import Runtime
-        return Runtime(path, providers=('CUDAExecutionProvider','CPUExecutionProvider') if str(device).startswith('cuda') else ('CPUExecutionProvider',))
+    if path.suffix=='.onnx': return _runtime(path, device)
     if (path/'model'/'model.json').is_file(): path = path/'model' # the folder of a training
     if not (path/'model.json').is_file(): raise FileNotFoundError(f"There is no model at {path}: neither a folder with a model.json, as pyramidreid train writes, nor an .onnx file")
     import torch

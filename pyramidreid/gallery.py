@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Gallery']
 
-# %% ../nbs/14_gallery.ipynb #b723719c
+# %% ../nbs/14_gallery.ipynb #60dc5fad
 import os,warnings
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from fastcore.basics import patch
 from pathlib import Path
 from .core import need,progress
-from .entries import Embeddings,allowed,as_embedder,entry_table,open_person,own_calibration
+from .entries import Embeddings,allowed,as_embedder,entry_table,open_person,own_calibration,plain_table
 from .nearest import Index,Rows,build_index,nearest,unit
 from .openset import Calibration
 from .store import Store
 
-# %% ../nbs/14_gallery.ipynb #7e34d53d
+# %% ../nbs/14_gallery.ipynb #f6155830
 class Gallery:
     "Embedded people, to be searched"
     def __init__(self,
@@ -42,7 +42,7 @@ class Gallery:
         return res
 
     def __len__(self): return len(self.store)
-    def __contains__(self, key): return key in self.keys
+    def __contains__(self, key): return str(key) in self.keys
     @property
     def fingerprint(self): return self.store.fingerprint
     @property
@@ -61,7 +61,7 @@ class Gallery:
         raise ValueError(f"Another model's embedding: this gallery is of model {self.fingerprint[:8]}, and this is {o.fingerprint[:8]}. Their embeddings cannot be compared: "
                          "use the model of this gallery (its weights, input size and normalisation as they were), or make a new gallery from the pictures")
 
-# %% ../nbs/14_gallery.ipynb #1d8db187
+# %% ../nbs/14_gallery.ipynb #a437cbad
 @patch
 def add(self:Gallery,
     items,     # A file, an image, a list of either, or a table with `fn` and what else is known; with `embs` a table need not have `fn`
@@ -74,6 +74,8 @@ def add(self:Gallery,
     df,images = entry_table(items, keys, columns)
     twice = df.key[df.key.duplicated()].tolist() or self._known(df.key.tolist())
     if twice: raise ValueError(f"{len(twice)} keys are there already, {twice[0]!r} the first: remove it before, or give another key")
+    self._check(df)
+    if embs is None and images is None: raise ValueError("There is nothing to embed: the table has no column 'fn'. Add it, or give `embs`")
     if embs is None: embs = self.embed(images, bs)
     else: self._same(embs)
     if len(embs)!=len(df): raise ValueError(f"{len(embs)} embeddings for {len(df)} entries")
@@ -98,7 +100,12 @@ def _fits(self:Gallery, embs):
     if self.store.dim not in (None,embs.values.shape[1]): raise ValueError(f"Embeddings of {embs.values.shape[1]} numbers, and this gallery's have {self.store.dim}")
     return unit(embs.values)
 
-# %% ../nbs/14_gallery.ipynb #76e35f3a
+# %% ../nbs/14_gallery.ipynb #df8ae40b
+@patch
+def _check(self:Gallery, df):
+    "An error if the columns of new entries do not fit, before anything is embedded"
+    plain_table(df, self.store.kinds if len(self) else {})
+
 @patch
 def _known(self:Gallery, keys): return [k for k in keys if k in self.keys]
 
@@ -110,7 +117,7 @@ def _put(self:Gallery, embs, df):
 @patch
 def remove(self:Gallery, keys): # A key or several
     "Remove entries, all of them or none; returns the gallery"
-    keys = [keys] if isinstance(keys, (str,os.PathLike)) else list(keys)
+    keys = [keys] if isinstance(keys, os.PathLike) or np.isscalar(keys) else list(keys)
     keys = list(dict.fromkeys(map(str, keys)))
     known = set(self._known(keys))
     missing = [k for k in keys if k not in known]
@@ -123,7 +130,7 @@ def _drop(self:Gallery, keys):
     self.store.remove([self.keys.pop(k) for k in keys])
     self._rows = None
 
-# %% ../nbs/14_gallery.ipynb #ec7f2c86
+# %% ../nbs/14_gallery.ipynb #a4a0481c
 @patch
 def search(self:Gallery,
     query,            # A file, an image, `Embeddings`, or a list of files and images
@@ -138,6 +145,7 @@ def search(self:Gallery,
     several = len(query)!=1 if isinstance(query, Embeddings) else isinstance(query, (list,tuple))
     if len(self)==0: raise ValueError("The gallery is empty: there is no one to find")
     if not 1<=k<=len(self): raise ValueError(f"k={k}: the gallery has {len(self)} entries, so k is between 1 and {len(self)}")
+    if far is not None and threshold is not None: raise ValueError("threshold and far both set the threshold: give one")
     if far is not None: threshold = self.threshold(far)
     if isinstance(query, Embeddings): self._same(query)
     else: query = self.embed(list(query) if several else [query])
@@ -169,7 +177,7 @@ def _ranked(self:Gallery, q, k, exclude_cam, since, where):
     there = found>=0
     return table.iloc[table.index.get_indexer(rows.ids[found[there]])].assign(similarity=sims[there], query=np.nonzero(there)[0]).reset_index(drop=True)
 
-# %% ../nbs/14_gallery.ipynb #58dafba7
+# %% ../nbs/14_gallery.ipynb #af83f4ae
 @patch
 def threshold(self:Gallery, far): # Wanted rate of false accepts per search
     "The similarity from which on a search takes an unknown person for somebody at the rate `far`. Raises `ValueError` without a calibration, or if it is too small for so rare an error"
@@ -184,10 +192,9 @@ def build_index(self:Gallery,
     recall=.95  # recall@10 to reach; it is measured and printed
 ):
     "Build an approximate index of all entries that are there now; returns the gallery"
-    s,self.index = self.store,None
     if kind!='exact' and not len(self): raise ValueError("The gallery is empty: there is nothing to index")
-    if kind!='exact': self.index = build_index(self.rows, kind, recall, self._mask(None))
-    s.index = self.index and dict(file=None, note=self.index.note, write=self._write_index)
+    self.index = None if kind=='exact' else build_index(self.rows, kind, recall, self._mask(None))
+    self.store.index = self.index and dict(file=None, note=self.index.note, write=self._write_index)
     return self
 
 @patch
@@ -211,11 +218,15 @@ def load(cls:Gallery, path, # Folder
     res = cls(embedder, store=store)
     if note := store.notes.get('calibration'): res.calibration = Calibration.from_json(note)
     if store.index:
-        res.index = Index(store.index['note']['kind'], need('faiss', 'gallery').read_index(str(store.path/store.index['file'][0])), store.index['note'])
+        faiss,file = need('faiss', 'gallery'),store.path/store.index['file'][0]
+        try: res.index = Index(store.index['note']['kind'], faiss.read_index(str(file)), store.index['note'])
+        except RuntimeError:
+            if file.exists(): raise
+            return cls.load(path, embedder, check) # another process has just saved a new one
         store.index['write'] = res._write_index
     return res
 
-# %% ../nbs/14_gallery.ipynb #14d5d265
+# %% ../nbs/14_gallery.ipynb #02c9e182
 def _tile(ax, image, text, color):
     ax.set(xticks=[], yticks=[])
     for s in ax.spines.values(): s.set(color=color, linewidth=3)
@@ -231,7 +242,7 @@ def _image_of(row):
 
 @patch
 def show(self:Gallery,
-    query,    # A file or an image
+    query,    # A file, an image, or `Embeddings`, which have no picture
     k=8,      # Best entries shown
     pid=None, # Who it is, if that is known
     size=(128,64), # Height and width at which the images are drawn, pixels
@@ -240,9 +251,10 @@ def show(self:Gallery,
     "Draw the query and its ranked entries; returns the figure"
     found = self.search(query, min(k, max(1, len(self))), **kwargs)
     fig,axs = plt.subplots(1, len(found)+1, figsize=(len(found)+1.3, 2.6), squeeze=False, layout='constrained')
-    _tile(axs[0,0], open_person(query).resize(size[::-1]), 'query' + (f'\npid {pid}' if pid is not None else ''), 'black')
+    _tile(axs[0,0], None if isinstance(query, Embeddings) else open_person(query).resize(size[::-1]), 'query' + (f'\npid {pid}' if pid is not None else ''), 'black')
     for ax,row in zip(axs[0,1:], found.itertuples()):
         image,who = _image_of(row),[f'{name} {v}' for name,v in (('pid',getattr(row, 'pid', None)),('cam',getattr(row, 'cam', None))) if v is not None and not pd.isna(v)]
-        color = 'gray' if pid is None else 'tab:green' if getattr(row, 'pid', None)==pid else 'tab:red'
+        seen = getattr(row, 'pid', None)
+        color = 'gray' if pid is None else 'tab:green' if not pd.isna(seen) and seen==pid else 'tab:red'
         _tile(ax, image and image.resize(size[::-1]), f'{row.similarity:.2f}\n' + (' · '.join(who) or Path(row.key).name[:12]), color)
     return fig

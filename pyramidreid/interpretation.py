@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ReIDInterpretation', 'principal_plane']
 
-# %% ../nbs/16a_interpretation.ipynb #6c4d3bbf
+# %% ../nbs/16a_interpretation.ipynb #d3d01594
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from collections import Counter
 from fastcore.basics import patch
 from functools import cached_property
 from matplotlib.offsetbox import AnnotationBbox,OffsetImage
+from numbers import Integral
 from torch.nn import functional as F
 from .core import Role
 from .data import open_image
@@ -18,7 +19,7 @@ from .evaluation import Distances,NoMatchError,Ranking,evaluate_distances,known_
 from .protocols import evaluate_cameras
 from .results import plot_ranking,rank_gallery
 
-# %% ../nbs/16a_interpretation.ipynb #565a7c03
+# %% ../nbs/16a_interpretation.ipynb #bb82c8f9
 class ReIDInterpretation:
     "Embeddings of a set, and what they tell about the model, the cameras and the labels"
     def __init__(self,
@@ -36,11 +37,12 @@ class ReIDInterpretation:
 
     @classmethod
     def from_learner(cls, learn, # A `ReIDLearner`
-                     dl=None,    # Labelled images; None: query and gallery of the validation loader
+                     dl=None,    # Labelled images, those of a training loader as they are, not augmented; None: query and gallery of the validation loader
                      flip=False  # Embed each image together with its mirror image?
                     ):
         "Embed the images of `dl`, once"
         dl = learn.dls.valid if dl is None else dl
+        if getattr(dl.dataset, 'split_idx', 1)==0: dl = learn.dls.test_dl(dl.dataset.items, with_labels=True)
         return cls(learn.embed(dl, flip), dl.dataset.items)
 
     @property
@@ -65,7 +67,7 @@ class ReIDInterpretation:
     @cached_property
     def card(self): return evaluate_distances(self.dist, **self._ids(), about={'data':self.items.attrs.get('name', 'a table')})
 
-# %% ../nbs/16a_interpretation.ipynb #552385cc
+# %% ../nbs/16a_interpretation.ipynb #db7d2d63
 @patch
 def ranked(self:ReIDInterpretation,
     at,  # Positions of queries
@@ -82,6 +84,7 @@ def ranked(self:ReIDInterpretation,
 @patch
 def worst(self:ReIDInterpretation, n=10): # Queries listed
     "The queries of lowest average precision; `above` are the people of the (first five) images above the first right one. The index is the query's position"
+    if n<1: raise ValueError(f"n={n}: ask for one query or more")
     ap = self.card.ap
     at = [i for i in ap.argsort(stable=True).tolist() if not ap[i].isnan()][:n]
     ranked,first = self.ranked(at, 5),self.card.first_rank[at]
@@ -161,12 +164,14 @@ def plot_camera_pairs(self:ReIDInterpretation,
     fig.colorbar(im, ax=ax, label=f'{figure}, %')
     return fig
 
-# %% ../nbs/16a_interpretation.ipynb #b0028112
+# %% ../nbs/16a_interpretation.ipynb #180dd597
 def principal_plane(emb,  # (N, D) embeddings
             seed=0 # Of the randomised decomposition
            ):
     "The (N, 2) coordinates in the plane of the first two principal components of the embeddings at length one, and each one's part of the variance"
     x = F.normalize(emb.float(), dim=1)
+    bad = int((~x.isfinite()).any(1).sum())
+    if bad: raise ValueError(f"{bad:,} of {len(x):,} embeddings hold NaN or infinite values: look for a diverged model or overflow in half precision")
     if min(x.shape)<2: raise ValueError(f"Embeddings of shape {tuple(x.shape)}: a plane takes at least two images and two numbers")
     x -= x.mean(0)
     with torch.random.fork_rng(devices=[]):
@@ -175,7 +180,7 @@ def principal_plane(emb,  # (N, D) embeddings
     v = v[:,:2]*v[:,:2].gather(0, v[:,:2].abs().argmax(0, keepdim=True)).sign()
     return x@v, s[:2]**2/x.square().sum().clamp(min=1e-12)
 
-# %% ../nbs/16a_interpretation.ipynb #360e8840
+# %% ../nbs/16a_interpretation.ipynb #2113760b
 def _spread(xy, n):
     "Positions of `n` points far from each other"
     at = [int(xy.norm(dim=1).argmax())]
@@ -190,7 +195,7 @@ def _groups(self:ReIDInterpretation, color, ids):
     "`{name: which rows}` to colour"
     d = self.items[self.items.label>=0]
     if color=='cam': return {f'camera {c}':self.items.cam==c for c in d.sort_values('camera').cam[d.camera>=0].unique()}
-    if isinstance(ids, int): ids = d.pid.unique()[:ids]
+    if isinstance(ids, Integral): ids = d.pid.unique()[:ids]
     gone = [p for p in ids if not (d.pid==p).any()]
     if gone: raise ValueError(f"There is no image of person {', '.join(map(repr, gone))}; ids are such as {', '.join(map(repr, d.pid.unique()[:5]))}")
     return {f'pid {p}':self.items.pid==p for p in ids}

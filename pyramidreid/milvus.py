@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MilvusGallery', 'milvus_filter']
 
-# %% ../nbs/14d_milvus.ipynb #f6a58d4a
-import json
+# %% ../nbs/14d_milvus.ipynb #3ef4818f
+import json,re
 import numpy as np, pandas as pd
 from fastcore.basics import patch
+from urllib.parse import unquote
 from .core import need
-from .entries import as_embedder,plain_table
+from .entries import as_embedder,as_time,plain_table
 from .gallery import Gallery
 from .openset import Calibration
 
@@ -89,7 +90,7 @@ def _create(self:MilvusGallery, dim):
         c.create_collection(self.name, schema=schema, index_params=self._params('embedding', self._index or dict(index_type='HNSW', params=dict(M=32, efConstruction=200))))
     c.load_collection(self.name)
 
-# %% ../nbs/14d_milvus.ipynb #636e45ff
+# %% ../nbs/14d_milvus.ipynb #a199d4f6
 def _out(v):
     "A value as Milvus keeps it"
     if v is None or v is pd.NaT or v is pd.NA or isinstance(v, float) and np.isnan(v): return None
@@ -103,24 +104,35 @@ def _put(self:MilvusGallery, embs, df, size=1000): # Rows sent at a time
     self.store.dim,self.store.kinds = embs.shape[1],kinds
     self._write_about()
     rows = [{k:w for k,v in row.items() if (w := _out(v)) is not None} for row in df.to_dict('records')]
-    for i in range(0, len(rows), size): self.client.insert(self.name, [dict(r, embedding=e.tolist()) for r,e in zip(rows[i:i+size], embs[i:i+size])])
+    for i in range(0, len(rows), size): self.client.insert(self.name, [dict(r, key=_safe(r['key']), embedding=e.tolist()) for r,e in zip(rows[i:i+size], embs[i:i+size])])
+
+def _safe(key): return re.sub(r'["\\%\x00-\x1f]', lambda o: f'%{ord(o[0]):02X}', key) # `unquote` undoes it
+def _among(keys): return f"key in {json.dumps([_safe(k) for k in keys], ensure_ascii=False)}"
+
+@patch
+def _check(self:MilvusGallery, df):
+    plain_table(df, self.store.kinds)
+    if 'embedding' in df: raise ValueError("Column 'embedding': Milvus keeps the vector under that name. Call yours otherwise")
+    long = df.key[df.key.map(_safe).str.encode('utf-8').str.len()>4096]
+    if len(long): raise ValueError(f"The key {long.iloc[0][:40]!r}… is longer than Milvus' 4,096 bytes: give a shorter")
 
 @patch
 def _known(self:MilvusGallery, keys):
     if not self.store.dim: return []
-    res = set()
-    for i in range(0, len(keys), 1000): res |= {o['key'] for o in self.client.query(self.name, filter=f"key in {json.dumps(keys[i:i+1000], ensure_ascii=False)}", output_fields=['key'], consistency_level='Strong')}
+    keys,res = list(map(str, keys)),set()
+    for i in range(0, len(keys), 1000): res |= {unquote(o['key']) for o in self.client.query(self.name, filter=_among(keys[i:i+1000]), output_fields=['key'], consistency_level='Strong')}
     return [k for k in keys if k in res]
 
 @patch
-def _drop(self:MilvusGallery, keys): self.client.delete(self.name, ids=keys)
+def _drop(self:MilvusGallery, keys):
+    for i in range(0, len(keys), 1000): self.client.delete(self.name, filter=_among(keys[i:i+1000])) # by ids it would take what is in quotes within a key for another
 
 @patch
 def save(self:MilvusGallery):
     "Write the calibration; entries are with Milvus as soon as they are added"
     self._write_about()
 
-# %% ../nbs/14d_milvus.ipynb #fb539d0e
+# %% ../nbs/14d_milvus.ipynb #4ddecc74
 def milvus_filter(kinds,            # Kind of each column, see `plain_table`
                   exclude_cam=None, # A camera or several
                   since=None,       # Date and time
@@ -135,8 +147,8 @@ def milvus_filter(kinds,            # Kind of each column, see `plain_table`
         res.append(f"(not exists cam or cam not in {json.dumps(cams, ensure_ascii=False)})")
     if since is not None:
         if not kinds.get('time', '').startswith('time'): raise ValueError("since needs a column 'time', and no entry has one")
-        try: at = pd.Timestamp(since)
-        except (ValueError,TypeError) as e: raise ValueError(f"since={since!r} is no date and time ({e})") from e
+        try: at = as_time(since)
+        except (ValueError,TypeError) as e: raise ValueError(f"since={since!r} is no date and time ({e}): give one as 2026-11-23 08:00") from e
         if (at.tz is not None)!=(kinds['time']=='time with zone'): raise ValueError(f"since={since!r} cannot be compared with the column 'time': give a time zone if and only if the entries have one")
         res.append(f"time >= {_out(at)}")
     if where is not None:
@@ -148,6 +160,7 @@ def milvus_filter(kinds,            # Kind of each column, see `plain_table`
 def _frame(self:MilvusGallery, rows):
     "Rows of Milvus as a table, times as times"
     df = pd.DataFrame(rows, columns=['key']+[c for c in self.store.kinds if c!='key'])
+    df['key'] = df.key.map(unquote)
     for c,kind in self.store.kinds.items():
         if kind.startswith('time'): df[c] = pd.to_datetime(df[c].astype('Int64'), unit='us', utc=kind=='time with zone')
     return df.assign(**plain_table(df[list(self.store.kinds)], {})[0]) if len(df) else df

@@ -6,21 +6,22 @@
 __all__ = ['pyramid_windows', 'PlainBranch', 'PlainPyramidHead', 'part_height', 'BranchLinear', 'pool_windows', 'PyramidHead',
            'fuse_state', 'embedding', 'PyramidNet', 'pyramid_split']
 
-# %% ../nbs/06_pyramid.ipynb #83302e67
+# %% ../nbs/06_pyramid.ipynb #cb8ac31f
 import torch
 from fastai.vision.all import params
 from fastcore.all import L,store_attr
+from operator import index
 from torch import nn
 from torch.nn import functional as F
 from .backbone import body_shape,map_height
 
-# %% ../nbs/06_pyramid.ipynb #e6b6a6f0
+# %% ../nbs/06_pyramid.ipynb #fe8fdefc
 def pyramid_windows(n_parts=6,  # Basic parts
                     levels=None # Levels used, 1..n_parts; None: all
                    ):
     "`(first part, number of parts)` of every branch, level by level and top to bottom (paper §3.2)"
     if n_parts<1: raise ValueError(f"n_parts={n_parts}: a person has at least one part")
-    levels = list(range(1,n_parts+1)) if levels is None else sorted(set(levels))
+    levels = list(range(1,n_parts+1)) if levels is None else sorted(set(map(index, levels)))
     if not levels or levels[0]<1 or levels[-1]>n_parts: raise ValueError(f"levels={levels}: with n_parts={n_parts} the levels are 1 (single parts) to {n_parts} (the whole)")
     return [(i,l) for l in levels for i in range(n_parts-l+1)]
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['write_embeddings', 'read_embeddings', 'Segment', 'Store', 'read_manifest']
 
-# %% ../nbs/14b_store.ipynb #ba85adc5
-import json,os,re,secrets,shutil,zlib
+# %% ../nbs/14b_store.ipynb #1457c707
+import json,os,re,secrets,shutil,warnings,zlib
 import numpy as np, pandas as pd
 from contextlib import contextmanager
 from fastcore.basics import patch
@@ -62,7 +62,7 @@ def _write_table(file, df):
 
 def _read_table(file): return need('pyarrow.parquet', 'gallery').read_table(file, use_threads=False).to_pandas()
 
-# %% ../nbs/14b_store.ipynb #586f5ee6
+# %% ../nbs/14b_store.ipynb #2d5456fb
 class Segment:
     "A run of entries: `ids`, `embs`, `table` and which rows are `gone`; `files` are None until it is saved"
     def __init__(self, ids, embs, table, gone=None, files=None):
@@ -76,7 +76,9 @@ class Segment:
 
 def _joined(tables):
     "Tables one below the other, gaps where one lacks a column"
-    res = pd.concat([o for o in tables if len(o)] or tables[:1], ignore_index=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'The behavior of DataFrame concatenation', FutureWarning) # of pandas 2, about columns that are all gaps
+        res = pd.concat([o for o in tables if len(o)] or tables[:1], ignore_index=True)
     return res.assign(**{c:res[c].convert_dtypes(convert_floating=False) for c in res if res[c].dtype==object})
 
 class Store:
@@ -99,7 +101,7 @@ class Store:
         table # Table of N rows with `key`
     ):
         "Append entries in memory; returns their row ids"
-        table,kinds = plain_table(table, self.kinds)
+        table,kinds = plain_table(table, self.kinds if len(self) else {})
         ids = np.arange(self.next_id, self.next_id+len(embs))
         if len(ids): self.segments.append(Segment(ids, np.asarray(embs, self.dtype), table))
         self.kinds,self.dim,self.next_id,self._table = kinds,embs.shape[1],self.next_id+len(ids),None
@@ -138,13 +140,15 @@ def _written(self:Store, path, group, name):
     files = [write_embeddings(path/f'{name}.safetensors', ids, (b for s in group for b in s.blocks()), self.dim, self.dtype), _write_table(path/f'{name}.parquet', table)]
     return Segment(*read_embeddings(path/files[0][0]), table, files=files)
 
-# %% ../nbs/14b_store.ipynb #8ea953e1
+# %% ../nbs/14b_store.ipynb #bb910973
 _manifest,_format = 'gallery.json','gallery 1'
 
 @contextmanager
 def _alone(path):
     "Wait until no other process saves into `path`; a process that dies lets go"
+    if path.exists() and not path.is_dir(): raise NotADirectoryError(f"{path} is a file, and a gallery is a folder: name another")
     path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK): raise PermissionError(f"{path} cannot be written: get the right to, or save to another folder")
     try: import fcntl
     except ImportError: return (yield) # Windows: the manifest's stamp alone has to do
     fd = os.open(path, os.O_RDONLY)
@@ -167,7 +171,6 @@ def read_manifest(path): # Folder of a gallery
     if res['format']!=_format: raise ValueError(f"{file} has the format {res['format']!r}, and this version reads {_format!r}: use a newer pyramidreid")
     return res
 
-# %% ../nbs/14b_store.ipynb #ea7337c5
 @patch
 def save(self:Store, path=None): # Folder; None: where it was saved or loaded
     "Write what changed, whole or not at all"
@@ -175,6 +178,8 @@ def save(self:Store, path=None): # Folder; None: where it was saved or loaded
     path = Path(path or self.path)
     with _alone(path):
         found = read_manifest(path)
+        if not found and self.path!=path.resolve(): self._begin(path)
+        found = found if found and found['generation'] else None # begun and never saved
         if found and self.path!=path.resolve(): raise FileExistsError(f"{path} holds a gallery already: load it and add to it, or save to another folder")
         if found and found['stamp']!=self.stamp: raise RuntimeError(f"{path} was changed by another process since it was loaded: load it again, and add what is new")
         if not found:
@@ -183,12 +188,25 @@ def save(self:Store, path=None): # Folder; None: where it was saved or loaded
         name = f'{self.generation+1:06d}'
         segments = [self._written(path, g, name if i==0 else f'{name}-{i}') for i,g in enumerate(reversed(self._groups()))][::-1]
         if self.index and not self.index['file']: self.index['file'] = self._write_index(path/f'{name}.faiss')
-        about = dict(format=_format, generation=self.generation+1, stamp=secrets.token_hex(8), fingerprint=self.fingerprint, dim=self.dim, dtype=self.dtype, next_id=self.next_id,
-            kinds=self.kinds, notes=self.notes, index=self.index and {k:v for k,v in self.index.items() if k!='write'},
-            segments=[dict(files=s.files, rows=len(s.ids), gone=np.flatnonzero(s.gone).tolist()) for s in segments])
-        with whole_file(path/_manifest) as f: f.write_text(json.dumps(about | {'checksum':_sum(about)}), encoding='utf-8')
+        about = self._write_manifest(path, self.generation+1, segments)
         self.path,self.stamp,self.generation,self.segments = path.resolve(),about['stamp'],about['generation'],segments
         _clean(path, about)
+
+@patch
+def _write_manifest(self:Store, path, generation, segments):
+    index = {k:v for k,v in self.index.items() if k!='write'} if self.index and generation else None
+    about = dict(format=_format, generation=generation, stamp=secrets.token_hex(8), fingerprint=self.fingerprint, dim=self.dim, dtype=self.dtype, next_id=self.next_id, kinds=self.kinds, notes=self.notes, index=index,
+        segments=[dict(files=s.files, rows=len(s.ids), gone=np.flatnonzero(s.gone).tolist()) for s in segments])
+    with whole_file(path/_manifest) as f: f.write_text(json.dumps(about | {'checksum':_sum(about)}), encoding='utf-8')
+    return about
+
+_named = re.compile(r'(\d{6,})(-\d+)?\.(safetensors|parquet|faiss)')
+
+@patch
+def _begin(self:Store, path):
+    "An empty manifest in a folder that has no files of a gallery"
+    if lost := next((o.name for o in path.iterdir() if _named.fullmatch(o.name)), None): raise FileExistsError(f"{path} holds {lost}, named as a gallery names its files, and no {_manifest}: restore that from a copy, or save to an empty folder")
+    self._write_manifest(path, 0, [])
 
 @patch
 def _write_index(self:Store, file):
@@ -207,7 +225,7 @@ def _clean(path, about):
     keep = {f[0] for s in about['segments'] for f in s['files']} | {(about['index'] or {'file':['']})['file'][0]}
     for o in path.iterdir():
         if o.name.startswith('.partial-'): shutil.rmtree(o, ignore_errors=True)
-        elif re.fullmatch(r'\d{6,}(-\d+)?\.(safetensors|parquet|faiss)', o.name) and o.name not in keep: o.unlink(missing_ok=True)
+        elif (found := _named.fullmatch(o.name)) and int(found[1])<=about['generation'] and o.name not in keep: o.unlink(missing_ok=True)
 
 # %% ../nbs/14b_store.ipynb #421be09f
 @patch(cls_method=True)

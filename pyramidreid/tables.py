@@ -5,19 +5,13 @@
 # %% auto #0
 __all__ = ['folder_table', 'is_junk', 'hold_out', 'join_tables', 'train_on_all', 'encode_table', 'check_match', 'unreadable']
 
-# %% ../nbs/02_tables.ipynb #6b44c323
+# %% ../nbs/02_tables.ipynb #0aead328
 import random,re
 import pandas as pd
 from fastcore.parallel import parallel
 from pathlib import Path
-from PIL import Image
-from fastai.vision.data import get_image_files
 from .core import Role
-
-# %% ../nbs/02_tables.ipynb #f146655c
-def _images(path):
-    "Image files below `path`, in order of their names"
-    return sorted(get_image_files(path)) if path.is_dir() else []
+from .runtime import find_images as _images,rgb
 
 # %% ../nbs/02_tables.ipynb #60c18176
 def folder_table(path,         # Folder of folders, one for each identity
@@ -142,11 +136,10 @@ def check_match(df): # An encoded table
            "every match was taken by the query's own camera, and the protocol leaves those out. If the camera ids are not real, leave them out")
     raise ValueError(f"No query has a possible match ({len(q)} queries, {len(g)} gallery images): {why}.")
 
-# %% ../nbs/02_tables.ipynb #8d41ef47
+# %% ../nbs/02_tables.ipynb #216262e5
 def _why_unreadable(fn):
-    try:
-        with Image.open(fn) as im: im.load()
-    except (OSError,SyntaxError,ValueError) as e: return str(e)
+    try: rgb(fn)
+    except (OSError,ValueError) as e: return str(e)
 
 def unreadable(fns): # Image files
     "Decode every file and return `{file: reason}` for those that are no image or are cut off"

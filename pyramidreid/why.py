@@ -81,7 +81,7 @@ def window_lanes(table): # As `branch_similarities` returns
         lanes = min(l, len(o))
         yield from ((b, i%l, lanes) for i,b in enumerate(o.index))
 
-# %% ../nbs/16_why.ipynb #57b38ae1
+# %% ../nbs/16_why.ipynb #746f7aea
 def _draw_pair(ax, images, level, table, lanes, color):
     "Two people side by side, in colour without a `level`, else in grey under the level's windows"
     (h,w),gap = images[0].shape[:2],images[0].shape[1]/12
@@ -105,6 +105,7 @@ def plot_explanations(explanations, # One or several `Explanation`s of the same 
                      ):
     "The two people of each, then level by level with every window in the colour of its similarity; returns the figure"
     tables = [e.table for e in explanations]
+    if not tables: raise ValueError("There is nothing to draw: give one explanation or more, as learn.explain makes them")
     if any(not t.drop(columns='similarity').equals(tables[0].drop(columns='similarity')) for t in tables): raise ValueError("These explanations are of different pyramids: draw one at a time")
     sims = pd.concat(tables).similarity
     color = plt.cm.ScalarMappable(Normalize(sims.min() if vmin is None else vmin, sims.max() if vmax is None else vmax), 'viridis')

@@ -52,6 +52,17 @@ def test_images_of_any_mode_become_rgb(own):
     cache = ImageCache(own)
     assert torch.equal(cache[:2], torch.stack([pixels(f) for f in own[:2]]))
 
+def test_turned_images_are_kept_upright(own, make_dls):
+    "The same as without a cache, and other images of the size they are stored in are not mistaken for them"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = [pixels(f) for f in own]
+    for f in own: Image.open(f).rotate(90, expand=True).save(f.with_suffix('.png'), exif=exif)
+    turned = [f.with_suffix('.png') for f in own]
+    for fns in (turned, [*turned[:3],*own[3:]], [*own[:3],*turned[3:]]):
+        cache = ImageCache(fns, (96,48))
+        assert torch.equal(cache[:6], torch.stack(upright)) and cache.resized
+
 def test_a_file_named_twice_is_kept_once(own, monkeypatch):
     monkeypatch.chdir(own[0].parent)
     cache = ImageCache([*own, own[0], own[1].name, str(own[2])])

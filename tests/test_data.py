@@ -68,6 +68,15 @@ def test_names_that_do_not_parse_are_counted_and_three_shown(market):
     n = sum(1 for _ in market.glob('*/*.jpg'))
     assert f'5 of {n}' in msg and len(re.findall(r'holiday\d\.jpg', msg))==3 and '0002_c1s1_000451_03.jpg' in msg
 
+def test_pictures_of_all_kinds_are_read_and_hidden_files_are_not(folder):
+    for o in ('C/x_7.webp','C/y_7.jfif'): Image.open(folder/'A'/'x_0.jpg').save(folder/o, 'JPEG' if o.endswith('f') else 'WEBP')
+    for o in ('A/._x_0.jpg','.trash/z.jpg'):
+        (folder/o).parent.mkdir(exist_ok=True)
+        (folder/o).write_bytes(b'not a picture')
+    df = folder_table(folder)
+    assert len(df)==22 and sorted(set(df.pid))==list('ABCDE') and {f.name for f in df.fn} >= {'x_7.webp','y_7.jfif'}
+    for dl in ReIDDataLoaders.from_folder(folder, **KW): list(dl.new(shuffle=False, drop_last=False))
+
 def test_files_that_are_no_pictures_by_name_are_left_alone(market):
     (market/'query'/'Thumbs.db').write_bytes(b'0')
     (market/'query'/'readme.txt').write_text('hello')

@@ -114,6 +114,7 @@ def test_gallery_that_outgrew_its_calibration(gallery):
 
 def test_calibrated_by_the_learner_itself(trained, tmp_path):
     "A search by `far` is the ranking of `evaluate`, cut at the calibration's threshold: as often wrong as the calibration says"
+    import pyramidreid.calibrate
     items = trained.dls.valid.items
     there,asked = items[items.split=='gallery'],items[items.split=='query']
     gallery = Gallery.from_learner(trained, there[['fn','pid','cam']])
@@ -124,7 +125,68 @@ def test_calibrated_by_the_learner_itself(trained, tmp_path):
         wrong,n = wrong+bool(len(found)),n+1
     assert n==len(c.impostor) and wrong/n==pytest.approx(c.far_at(c.threshold())[0])
 
+def test_threshold_and_far_at_once(gallery, files):
+    gallery.calibration = calibrated()
+    with pytest.raises(ValueError, match='both set the threshold'): gallery.search(files.fn[0], 3, threshold=.5, far=.1)
+
 # Adding and removing
+
+def test_columns_are_looked_at_before_anything_is_embedded(files):
+    model = Model()
+    g = Gallery.from_learner(model, files)
+    seen = model.seen
+    for bad,why in ((dict(pid='ann'),'pid'),(dict(time='morning'),'dates and times'),(dict(time='01.02.2026'),'dates and times'),(dict(time=1700000000),'numbers'),(dict(time=[17.5]*2),'numbers'),
+                    (dict(query='x'),'Call yours otherwise'),(dict(similarity=1.),'Call yours otherwise')):
+        with pytest.raises(ValueError, match=why): g.add(pictures(2, 7), keys=['x','y'], **bad)
+    with pytest.raises(ValueError, match="no column 'fn'"): g.add(pd.DataFrame(dict(key=['x'])))
+    with pytest.raises(ValueError, match="called 'cam'"): g.add(pd.DataFrame([['x','a','b']], columns=['key','cam','cam']))
+    assert model.seen==seen and len(g)==6
+    for bad in (1893456000,'01.02.2026'):
+        with pytest.raises(ValueError, match='since='): g.search(files.fn[0], 3, since=bad)
+
+def test_keys_of_other_kinds(gallery):
+    gallery.add(pictures(3, 8), keys=[1,Path('k0'),'z'])
+    assert 1 in gallery and Path('k0') in gallery and '1' in gallery
+    assert 1 not in gallery.remove(1) and Path('k0') not in gallery.remove(Path('k0')) and 'z' in gallery
+
+def test_an_emptied_gallery_takes_new_kinds(gallery, files):
+    gallery.remove(files.fn)
+    gallery.add(pictures(1, 8), keys='x', pid='ann', cam=3)
+    assert gallery.table.cam.tolist()==[3] and gallery.search(pictures(1, 8)[0], 1, exclude_cam=4).pid.tolist()==['ann']
+
+def test_entries_whose_person_is_unknown_are_shown(gallery):
+    gallery.add(pictures(1, 8), keys='x')
+    shown = gallery.show(pictures(1, 8)[0], k=7, pid=1)
+    assert len(shown.axes)==8
+
+def test_an_index_that_cannot_be_built(gallery, files, tmp_path):
+    "The gallery stays as it was, and can be saved"
+    big = Gallery(Model(dim=9))
+    n = 20_001
+    big.add(pd.DataFrame(dict(key=[str(i) for i in range(n)])), embs=Embeddings(np.random.default_rng(0).standard_normal((n,9)), 'a model')).build_index('ivf')
+    before = big.index
+    with pytest.raises(ValueError): big.build_index('hsnw')
+    assert big.index is before and Gallery.load(big.save(tmp_path/'g')).index.kind=='ivf'
+    big.build_index('exact').save()
+    assert Gallery.load(tmp_path/'g').index is None
+
+def test_a_learner_whose_input_changed(trained, files):
+    "By other loaders, by another norm, without a step of training"
+    from pyramidreid.data import ReIDDataLoaders
+    g = Gallery.from_learner(trained, files[['fn']])
+    dls,norm = trained.dls,trained.model.norm
+    try:
+        trained.model.norm = 'whole'
+        with pytest.raises(ValueError, match='Another model'): g.search(files.fn[0], 1)
+        trained.model.norm = norm
+        assert g.search(files.fn[0], 1).similarity[0]>.99
+        h,w = dls.one_batch()[0].shape[-2:]
+        trained.dls = ReIDDataLoaders.from_table(dls.train.items[['fn','pid','cam','split']], p=4, k=2, size=(2*h,w), valid_pct=.5, num_workers=0)
+        with pytest.raises(ValueError, match='Another model'): g.add(pictures(1, 8), keys='x')
+    finally: trained.dls,trained.model.norm = dls,norm
+    assert len(g)==6
+
+# Adding and removing, in general
 
 def test_add_and_remove(gallery, files):
     gallery.remove(files.fn[1])
@@ -141,15 +203,16 @@ def test_all_or_none(gallery, files, tmp_path):
     (tmp_path/'cut.png').write_bytes(files.fn[0].read_bytes()[:60])
     new = tmp_path/'new.png'
     Image.fromarray(pictures(1, 9)[0]).save(new)
-    for bad,error,why in ((tmp_path/'text.png',ValueError,'text.png is no picture'),(tmp_path/'cut.png',ValueError,'cut.png is no picture or is cut off'),
-                          (tmp_path/'gone.png',FileNotFoundError,'gone.png is not there'),(tmp_path,ValueError,'is no picture'),(files.fn[0],ValueError,'0.png.* the first: remove it before')):
+    for bad,error,why in ((tmp_path/'text.png',OSError,'text.png is no image'),(tmp_path/'cut.png',OSError,'cut.png is no image or is cut off'),
+                          (tmp_path/'gone.png',FileNotFoundError,'no image file .*gone.png'),(tmp_path,OSError,'no image file'),(files.fn[0],ValueError,'0.png.* the first: remove it before')):
         with pytest.raises(error, match=why): gallery.add([new,bad])
         with pytest.raises(ValueError if bad==files.fn[0] else error): gallery.add([new,bad] if bad!=files.fn[0] else [new,new])
         assert len(gallery)==6 and str(new) not in gallery
     with pytest.raises(ValueError, match="1 of 2 keys are not in the gallery, 'nobody' the first"): gallery.remove([files.fn[0],'nobody'])
     assert len(gallery)==6
 
-@pytest.mark.parametrize('bad,error,why', [('text',FileNotFoundError,'not there'),(np.zeros((4,3), np.float32),ValueError,'wrap embeddings'),(3,TypeError,'int is no picture'),(None,TypeError,'NoneType')])
+@pytest.mark.parametrize('bad,error,why', [('text',FileNotFoundError,'no image file text'),(np.zeros((4,3), np.float32),ValueError,'wrap embeddings'),(3,ValueError,'int: give a file'),(None,ValueError,'NoneType'),
+    ([Embeddings(np.ones(9), 'a model')],TypeError,'one `Embeddings` of all')])
 def test_what_is_no_query(gallery, bad, error, why):
     with pytest.raises(error, match=why): gallery.search(bad, k=1)
 
@@ -258,7 +321,9 @@ def test_show(gallery, files):
     text = [ax.get_title() for ax in fig.axes]
     assert len(text)==7 and text[0]=='query\npid 1' and 'pid 1 · cam door' in text[1]
     assert [t.get_text() for ax in fig.axes for t in ax.texts]==['no picture']
-    with pytest.raises(FileNotFoundError, match='1.png is not there'): gallery.show(files.fn[1])
+    with pytest.raises(FileNotFoundError, match='no image file .*1.png'): gallery.show(files.fn[1])
+    shown = gallery.show(gallery.embed([files.fn[0]]), k=2)
+    assert [t.get_text() for t in shown.axes[0].texts]==['no picture']
 
 # Large galleries
 

@@ -204,9 +204,15 @@ def test_what_does_not_fit(change, match):
     interp,items = make()
     with pytest.raises(ValueError, match=match): ReIDInterpretation(*change(interp.emb, items))
 
+def test_nothing_asked_for():
+    interp,_ = make()
+    for f in (interp.worst,interp.plot_worst):
+        for n in (0,-1): pytest.raises(ValueError, f, n).match(f'n={n}: ask for one query or more')
+
 def test_nan_is_named():
     interp,items = make()
     interp.emb[3] = float('nan')
+    with pytest.raises(ValueError, match='1 of 60 embeddings hold NaN'): interp.plot_embeddings()
     with pytest.raises(ValueError, match='1 of .* rows hold NaN'): interp.worst()
     with pytest.raises(ValueError, match='1 of .* rows hold NaN'): interp.label_errors()
 
@@ -233,6 +239,7 @@ def test_colours_of_the_plane():
     interp,_ = make(unknown=10, junk=3)
     legend = lambda fig: [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
     assert legend(interp.plot_embeddings(ids=[11,21]))==['pid 11','pid 21','others']
+    assert legend(interp.plot_embeddings(ids=np.int64(3)))==legend(interp.plot_embeddings(ids=3)) and len(legend(interp.plot_embeddings(ids=3)))==4
     assert legend(interp.plot_embeddings('cam'))==['camera c0','camera c1','camera c2','others']
     with pytest.raises(ValueError, match='no image of person 12'): interp.plot_embeddings(ids=[12])
     with pytest.raises(ValueError, match="'pid' or by 'cam'"): interp.plot_embeddings('camera')
@@ -262,6 +269,19 @@ def test_the_worst_are_drawn_with_their_own_rankings(trained, monkeypatch):
     for k,(_,o) in enumerate(w.iterrows()):
         right = seen['r'][seen['r']['query']==k].right.tolist()
         assert (right.index(True)+1 if True in right else 99)==(o.first_right if o.first_right<=4 else 99)
+
+def test_a_training_loader_is_not_augmented(make_learner, make_dls):
+    from pyramidreid.tfms import strong_tfms
+    for cache in (None,True):
+        learn = make_learner(make_dls(tfms=strong_tfms, cache=cache))
+        items = learn.dls.train.items
+        one,two = (ReIDInterpretation.from_learner(learn, learn.dls.train) for _ in range(2))
+        plain = learn.embed(learn.dls.test_dl(items.fn.tolist()))
+        assert torch.equal(one.emb, two.emb) and torch.allclose(one.emb, plain, atol=1e-6)
+        assert one.items.fn.tolist()==items.fn.tolist() and one.items.label.tolist()==items.label.tolist()
+        assert one.label_errors(3).equals(two.label_errors(3))
+        valid = ReIDInterpretation.from_learner(learn, learn.dls.valid)
+        assert valid.items.label.tolist()==ReIDInterpretation.from_learner(learn).items.label.tolist()
 
 def test_training_labels(trained):
     dl = trained.dls.test_dl(trained.dls.train.items[['fn','pid','cam','split']], with_labels=True)

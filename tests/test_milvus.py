@@ -76,6 +76,24 @@ def test_a_life(tmp_path):
     assert g.show(pictures(1)[0], k=2).axes[0].get_title()=='query'
     g.close()
 
+def test_keys_that_look_like_code(tmp_path):
+    "Each is removed itself, and nobody else"
+    keys = ["x','k1",'k1','k2',"O'Brien.jpg",'C:\\x\\n.jpg','a\nb','100 %25','"quoted"']
+    g = MilvusGallery(tmp_path/'p.db', Model())
+    g.add(pictures(len(keys)), keys=keys)
+    for i,k in enumerate(keys):
+        assert k in g and k not in g.remove(k)
+        assert sorted(g.table.key)==sorted(keys[i+1:])
+    g.close()
+
+def test_what_milvus_cannot_keep(tmp_path):
+    "Is refused before anything is sent"
+    g = MilvusGallery(tmp_path/'p.db', Model())
+    for args,why in ((dict(keys='a', embedding='x'),"Column 'embedding'"),(dict(keys='ü'*2049),'4,096 bytes')):
+        with pytest.raises(ValueError, match=why): g.add(pictures(1), **args)
+    assert len(g)==0
+    g.close()
+
 def test_expressions():
     kinds = dict(cam='number', time='time with zone')
     assert milvus_filter(kinds)==''

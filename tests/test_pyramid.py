@@ -1,6 +1,6 @@
 "`PyramidHead` against `PlainPyramidHead`, branch by branch: features, logits, gradients, running statistics, ties"
 import itertools,re
-import pytest, torch
+import numpy as np, pytest, torch
 from torch import nn
 from torch.nn import functional as F
 from pyramidreid.pyramid import *
@@ -176,6 +176,7 @@ def test_windows():
     assert [len(pyramid_windows(n)) for n in (1,6,8)]==[1,21,36]
     assert pyramid_windows(6,[1])==[(i,1) for i in range(6)] and pyramid_windows(6,[6])==[(0,6)]
     assert pyramid_windows(4,[3,1,3])==pyramid_windows(4,[1,3])
+    assert all(type(l) is int for l in PyramidHead(4, 2, 3, 4, levels=np.array([2,1])).levels) # model.json wants them so
     for n,levels in ((0,None), (3,[0,1]), (3,[4]), (3,[])):
         with pytest.raises(ValueError, match=r'n_parts|levels'): pyramid_windows(n, levels)
 

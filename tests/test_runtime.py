@@ -1,5 +1,5 @@
 "The runtime alone: what it imports, what it takes, and what it refuses"
-import subprocess,sys,threading,time
+import os,subprocess,sys,threading,time
 import numpy as np, pytest
 from PIL import Image
 from pyramidreid.runtime import *
@@ -96,6 +96,74 @@ def test_threads_share_a_runtime(file, files):
     for t in threads: t.start()
     for t in threads: t.join()
     assert len(res)==4 and all(abs(o-emb).max()<=1e-6 for o in res.values())
+
+# pixels as somebody sees them
+
+TURNS = {1:lambda x: x, 2:lambda x: x[:,::-1], 3:lambda x: x[::-1,::-1], 4:lambda x: x[::-1], 5:lambda x: x.swapaxes(0,1), 6:lambda x: np.rot90(x, -1), 7:lambda x: np.rot90(x, 2).swapaxes(0,1), 8:np.rot90}
+
+@pytest.mark.parametrize('suffix', ['png','jpg','webp','tif'])
+def test_exif_turns_a_picture_once(tmp_path, suffix):
+    "As the standard's table says, for a file and for an image that was opened by others, before and after it was handled"
+    stored = np.random.default_rng(0).integers(0, 256, (5,3,3), dtype=np.uint8).repeat(16,0).repeat(16,1)
+    for turn,f in TURNS.items():
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.fromarray(stored).save(tmp_path/f'o.{suffix}', exif=exif, **(dict(lossless=True) if suffix=='webp' else dict(quality=100, subsampling=0) if suffix=='jpg' else {}))
+        want,seen = f(stored).astype(int),rgb(tmp_path/f'o.{suffix}')
+        assert np.asarray(seen).shape==want.shape and abs(np.asarray(seen)-want).max()<=(4 if suffix=='jpg' else 0)
+        im = Image.open(tmp_path/f'o.{suffix}')
+        for o in (Image.open(tmp_path/f'o.{suffix}'), im.copy(), im.convert('RGB'), seen, rgb(seen)): assert np.array_equal(np.asarray(rgb(o)), np.asarray(seen)), turn
+
+def test_exif_that_cannot_be_read_says_nothing(files, tmp_path):
+    data = files[0].read_bytes()
+    (tmp_path/'o.jpg').write_bytes(data[:2]+b'\xff\xe1'+(28).to_bytes(2, 'big')+b'Exif\0\0'+b'\xff'*20+data[2:])
+    assert np.array_equal(np.asarray(rgb(tmp_path/'o.jpg')), np.asarray(Image.open(files[0])))
+
+@pytest.mark.parametrize('suffix', ['png','tif','jp2'])
+def test_sixteen_bits_keep_their_upper_eight(tmp_path, suffix):
+    deep = np.random.default_rng(0).integers(0, 2**16, (40,20), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path/f'o.{suffix}')
+    for o in (tmp_path/f'o.{suffix}', Image.open(tmp_path/f'o.{suffix}')): assert np.array_equal(np.asarray(rgb(o)), np.stack([deep//256]*3, -1))
+    assert np.array_equal(np.asarray(rgb(Image.frombytes('I;16B', (20,40), deep.astype('>u2').tobytes())))[...,0], deep//256)
+
+@pytest.mark.parametrize('kind,mode', [('int32','I'),('float32','F')])
+def test_thirty_two_bits_are_refused(tmp_path, kind, mode):
+    from pyramidreid.data import open_image
+    from pyramidreid.tables import unreadable
+    Image.fromarray(np.ones((40,20), kind)).save(tmp_path/'o.tif')
+    for f in (rgb,open_image):
+        with pytest.raises(ValueError, match=rf'o.tif has 32 bits a pixel \(mode {mode}\)'): f(tmp_path/'o.tif')
+    with pytest.raises(ValueError, match=rf'image 3 has 32 bits a pixel \(mode {mode}\)'): pixels([Image.new('RGB', (3,5))]*3+[Image.open(tmp_path/'o.tif')], SIZE)
+    assert '32 bits' in unreadable([tmp_path/'o.tif'])[tmp_path/'o.tif'] # so that on_bad='skip' leaves it out
+
+def test_a_bomb_is_named(files, monkeypatch):
+    from pyramidreid.cache import kept_size,open_image
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    for f in (rgb,open_image,lambda o: kept_size([o], SIZE)):
+        with pytest.raises(OSError, match=f'{files[0].name} .*decompression bomb'): f(files[0])
+
+def test_learner_and_runtime_agree_on_odd_pictures(file, learn, files, tmp_path):
+    "Turned, of 16 bits, grey, with transparency"
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    im = Image.open(files[0])
+    im.save(tmp_path/'turned.jpg', exif=exif)
+    Image.fromarray(np.asarray(im.convert('L')).astype(np.uint16)*257).save(tmp_path/'deep.png')
+    im.convert('LA').save(tmp_path/'la.png')
+    im.convert('P').save(tmp_path/'p.gif')
+    odd = [tmp_path/o for o in ('turned.jpg','deep.png','la.png','p.gif')]
+    ours = learn.embed(learn.dls.test_dl(odd)).numpy()
+    assert abs(Runtime(file, threads=1).embed(odd)-ours).max()<=1e-4
+    assert abs(learn.embed(learn.dls.test_dl([Image.open(o) for o in odd])).numpy()-ours).max()<=1e-6
+    assert abs(ours[1]-ours[2]).max()<.02 # the same grey in 16 bits and in 8
+
+def test_images_are_found_by_what_pillow_opens(tmp_path):
+    for o in ('b.webp','A.JFIF','c.jpeg','d.txt','e.mpg','f.pdf','.h.jpg','._c.jpeg','.hidden/g.jpg','deep/down/g.png'):
+        (tmp_path/'all'/o).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'all'/o).touch()
+    os.symlink(tmp_path/'all'/'deep', tmp_path/'all'/'link', target_is_directory=True)
+    assert [o.relative_to(tmp_path/'all').as_posix() for o in find_images(str(tmp_path/'all'))]==['A.JFIF','b.webp','c.jpeg','deep/down/g.png','link/down/g.png']
+    assert find_images(tmp_path/'none')==[]
 
 # what it refuses
 

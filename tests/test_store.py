@@ -237,3 +237,50 @@ def test_without_the_extra(store, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
     store.add(embs(1), frame('x'))
     with pytest.raises(ImportError, match=r'pyramidreid\[gallery\]'): store.save()
+
+# what lies in the folder
+
+def test_entries_whose_manifest_is_lost_are_not_saved_over(tmp_path):
+    path = tmp_path/'g'
+    first = Store('a model')
+    first.add(np.eye(3, dtype=np.float32), pd.DataFrame(dict(key=list('abc'))))
+    first.save(path)
+    manifest = (path/'gallery.json').read_bytes()
+    (path/'gallery.json').unlink()
+    names = sorted(o.name for o in path.iterdir())
+    second = Store('a model')
+    second.add(np.eye(3, dtype=np.float32)[:1], pd.DataFrame(dict(key=['x'])))
+    with pytest.raises(FileExistsError, match='holds 000001.* and no gallery.json'): second.save(path)
+    assert sorted(o.name for o in path.iterdir())==names
+    (path/'gallery.json').write_bytes(manifest)
+    assert Store.load(path).table.key.tolist()==list('abc')
+
+def test_files_of_others_stay(tmp_path):
+    path = tmp_path/'g'
+    store = Store('a model')
+    store.add(np.eye(3, dtype=np.float32), pd.DataFrame(dict(key=list('abc'))))
+    store.save(path)
+    for name in ('20261123.parquet','notes.parquet','000009.safetensors'): (path/name).write_text('mine')
+    store.add(np.eye(3, dtype=np.float32), pd.DataFrame(dict(key=list('def'))))
+    store.save()
+    for name in ('20261123.parquet','notes.parquet','000009.safetensors'): assert (path/name).read_text()=='mine'
+    assert len(list(path.glob('00000[0-8].*')))==2
+
+def test_a_first_save_that_died(tmp_path, monkeypatch):
+    "Whoever comes next begins again in the same folder, and what was left goes"
+    path = tmp_path/'g'
+    def one():
+        res = Store('a model')
+        res.add(np.eye(3, dtype=np.float32), pd.DataFrame(dict(key=list('abc'))))
+        return res
+    with monkeypatch.context() as m:
+        def dies(*args): raise KeyboardInterrupt
+        m.setattr(module, '_write_table', dies)
+        with pytest.raises(KeyboardInterrupt): one().save(path)
+    assert len(Store.load(path))==0 and (path/'000001.safetensors').exists()
+    one().save(path)
+    assert Store.load(path).table.key.tolist()==list('abc') and len(list(path.iterdir()))==3
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path/'g').write_text('')
+    with pytest.raises(NotADirectoryError, match='a gallery is a folder'): Store('a model').save(tmp_path/'g')

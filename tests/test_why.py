@@ -97,6 +97,9 @@ def test_drawn_windows_have_the_extents_of_the_table(trained):
     fixed = one.plot(vmin=0, vmax=1).axes[1].patches[0].get_facecolor()
     assert same!=fixed
 
+def test_nothing_to_draw():
+    with pytest.raises(ValueError, match='nothing to draw'): plot_explanations([])
+
 def test_different_pyramids_are_not_drawn_together(trained):
     e = trained.explain(*trained.dls.valid.items.fn[:2])
     with pytest.raises(ValueError, match='different pyramids'): plot_explanations([e, Explanation(e.table.iloc[:3], e.images)])
