@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['checks', 'plain', 'inspect_table', 'check', 'run_checks', 'people_of']
 
-# %% ../nbs/02d_checks.ipynb #4cc6ff23
+# %% ../nbs/02d_checks.ipynb #456409c6
 import hashlib,os
 import pandas as pd
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from PIL import Image
 from .core import Role,progress
+from .runtime import rgb
 
-# %% ../nbs/02d_checks.ipynb #2bda4013
+# %% ../nbs/02d_checks.ipynb #09845d84
 _facts = ['width','height','mode','bytes','digest','reason']
 
 def _look(fn):
@@ -21,8 +22,8 @@ def _look(fn):
     size = None
     try:
         size = os.path.getsize(fn)
-        with Image.open(fn) as im: pixels = im.convert('RGB').tobytes()
-        return *im.size,im.mode,size,hashlib.sha1(b'%dx%d '%im.size+pixels).hexdigest(),None
+        with Image.open(fn) as im: seen = rgb(im)
+        return *seen.size,im.mode,size,hashlib.sha1(b'%dx%d '%seen.size+seen.tobytes()).hexdigest(),None
     except FileNotFoundError: reason = 'no such file'
     except Image.UnidentifiedImageError: reason = 'no image of a known kind' if size else 'empty file'
     except Exception as e: reason = getattr(e, 'strerror', None) or str(e) or type(e).__name__ # whatever a decoder raises
