@@ -6,8 +6,8 @@
 __all__ = ['existing', 'device_option', 'data_set_option', 'Answer', 'Talk', 'command', 'app', 'main', 'draw', 'demo',
            'held_out_options', 'doctor']
 
-# %% ../nbs/17_cli.ipynb #c0e19602
-import click,json,linecache,os,signal,sys,threading,time,traceback,warnings
+# %% ../nbs/17_cli.ipynb #de2f445c
+import click,json,os,signal,sys,threading,time,traceback,warnings
 from contextlib import contextmanager,nullcontext,redirect_stdout
 from fastcore.basics import patch
 from functools import wraps
@@ -62,7 +62,7 @@ def follow(self:Talk, learn): # A learner before it is trained
     learn.remove_cbs(ProgressCallback)
     learn.logger = line
 
-# %% ../nbs/17_cli.ipynb #e1767f23
+# %% ../nbs/17_cli.ipynb #b0d28f7c
 _not_ours = (OSError,ValueError,ImportError,RuntimeError,FloatingPointError)
 
 @contextmanager
@@ -77,12 +77,11 @@ def _orderly():
 @contextmanager
 def _remarks(quiet):
     "Say this library's own warnings in a line on stderr, and none of others"
-    def say(message, category, file, line, *_, **__):
-        if not quiet and Path(file).parent.name=='pyramidreid' and 'warnings.warn(' in linecache.getline(file, line): click.echo(f'Warning: {message}', err=True)
+    from pyramidreid.core import ReIDWarning
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        warnings.filterwarnings('always', category=UserWarning, module='pyramidreid')
-        warnings.showwarning = say
+        warnings.simplefilter('always', ReIDWarning)
+        warnings.showwarning = lambda message, *_, **__: None if quiet else click.echo(f'Warning: {message}', err=True)
         yield
 
 def _failed(e, debug):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Gallery']
 
-# %% ../nbs/14_gallery.ipynb #60dc5fad
+# %% ../nbs/14_gallery.ipynb #9cbeb520
 import os,warnings
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from concurrent.futures import ThreadPoolExecutor
 from fastcore.basics import patch
 from pathlib import Path
-from .core import need,progress
+from .core import ReIDWarning,need,progress
 from .entries import Embeddings,allowed,as_embedder,entry_table,open_person,own_calibration,plain_table
 from .nearest import Index,Rows,build_index,nearest,unit
 from .openset import Calibration
@@ -177,13 +177,13 @@ def _ranked(self:Gallery, q, k, exclude_cam, since, where):
     there = found>=0
     return table.iloc[table.index.get_indexer(rows.ids[found[there]])].assign(similarity=sims[there], query=np.nonzero(there)[0]).reset_index(drop=True)
 
-# %% ../nbs/14_gallery.ipynb #af83f4ae
+# %% ../nbs/14_gallery.ipynb #11d53a31
 @patch
 def threshold(self:Gallery, far): # Wanted rate of false accepts per search
     "The similarity from which on a search takes an unknown person for somebody at the rate `far`. Raises `ValueError` without a calibration, or if it is too small for so rare an error"
     c = self.calibration
     if c is None: raise ValueError(f"far={far} needs a calibration, and this gallery has none: set gallery.calibration = learn.calibrate(…), in a terminal pyramidreid gallery calibrate; or pass a threshold")
-    if len(self)>2*c.n_gallery: warnings.warn(f"The calibration searched {c.n_gallery:,} images, and this gallery has {len(self):,}: expect more false accepts than far={far:g}. Calibrate with a gallery of its size")
+    if len(self)>2*c.n_gallery: warnings.warn(f"The calibration searched {c.n_gallery:,} images, and this gallery has {len(self):,}: expect more false accepts than far={far:g}. Calibrate with a gallery of its size", ReIDWarning)
     return c.threshold(far)
 
 @patch

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ReIDMetric', 'mAP', 'rank1', 'rank5']
 
-# %% ../nbs/09a_metrics.ipynb #d65468ea
+# %% ../nbs/09a_metrics.ipynb #bab8a2e0
 import torch,warnings
 from fastai.learner import Metric
-from .core import Role
+from .core import ReIDWarning,Role
 from .evaluation import NoMatchError,evaluate,known_cams
 from weakref import WeakKeyDictionary
 
-# %% ../nbs/09a_metrics.ipynb #9ee7ab34
+# %% ../nbs/09a_metrics.ipynb #f302b7b5
 class _Pass:
     "Embeddings and targets of one validation pass; after `result`, only the result"
     def __init__(self): self.emb,self.targ,self.last,self.done,self._result = [],[],None,False,None
@@ -36,7 +36,7 @@ class _Pass:
             if len(q) and len(g):
                 try: self._result = evaluate(q, g, tq[:,0], tg[:,0], *cams, device=device, progress_bar=False, **kwargs)
                 except NoMatchError: pass
-                except ValueError as e: warnings.warn(f'No re-ID metrics for this validation: {e}')
+                except ValueError as e: warnings.warn(f'No re-ID metrics for this validation: {e}', ReIDWarning)
         return self._result
 
 _passes = WeakKeyDictionary()

@@ -400,8 +400,7 @@ def test_our_own_warnings_are_said_and_no_others(desk, capfd, tmp_path, monkeypa
     from pyramidreid.gallery import Gallery
     real = Gallery.search
     def noisy(*args, **kwargs):
-        warnings.warn('of the tests') # of another file
-        exec(compile("import warnings\nwarnings.warn('of a library, blamed on us', stacklevel=1)", Gallery.search.__code__.co_filename, 'exec'), dict(__name__='pyramidreid.gallery'))
+        warnings.warn('of the tests')
         return real(*args, **kwargs)
     monkeypatch.setattr(Gallery, 'search', noisy)
     for _ in range(2):
