@@ -1,7 +1,8 @@
 """The gallery: time of a search against plain FAISS, and recall, time and memory of the approximate indexes.
 
 `--only exact ivf hnsw` runs some of the parts. `exact` is 20,000 embeddings of the full pyramid, two threads; the others `--n` embeddings of `--dim` numbers in half precision,
-saved in `--tmp` and mapped from there (2 bytes a number). Every part is a process of its own. Embeddings are drawn: people around centres of their own, shifted by camera."""
+saved in `--tmp` and mapped from there (2 bytes a number). Every part is a process of its own. Embeddings are drawn: for `exact` people around centres of their own, shifted by camera;
+for the others, whose recall depends on it, with the spectrum of real ones (`Crowd`)."""
 import argparse,json,os,subprocess,sys,tempfile,time
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -15,6 +16,24 @@ class Nobody:
     "Stands for the model: all embeddings are drawn"
     fingerprint = 'drawn'
     def embed(self, images): raise NotImplementedError
+
+class Crowd:
+    """Embeddings drawn with the spectrum of those of Market-1501's test people by the network of results/market1501-modern-cpu.json (2,688-d): 27 % of the energy is their mean,
+    55 % lies between people and falls with the k-th direction as k^-1.7, 18 % between images of one and falls as k^-1.1"""
+    def __init__(self, dim, n_pids, seed=0):
+        rng,k = np.random.default_rng(seed),np.arange(1, dim+1)
+        self.dim,self.n_pids = dim,n_pids
+        self.basis = np.linalg.qr(rng.standard_normal((dim,dim), dtype=np.float32))[0]
+        between,within = (np.sqrt(energy*k**-slope/(k**-slope).sum()).astype(np.float32) for energy,slope in ((.55,1.7),(.18,1.1)))
+        self.within,self.between = within,rng.permutation(between)
+        self.mean = np.sqrt(.27/dim).astype(np.float32)*rng.choice([-1,1], dim).astype(np.float32)
+    def centre(self, pid): # Of each, made when asked for: 50,000 of them would fill half a gigabyte
+        return np.stack([np.random.default_rng([7,p]).standard_normal(self.dim, dtype=np.float32) for p in pid])*self.between
+    def draw(self, n, seed): # (n, dim) of length one, and who they are
+        rng = np.random.default_rng([1,seed])
+        who,inverse = np.unique(rng.integers(0, self.n_pids, n), return_inverse=True)
+        e = (self.mean + self.centre(who)[inverse] + rng.standard_normal((n,self.dim), dtype=np.float32)*self.within) @ self.basis
+        return e/np.linalg.norm(e, axis=1, keepdims=True),who[inverse]
 
 def rounds(fs, n):
     "The quickest of `n` runs of each, seconds; taken in turns, so that a busy machine is busy for all"
@@ -58,17 +77,16 @@ def approximate(args, kind):
     from pyramidreid.gallery import Gallery
     from pyramidreid.nearest import exact as search_exactly
     faiss.omp_set_num_threads(THREADS)
-    path = Path(args.tmp)/f'gallery-{args.n}x{args.dim}'
+    path,crowd = Path(args.tmp)/f'gallery-{args.n}x{args.dim}',Crowd(args.dim, args.n//20)
     if not (path/'gallery.json').exists():
         gallery = Gallery(Nobody(), dtype='float16')
         for i in range(0, args.n, 50000):
-            n = min(50000, args.n-i)
-            _,g,_,pids,_,cams = people(1, n, args.dim, seed=i, n_pids=3000)
-            gallery.add(pd.DataFrame(dict(key=(i+np.arange(n)).astype(str), pid=pids, cam=cams)), embs=Embeddings(g, 'drawn'))
+            g,pids = crowd.draw(min(50000, args.n-i), i)
+            gallery.add(pd.DataFrame(dict(key=(i+np.arange(len(g))).astype(str), pid=pids, cam=pids%6)), embs=Embeddings(g, 'drawn'))
         gallery.save(path)
         del gallery,g
     gallery = Gallery.load(path, Nobody(), check=False)
-    q = people(256, 1, args.dim, seed=50000*(args.n//100000), n_pids=3000)[0]
+    q = crowd.draw(256, args.n)[0]
     start = time.perf_counter()
     with Peak() as peak: gallery.build_index(kind)
     built = time.perf_counter()-start
@@ -76,6 +94,9 @@ def approximate(args, kind):
     start = time.perf_counter()
     truth = search_exactly(q, gallery.rows, 10)[1]
     brute = time.perf_counter()-start
+    start = time.perf_counter()
+    for i in range(4): search_exactly(q[i:i+1], gallery.rows, 10)
+    brute_single = (time.perf_counter()-start)/4
     found = gallery.search(e, 10).key.astype(int).to_numpy().reshape(-1,10)
     t = rounds({'one at a time':lambda: [gallery.search(e[i], 10) for i in range(32)], '256 at once':lambda: gallery.search(e, 10), 'by another camera, 256 at once':lambda: gallery.search(e, 10, exclude_cam=0)}, 3)
     file = Path(args.tmp)/'index.faiss'
@@ -83,7 +104,7 @@ def approximate(args, kind):
     size = file.stat().st_size
     file.unlink()
     return dict(part=kind, n=args.n, dim=args.dim, threads=THREADS, recall_own=gallery.index.note['recall'], effort=gallery.index.note['effort'], recall_at_10=float(np.mean([len(set(a)&set(b))/10 for a,b in zip(found, truth)])),
-                build_s=built, build_peak_mb=peak.mb, index_mb=size/1e6, disk_mb=sum(o.stat().st_size for o in path.iterdir())/1e6, exact_ms=1e3*brute/256,
+                build_s=built, build_peak_mb=peak.mb, index_mb=size/1e6, disk_mb=sum(o.stat().st_size for o in path.iterdir())/1e6, exact_ms=1e3*brute/256, exact_single_ms=1e3*brute_single,
                 ms_single=1e3*t['one at a time']/32, ms_batch=1e3*t['256 at once']/256, ms_filtered=1e3*t['by another camera, 256 at once']/256)
 
 def tables(parts):
@@ -94,8 +115,8 @@ def tables(parts):
         t = pd.DataFrame(o['rows'])
         t['over plain'] = t['over plain'].map('{:+.1%}'.format)
         res.append(f"Exact, {o['n']:,} × {o['dim']}, {o['threads']} threads, milliseconds a query ({o['date']}). The same ten as plain FAISS for {o['agree']:.1%} of the queries; {o['disk_mb']:.0f} MB on disk, saved in {o['save_s']:.1f} s, loaded and checked in {o['load_s']:.1f} s.\n\n" + markdown(t.round(2).set_index('queries at once')))
-    rows = [{'index':k, 'vectors':f"{o['n']:,} × {o['dim']}", 'recall@10':f"{o['recall_at_10']:.3f}", 'on its own rows':f"{o['recall_own']:.3f}", 'effort':o['effort'], 'ms, one at a time':f"{o['ms_single']:.1f}", 'ms, 256 at once':f"{o['ms_batch']:.1f}",
-             'filtered':f"{o['ms_filtered']:.1f}", 'exact, 256 at once':f"{o['exact_ms']:.0f}", 'build, s':f"{o['build_s']:.0f}", 'peak of the build, MB':f"{o['build_peak_mb']:,.0f}", 'index, MB':f"{o['index_mb']:,.0f}", 'on disk, MB':f"{o['disk_mb']:,.0f}", 'date':o['date']}
+    rows = [{'index':k, 'vectors':f"{o['n']:,} × {o['dim']}", 'recall@10':f"{o['recall_at_10']:.3f}", 'on its own rows':f"{o['recall_own']:.3f}", 'effort':o['effort'], 'ms, one at a time':f"{o['ms_single']:.1f}", 'exactly':f"{o['exact_single_ms']:,.0f}", 'ms, 256 at once':f"{o['ms_batch']:.1f}",
+             'filtered':f"{o['ms_filtered']:.1f}", 'exactly ':f"{o['exact_ms']:.0f}", 'build, s':f"{o['build_s']:.0f}", 'peak of the build, MB':f"{o['build_peak_mb']:,.0f}", 'index, MB':f"{o['index_mb']:,.0f}", 'on disk, MB':f"{o['disk_mb']:,.0f}", 'date':o['date']}
             for k,o in parts.items() if k!='exact']
     if rows: res.append(f"Approximate, {THREADS} threads; peak beyond what the process had before, embeddings mapped from disk:\n\n"+markdown(pd.DataFrame(rows).set_index('index')))
     return '\n\n'.join(res)
@@ -119,4 +140,4 @@ if __name__=='__main__':
         parts[part] = dict(json.loads(run.stdout.split('RESULT ')[1]), date=info['date'], command=info['command'])
         import faiss
         file.write_text(json.dumps(dict(info, faiss=faiss.__version__, parts=parts), indent=1))
-        write_table('gallery', 'Searching a gallery', tables(parts), 'Embeddings are drawn, see `people` in `benchmarks/evaluation.py`; recall of an index depends on the data, so `build_index` measures and prints it for yours.')
+        write_table('gallery', 'Searching a gallery', tables(parts), 'Embeddings are drawn, see the head of `benchmarks/gallery.py`; recall of an index depends on the data, so `build_index` measures and prints it for yours.')
