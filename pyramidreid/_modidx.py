@@ -660,6 +660,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'pyramidreid.nearest._bytes': ('nearest.html#_bytes', 'pyramidreid/nearest.py'),
                                      'pyramidreid.nearest._empty': ('nearest.html#_empty', 'pyramidreid/nearest.py'),
                                      'pyramidreid.nearest._selector': ('nearest.html#_selector', 'pyramidreid/nearest.py'),
+                                     'pyramidreid.nearest._top': ('nearest.html#_top', 'pyramidreid/nearest.py'),
                                      'pyramidreid.nearest.build_index': ('nearest.html#build_index', 'pyramidreid/nearest.py'),
                                      'pyramidreid.nearest.exact': ('nearest.html#exact', 'pyramidreid/nearest.py'),
                                      'pyramidreid.nearest.nearest': ('nearest.html#nearest', 'pyramidreid/nearest.py'),

@@ -29,18 +29,18 @@ class Rows:
 
     def gather(self, rows): # Row numbers, any order
         "Their embeddings, float32"
-        res,at = np.empty((len(rows),self.blocks[0][1].shape[1]), np.float32),np.searchsorted(self.starts, rows, 'right')-1
+        res = np.empty((len(rows),self.blocks[0][1].shape[1]), np.float32)
+        at = np.searchsorted(self.starts, rows, 'right')-1
         for b in np.unique(at): res[at==b] = self.blocks[b][1][rows[at==b]-self.starts[b]]
         return res
 
-    def chunks(self, allowed=None, size=16384): # Which rows; None: all. Rows at a time, unless nothing needs to be copied
+    def chunks(self, allowed=None, size=16384): # Which rows; None: all. Rows at a time
         "Pairs of embeddings, float32, and their row numbers, ascending"
         for start,(ids,embs) in zip(self.starts, self.blocks):
-            step = len(ids) if allowed is None and embs.dtype==np.float32 else size
-            for i in range(0, len(ids), step):
-                rows = np.arange(start+i, start+min(i+step, len(ids)))
-                if allowed is None: yield np.ascontiguousarray(embs[i:i+step], np.float32),rows
-                elif (ok := allowed[rows]).any(): yield np.ascontiguousarray(embs[i:i+step][ok], np.float32),rows[ok]
+            for i in range(0, len(ids), size):
+                part,rows = embs[i:i+size],np.arange(start+i, start+min(i+size, len(ids)))
+                if allowed is not None: part,rows = part[allowed[rows]],rows[allowed[rows]]
+                if len(rows): yield np.ascontiguousarray(part, np.float32),rows
 
     def find(self, ids): # Of any shape
         "Row numbers of `ids`, -1 for those that are not there"
@@ -48,22 +48,35 @@ class Rows:
         return np.where(self.ids[at]==ids, at, -1)
 
 # %% ../nbs/14a_nearest.ipynb #71c41718
+def _top(sims, k):
+    "Columns of the `k` largest of each line, in any order; equals as they come"
+    if k>=sims.shape[1]: return np.broadcast_to(np.arange(sims.shape[1]), sims.shape)
+    res = np.argpartition(sims, -k, axis=1)[:,-k:]
+    least = np.take_along_axis(sims, res, 1).min(1, keepdims=True)
+    tied = (sims>=least).sum(1)>k
+    res[tied] = np.argsort(-sims[tied], 1, kind='stable')[:,:k]
+    return res
+
 def _best(sims, rows, k):
     "The `k` best of each line, equals in the order of `rows`; -1 fills up"
     order = np.lexsort((rows, -sims))[:,:k]
     return np.take_along_axis(sims, order, 1),np.take_along_axis(rows, order, 1)
 
+# %% ../nbs/14a_nearest.ipynb #c2f0e7d4
 def exact(q,    # Queries of length one, float32 (Q, D)
           rows, # `Rows`
           k,    # Best rows of each
           allowed=None # Which rows may be found, (N,) of truth values; None: all
          ):
     "Similarities and row numbers of the `k` most similar rows, (Q, k); -inf and -1 where there are no more"
-    faiss = need('faiss', 'gallery')
     sims,found = np.full((len(q),k), -np.inf, np.float32),np.full((len(q),k), -1)
-    for embs,no in rows.chunks(allowed):
-        s,i = faiss.knn(q, embs, min(k, len(embs)), metric=faiss.METRIC_INNER_PRODUCT)
-        sims,found = _best(np.hstack([sims,s]), np.hstack([found,no[i]]), k)
+    few = allowed is not None and 2*np.count_nonzero(allowed)<len(rows)
+    for embs,no in rows.chunks(allowed if few else None, size=np.clip(2**22//max(1, len(q)), 1024, 16384)):
+        s = q@embs.T
+        if allowed is not None and not few: s[:,~allowed[no]] = -np.inf
+        at = _top(s, k)
+        sims,found = _best(np.hstack([sims,np.take_along_axis(s, at, 1)]), np.hstack([found,no[at]]), k)
+    found[np.isneginf(sims)] = -1
     return sims,found
 
 # %% ../nbs/14a_nearest.ipynb #8960f3ff
@@ -135,7 +148,7 @@ def build_index(rows,        # `Rows`
     faiss,rng,start = need('faiss', 'gallery'),np.random.default_rng(seed),time.perf_counter()
     index,most,size = _empty(faiss, kind, rows.blocks[0][1].shape[1], len(own))
     index.train(rows.gather(np.sort(rng.choice(own, min(len(own), 80*math.isqrt(len(own))), replace=False))))
-    for embs,no in rows.chunks(np.ones(len(rows), bool) if allowed is None else allowed): index.add_with_ids(embs, rows.ids[no])
+    for embs,no in rows.chunks(allowed): index.add_with_ids(embs, rows.ids[no])
     asked = np.sort(rng.choice(own, 200, replace=False))
     res = Index(kind, index, dict(kind=kind, rows=len(own), upto=int(rows.ids[-1])+1, effort=1 if kind=='ivf' else 16, asked=200, bytes=size, recall=0., ms=0.))
     q = rows.gather(asked)

@@ -406,6 +406,9 @@ def test_in_all():
     import pyramidreid.all as lib
     assert lib.Gallery is Gallery and lib.Embeddings is Embeddings
 
-def test_without_the_extra(gallery, files, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'faiss', None)
-    with pytest.raises(ImportError, match=r'pyramidreid\[gallery\]'): gallery.search(files.fn[0], k=1)
+def test_without_the_extra(gallery, files, crowd, monkeypatch, tmp_path):
+    "An exact search needs no more than NumPy; an index and a file name the extra that brings what they need"
+    for o in ('faiss','pyarrow','pyarrow.parquet'): monkeypatch.setitem(sys.modules, o, None)
+    assert len(gallery.search(files.fn[0], k=1))==1
+    with pytest.raises(ImportError, match=r'faiss is not installed.*pyramidreid\[gallery\]'): build_index(crowd[0], few=100)
+    with pytest.raises(ImportError, match=r'pyarrow.*pyramidreid\[gallery\]'): gallery.save(tmp_path/'g')
