@@ -22,7 +22,7 @@ def _write(file, parts):
     n = crc = 0
     with whole_file(file) as tmp, open(tmp, 'wb') as f:
         for o in parts:
-            o = memoryview(np.ascontiguousarray(o)).cast('B') if isinstance(o, np.ndarray) else o
+            o = np.ascontiguousarray(o).reshape(-1).view(np.uint8) if isinstance(o, np.ndarray) else o
             f.write(o)
             n,crc = n+len(o),zlib.crc32(o, crc)
     return [file.name,n,crc]

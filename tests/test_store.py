@@ -107,6 +107,17 @@ def test_everything_removed(store, path):
     assert len(again)==0 and len(again.table)==0 and [o.name for o in path.iterdir()]==['gallery.json']
     assert again.add(embs(1), frame('a')).tolist()==[6]
 
+def test_emptied_and_filled_again(store, path):
+    "A segment whose rows are all gone, and a whole block that is, go into the next"
+    store.remove(range(6))
+    store.add(embs(1, 3), frame('x'))
+    store.save()
+    assert held(Store.load(path))=={'x':embs(1, 3)[0].tolist()}
+    store.add(embs(9000, 4), frame(*(f'n{i}' for i in range(9000))))
+    store.remove(range(7, 7+4096))
+    store.save()
+    assert len(held(Store.load(path)))==1+9000-4096 and held(Store.load(path))==held(store)
+
 def test_half_precision(path):
     s = Store('a model', dtype='float16')
     s.add(embs(4), frame(*'abcd'))
