@@ -128,6 +128,15 @@ def remove(self:Gallery, keys): # A key or several
     return self
 
 @patch
+def entries(self:Gallery, size=4096): # Rows at a time
+    "All entries, a table and its `Embeddings` at a time, as another gallery of the same model adds them"
+    for s in self.store.segments:
+        left = np.flatnonzero(~s.gone)
+        for i in range(0, len(left), size):
+            rows = left[i:i+size]
+            yield s.table.iloc[rows],Embeddings(s.embs[rows], self.fingerprint)
+
+@patch
 def _drop(self:Gallery, keys):
     self.store.remove([self.keys.pop(k) for k in keys])
     self._rows = None

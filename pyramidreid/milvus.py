@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from urllib.parse import unquote
 from .core import need
-from .entries import as_embedder,as_moment,cameras,plain_table
+from .entries import Embeddings,as_embedder,as_moment,cameras,plain_table
 from .gallery import Gallery
 from .openset import Calibration
 
@@ -202,11 +202,21 @@ def _ranked(self:MilvusGallery, q, k, exclude_cam, since, where):
     flat = [(i,h) for i,o in enumerate(hits) for h in o]
     return self._frame([dict(h['entity'], key=h['key']) for _,h in flat]).assign(similarity=[np.float32(h['distance']) for _,h in flat], query=[i for i,_ in flat])
 
+@patch
+def _pages(self:MilvusGallery, fields, size):
+    "All rows, some at a time"
+    if not self.store.dim: return
+    it = self.client.query_iterator(self.name, batch_size=size, filter='', output_fields=[*fields,*self.store.kinds])
+    while rows := it.next(): yield rows
+    it.close()
+
 @patch(as_prop=True)
 def table(self:MilvusGallery):
     "The table of all entries, in Milvus' order"
     if not self.store.dim: return pd.DataFrame(dict(key=pd.Series(dtype=str)))
-    it,rows = self.client.query_iterator(self.name, batch_size=1000, filter='', output_fields=[*self.store.kinds]),[]
-    while o := it.next(): rows += o
-    it.close()
-    return self._frame(rows)
+    return self._frame([o for rows in self._pages([], 1000) for o in rows])
+
+@patch
+def entries(self:MilvusGallery, size=1000): # Rows at a time
+    "All entries, a table and its `Embeddings` at a time, as another gallery of the same model adds them"
+    for rows in self._pages(['embedding'], size): yield self._frame(rows),Embeddings([o['embedding'] for o in rows], self.fingerprint)

@@ -181,6 +181,49 @@ def test_two_writers(store, path):
     with pytest.raises(RuntimeError, match='changed by another process'): store.save()
     assert list(held(Store.load(path)))==list('acdefx')
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_three_writers_and_two_readers(path, tmp_path):
+    "At the same time: each entry of which a writer was told that it is saved is there, and whoever reads sees a whole gallery that only grows"
+    first = Store('a model')
+    first.add(embs(1), frame('first'))
+    first.save(path)
+    writer = """
+import sys
+import numpy as np, pandas as pd
+from pyramidreid.store import Store
+from pyramidreid import store as module
+import time
+path,me = sys.argv[1:]
+real = module._write_manifest
+module._write_manifest = lambda *args: (time.sleep(.01), real(*args)) # time for the others to come in between
+n = 0
+while n<12:
+    s = Store.load(path)
+    s.add(np.ones((1,6), np.float32), pd.DataFrame(dict(key=[f'{me}-{n}'])))
+    try: s.save()
+    except RuntimeError as e:
+        assert 'changed by another process' in str(e)
+        continue
+    n += 1
+"""
+    reader = """
+import sys
+from pyramidreid.store import Store
+seen = set()
+while len(seen)<37:
+    keys = set(Store.load(sys.argv[1]).table.key)
+    assert seen<=keys
+    seen = keys
+"""
+    jobs = [subprocess.Popen([sys.executable, '-c', code, path, str(i)], stderr=subprocess.PIPE, text=True) for i,code in enumerate([writer]*3+[reader]*2)]
+    try:
+        for i,o in enumerate(jobs):
+            _,err = o.communicate(timeout=120)
+            assert o.returncode==0, (i, err)
+    finally:
+        for o in jobs: o.kill()
+    assert set(held(Store.load(path)))=={'first'}|{f'{i}-{n}' for i in range(3) for n in range(12)}
+
 def test_not_over_another_gallery(store, path):
     new = Store('a model')
     new.add(embs(1), frame('x'))
