@@ -6,7 +6,7 @@
 __all__ = ['Gallery']
 
 # %% ../nbs/14_gallery.ipynb #9cbeb520
-import os,warnings
+import math,numbers,warnings
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,8 @@ class Gallery:
         if embedder is None and store is None: raise ValueError("A new gallery needs a model: Gallery(learn), or an object with `embed` and `fingerprint`")
         self.embedder = None if embedder is None else as_embedder(embedder)
         self.store = Store(self.embedder.fingerprint, dtype=dtype) if store is None else store
-        self.keys,self.index,self._rows,self._calibration = dict(zip(self.store.table.key, self.store.table.index)),None,None,None
+        self.keys = dict(zip(self.store.table.key, self.store.table.index))
+        self.index = self._rows = self._calibration = None
         self._same(self.embedder)
 
     @classmethod
@@ -57,7 +58,8 @@ class Gallery:
 
     def _same(self, o):
         "Refuse what another model made"
-        if o is None or o.fingerprint==self.fingerprint: return
+        if o is None or getattr(o, 'fingerprint', None)==self.fingerprint: return
+        if not hasattr(o, 'fingerprint'): raise TypeError(f"Embeddings as {type(o).__name__} do not say which model made them: Embeddings(values, fingerprint)")
         raise ValueError(f"Another model's embedding: this gallery is of model {self.fingerprint[:8]}, and this is {o.fingerprint[:8]}. Their embeddings cannot be compared: "
                          "use the model of this gallery (its weights, input size and normalisation as they were), or make a new gallery from the pictures")
 
@@ -67,7 +69,7 @@ def add(self:Gallery,
     items,     # A file, an image, a list of either, or a table with `fn` and what else is known; with `embs` a table need not have `fn`
     keys=None, # A name for each; None: the table's `key`, or the file
     embs=None, # Their `Embeddings`, if they are there already; None: the model embeds the images
-    bs=128,     # Images at a time
+    bs=128,    # Images at a time
     **columns  # More columns: `pid`, `cam`, `time`, or any other; a value for all, or one for each
 ):
     "Add entries, all of them or none; returns the gallery. Raises on a duplicate key, an unreadable file, another model"
@@ -85,11 +87,12 @@ def add(self:Gallery,
 @patch
 def embed(self:Gallery,
     items, # Files or images
-    bs=128  # Images at a time
+    bs=128 # Images at a time
 ):
     "`Embeddings` by the gallery's model"
     if self.embedder is None: raise ValueError("This gallery was loaded without its model and takes `Embeddings` alone: Gallery.load(path, learn)")
     self._same(self.embedder)
+    items = list(items)
     with ThreadPoolExecutor(4) as pool:
         res = [np.asarray(self.embedder.embed(list(pool.map(open_person, items[i:i+bs])))) for i in progress(range(0, len(items), bs))]
     return Embeddings(np.concatenate(res) if res else np.zeros((0, self.store.dim or 1)), self.fingerprint)
@@ -117,8 +120,7 @@ def _put(self:Gallery, embs, df):
 @patch
 def remove(self:Gallery, keys): # A key or several
     "Remove entries, all of them or none; returns the gallery"
-    keys = [keys] if isinstance(keys, os.PathLike) or np.isscalar(keys) else list(keys)
-    keys = list(dict.fromkeys(map(str, keys)))
+    keys = list(dict.fromkeys(map(str, keys if pd.api.types.is_list_like(keys) else [keys])))
     known = set(self._known(keys))
     missing = [k for k in keys if k not in known]
     if missing: raise ValueError(f"{len(missing)} of {len(keys)} keys are not in the gallery, {missing[0]!r} the first")
@@ -126,14 +128,25 @@ def remove(self:Gallery, keys): # A key or several
     return self
 
 @patch
+def entries(self:Gallery, size=4096): # Rows at a time
+    "All entries, a table and its `Embeddings` at a time, as another gallery of the same model adds them"
+    for s in self.store.segments:
+        left = np.flatnonzero(~s.gone)
+        for i in range(0, len(left), size):
+            rows = left[i:i+size]
+            yield s.table.iloc[rows],Embeddings(s.embs[rows], self.fingerprint)
+
+@patch
 def _drop(self:Gallery, keys):
     self.store.remove([self.keys.pop(k) for k in keys])
     self._rows = None
 
 # %% ../nbs/14_gallery.ipynb #a4a0481c
+def _several(query): return len(query)!=1 if isinstance(query, Embeddings) else isinstance(query, (list,tuple,pd.Series,pd.Index))
+
 @patch
 def search(self:Gallery,
-    query,            # A file, an image, `Embeddings`, or a list of files and images
+    query,            # A file, an image, `Embeddings`, or a list or column of files and images
     k=10,             # Best entries of each; fewer if the filters leave fewer
     exclude_cam=None, # Camera, or several, whose entries are not wanted: usually the query's own
     since=None,       # Nothing before this date and time
@@ -142,11 +155,13 @@ def search(self:Gallery,
     far=None          # As `threshold`: what an unknown person's search reaches at this rate, from the gallery's `calibration`
 ):
     "The most similar entries, a table of `key`, `similarity` and all other columns; of several queries, with their number in `query`"
-    several = len(query)!=1 if isinstance(query, Embeddings) else isinstance(query, (list,tuple))
+    several = _several(query)
     if len(self)==0: raise ValueError("The gallery is empty: there is no one to find")
+    if not isinstance(k, numbers.Integral): raise TypeError(f"k={k!r}: a whole number is needed, how many entries to return")
     if not 1<=k<=len(self): raise ValueError(f"k={k}: the gallery has {len(self)} entries, so k is between 1 and {len(self)}")
     if far is not None and threshold is not None: raise ValueError("threshold and far both set the threshold: give one")
     if far is not None: threshold = self.threshold(far)
+    if threshold is not None and not (isinstance(threshold, numbers.Real) and math.isfinite(threshold)): raise ValueError(f"threshold={threshold!r}: a similarity is needed, a number up to 1")
     if isinstance(query, Embeddings): self._same(query)
     else: query = self.embed(list(query) if several else [query])
     if not len(query): raise ValueError("There is no query")
@@ -175,7 +190,8 @@ def _ranked(self:Gallery, q, k, exclude_cam, since, where):
     ok = self._mask(allowed(table, exclude_cam, since, where))
     sims,found = nearest(q, rows, k, ok, self.index)
     there = found>=0
-    return table.iloc[table.index.get_indexer(rows.ids[found[there]])].assign(similarity=sims[there], query=np.nonzero(there)[0]).reset_index(drop=True)
+    res = table.iloc[table.index.get_indexer(rows.ids[found[there]])]
+    return res.assign(similarity=sims[there], query=np.nonzero(there)[0]).reset_index(drop=True)
 
 # %% ../nbs/14_gallery.ipynb #11d53a31
 @patch
@@ -183,7 +199,8 @@ def threshold(self:Gallery, far): # Wanted rate of false accepts per search
     "The similarity from which on a search takes an unknown person for somebody at the rate `far`. Raises `ValueError` without a calibration, or if it is too small for so rare an error"
     c = self.calibration
     if c is None: raise ValueError(f"far={far} needs a calibration, and this gallery has none: set gallery.calibration = learn.calibrate(…), in a terminal pyramidreid gallery calibrate; or pass a threshold")
-    if len(self)>2*c.n_gallery: warnings.warn(f"The calibration searched {c.n_gallery:,} images, and this gallery has {len(self):,}: expect more false accepts than far={far:g}. Calibrate with a gallery of its size", ReIDWarning)
+    if len(self)>2*c.n_gallery: warnings.warn(
+        f"The calibration searched {c.n_gallery:,} images, and this gallery has {len(self):,}: expect more false accepts than far={far:g}. Calibrate with a gallery of its size", ReIDWarning)
     return c.threshold(far)
 
 @patch
@@ -220,8 +237,8 @@ def load(cls:Gallery, path, # Folder
     if store.index:
         faiss,file = need('faiss', 'gallery'),store.path/store.index['file'][0]
         try: res.index = Index(store.index['note']['kind'], faiss.read_index(str(file)), store.index['note'])
-        except RuntimeError:
-            if file.exists(): raise
+        except RuntimeError as e:
+            if file.exists(): raise ValueError(f"{file} is damaged ({e}). Restore it from a copy, or load the gallery without it") from e
             return cls.load(path, embedder, check) # another process has just saved a new one
         store.index['write'] = res._write_index
     return res
@@ -230,31 +247,41 @@ def load(cls:Gallery, path, # Folder
 def _tile(ax, image, text, color):
     ax.set(xticks=[], yticks=[])
     for s in ax.spines.values(): s.set(color=color, linewidth=3)
-    ax.set_title(text, fontsize=8, color=color)
-    if image is not None: return ax.imshow(image)
+    ax.set_title('\n'.join(o if len(o)<17 else o[:15]+'…' for o in text), fontsize=8, color=color)
+    if not isinstance(image, str): return ax.imshow(image)
     ax.set(xlim=(0,1), ylim=(2,0))
-    ax.text(.5, 1, 'no picture', ha='center', va='center', fontsize=8)
+    ax.text(.5, 1, image, ha='center', va='center', fontsize=8)
 
-def _image_of(row):
-    "The picture of an entry; None if its file is gone or it never had one"
-    try: return open_person(row.fn)
-    except (AttributeError,TypeError,OSError,ValueError): return None
+def _image_of(row, size):
+    "The picture of an entry, or words if its file is gone or it never had one"
+    try: return open_person(row.fn).resize(size[::-1])
+    except (AttributeError,TypeError,OSError,ValueError): return 'no picture'
+
+def _caption(row):
+    "Similarity, and who and where as far as that is known"
+    known = [f'{name} {v}' for name in ('pid','cam') if (v := getattr(row, name, None)) is not None and not pd.isna(v)]
+    return [f'{row.similarity:.2f}',*(known if len(' · '.join(known))>16 else [' · '.join(known) or Path(row.key).name[:12]])]
 
 @patch
 def show(self:Gallery,
-    query,    # A file, an image, or `Embeddings`, which have no picture
+    query,    # A file, an image, or `Embeddings`, which have no picture; one
     k=8,      # Best entries shown
     pid=None, # Who it is, if that is known
     size=(128,64), # Height and width at which the images are drawn, pixels
+    ncols=12, # Images in a row at most
     **kwargs  # Passed to `search`
 ):
     "Draw the query and its ranked entries; returns the figure"
+    if _several(query): raise ValueError(f"{len(query)} queries: a strip shows one, and `search` finds the entries of several")
     found = self.search(query, min(k, max(1, len(self))), **kwargs)
-    fig,axs = plt.subplots(1, len(found)+1, figsize=(len(found)+1.3, 2.6), squeeze=False, layout='constrained')
-    _tile(axs[0,0], None if isinstance(query, Embeddings) else open_person(query).resize(size[::-1]), 'query' + (f'\npid {pid}' if pid is not None else ''), 'black')
-    for ax,row in zip(axs[0,1:], found.itertuples()):
-        image,who = _image_of(row),[f'{name} {v}' for name,v in (('pid',getattr(row, 'pid', None)),('cam',getattr(row, 'cam', None))) if v is not None and not pd.isna(v)]
+    tiles = [('no picture' if isinstance(query, Embeddings) else open_person(query).resize(size[::-1]), ['query']+([] if pid is None else [f'pid {pid}']), 'black')]
+    for row in found.itertuples():
         seen = getattr(row, 'pid', None)
         color = 'gray' if pid is None else 'tab:green' if not pd.isna(seen) and seen==pid else 'tab:red'
-        _tile(ax, image and image.resize(size[::-1]), f'{row.similarity:.2f}\n' + (' · '.join(who) or Path(row.key).name[:12]), color)
+        tiles.append((_image_of(row, size), _caption(row), color))
+    if not len(found): tiles.append(('nobody found', [], 'gray'))
+    wide,high = min(len(tiles), ncols),math.ceil(len(tiles)/ncols)
+    fig,axs = plt.subplots(high, wide, figsize=(wide+.3, 2.6*high), squeeze=False, layout='constrained')
+    for ax,tile in zip(axs.flat, tiles): _tile(ax, *tile)
+    for ax in axs.flat[len(tiles):]: ax.remove()
     return fig

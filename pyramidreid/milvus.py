@@ -11,14 +11,15 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from urllib.parse import unquote
 from .core import need
-from .entries import as_embedder,as_time,plain_table
+from .entries import Embeddings,as_embedder,as_moment,cameras,plain_table
 from .gallery import Gallery
 from .openset import Calibration
 
 # %% ../nbs/14d_milvus.ipynb #be38ce1d
 class _Place:
     "What a `Gallery` asks of its store: whose embeddings, how wide, and notes"
-    def __init__(self, fingerprint, dim=None, kinds=None, calibration=None): self.fingerprint,self.dim,self.kinds,self.calibration = fingerprint,dim,kinds or {},calibration
+    def __init__(self, fingerprint, dim=None, kinds=None, calibration=None):
+        self.fingerprint,self.dim,self.kinds,self.calibration = fingerprint,dim,kinds or {},calibration
 
 class MilvusGallery(Gallery):
     "A `Gallery` whose entries are in a collection of Milvus"
@@ -43,9 +44,13 @@ class MilvusGallery(Gallery):
     def load(cls, uri, embedder=None, **kwargs): return cls(uri, embedder, **kwargs) # As for the class
     def __len__(self): return self._count('')
     def __contains__(self, key): return bool(self._known([key]))
-    def _count(self, expr): return self.client.query(self.name, filter=expr, output_fields=['count(*)'], consistency_level='Strong')[0]['count(*)'] if self.store.dim else 0
-    def __repr__(self): return f"{type(self).__name__} of {len(self):,} entries, {self.store.dim or '?'}-d, model {self.fingerprint[:8]}, in the collection {self.name!r}"
-    def build_index(self, *args, **kwargs): raise ValueError("Milvus builds its index itself: say which when the collection is made, MilvusGallery(…, index=dict(index_type='IVF_FLAT', params=dict(nlist=4096)))")
+    def _count(self, expr):
+        if not self.store.dim: return 0
+        return self.client.query(self.name, filter=expr, output_fields=['count(*)'], consistency_level='Strong')[0]['count(*)']
+    def __repr__(self):
+        return f"{type(self).__name__} of {len(self):,} entries, {self.store.dim or '?'}-d, model {self.fingerprint[:8]}, in the collection {self.name!r}"
+    def build_index(self, *args, **kwargs):
+        raise ValueError("Milvus builds its index itself: say which when the collection is made, MilvusGallery(…, index=dict(index_type='IVF_FLAT', params=dict(nlist=4096)))")
     def close(self): self.client.close()
 
 # %% ../nbs/14d_milvus.ipynb #6635b050
@@ -104,7 +109,8 @@ def _put(self:MilvusGallery, embs, df, size=1000): # Rows sent at a time
     self.store.dim,self.store.kinds = embs.shape[1],kinds
     self._write_about()
     rows = [{k:w for k,v in row.items() if (w := _out(v)) is not None} for row in df.to_dict('records')]
-    for i in range(0, len(rows), size): self.client.insert(self.name, [dict(r, key=_safe(r['key']), embedding=e.tolist()) for r,e in zip(rows[i:i+size], embs[i:i+size])])
+    for i in range(0, len(rows), size):
+        self.client.insert(self.name, [dict(r, key=_safe(r['key']), embedding=e.tolist()) for r,e in zip(rows[i:i+size], embs[i:i+size])])
 
 def _safe(key): return re.sub(r'["\\%\x00-\x1f]', lambda o: f'%{ord(o[0]):02X}', key) # `unquote` undoes it
 def _among(keys): return f"key in {json.dumps([_safe(k) for k in keys], ensure_ascii=False)}"
@@ -120,12 +126,15 @@ def _check(self:MilvusGallery, df):
 def _known(self:MilvusGallery, keys):
     if not self.store.dim: return []
     keys,res = list(map(str, keys)),set()
-    for i in range(0, len(keys), 1000): res |= {unquote(o['key']) for o in self.client.query(self.name, filter=_among(keys[i:i+1000]), output_fields=['key'], consistency_level='Strong')}
+    for i in range(0, len(keys), 1000):
+        found = self.client.query(self.name, filter=_among(keys[i:i+1000]), output_fields=['key'], consistency_level='Strong')
+        res |= {unquote(o['key']) for o in found}
     return [k for k in keys if k in res]
 
 @patch
 def _drop(self:MilvusGallery, keys):
-    for i in range(0, len(keys), 1000): self.client.delete(self.name, filter=_among(keys[i:i+1000])) # by ids it would take what is in quotes within a key for another
+    for i in range(0, len(keys), 1000):
+        self.client.delete(self.name, filter=_among(keys[i:i+1000])) # by ids it would take what is in quotes within a key for another
 
 @patch
 def save(self:MilvusGallery):
@@ -133,6 +142,29 @@ def save(self:MilvusGallery):
     self._write_about()
 
 # %% ../nbs/14d_milvus.ipynb #4ddecc74
+_quoted = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+_words = set('and or not in like is null exists true false'.split())
+
+def _moment(text, kind, why):
+    "A time as Milvus keeps it"
+    try: at = as_moment(text)
+    except (ValueError,TypeError) as e: raise ValueError(f"{why}: {text!r} is no date and time ({e}). Give one as 2026-11-23 08:00") from e
+    if (at.tz is not None)!=(kind=='time with zone'): raise ValueError(f"{why} cannot be compared with the times of the entries: give a time zone if and only if they have one")
+    return _out(at)
+
+def _translated(where, kinds):
+    "`where` with its times as numbers; a `ValueError` if it names a column that is not there"
+    names = re.findall(r'(?<![\w$.])[A-Za-z_]\w*(?!\w|\s*\()', re.sub(_quoted, '""', where))
+    if unknown := [o for o in names if o not in kinds and o.lower() not in _words]: raise ValueError(
+        f"where={where!r}: no entry has a column {unknown[0]!r}; there are {', '.join(kinds)}")
+    times = [k for k,v in kinds.items() if v.startswith('time')]
+    if not times: return where
+    name,op = f"\\b(?P<name>{'|'.join(map(re.escape, times))})\\b",r'\s*(?:[<>=!]=|[<>])\s*'
+    def number(m):
+        if not (text := m['after'] or m['before']): return m[0] # quoted, and beside no time
+        return m[0].replace(text, str(_moment(text[1:-1], kinds[m['name'] or m['name2']], f'where={where!r}')))
+    return re.sub(f"{name}{op}(?P<after>{_quoted})|(?P<before>{_quoted}){op}{name.replace('<name>', '<name2>')}|{_quoted}", number, where)
+
 def milvus_filter(kinds,            # Kind of each column, see `plain_table`
                   exclude_cam=None, # A camera or several
                   since=None,       # Date and time
@@ -142,18 +174,15 @@ def milvus_filter(kinds,            # Kind of each column, see `plain_table`
     res = []
     if exclude_cam is not None:
         if 'cam' not in kinds: raise ValueError("exclude_cam needs a column 'cam', and no entry has one")
-        cams = [o.item() if isinstance(o, np.generic) else o for o in (exclude_cam if isinstance(exclude_cam, (list,tuple,set,np.ndarray,pd.Series)) else [exclude_cam])]
+        cams = [o.item() if isinstance(o, np.generic) else o for o in cameras(exclude_cam)]
         if any(isinstance(o, str)!=(kinds['cam']=='text') for o in cams): raise ValueError(f"exclude_cam={exclude_cam!r} excludes nothing: column 'cam' holds {kinds['cam']}")
-        res.append(f"(not exists cam or cam not in {json.dumps(cams, ensure_ascii=False)})")
+        if cams: res.append(f"(not exists cam or cam not in {json.dumps(cams, ensure_ascii=False)})")
     if since is not None:
         if not kinds.get('time', '').startswith('time'): raise ValueError("since needs a column 'time', and no entry has one")
-        try: at = as_time(since)
-        except (ValueError,TypeError) as e: raise ValueError(f"since={since!r} is no date and time ({e}): give one as 2026-11-23 08:00") from e
-        if (at.tz is not None)!=(kinds['time']=='time with zone'): raise ValueError(f"since={since!r} cannot be compared with the column 'time': give a time zone if and only if the entries have one")
-        res.append(f"time >= {_out(at)}")
+        res.append(f"time >= {_moment(since, kinds['time'], f'since={since!r}')}")
     if where is not None:
         if not isinstance(where, str): raise ValueError("where has to be an expression here: a function cannot be sent to Milvus")
-        res.append(f'({where})')
+        res.append(f'({_translated(where, kinds)})')
     return ' and '.join(res)
 
 @patch
@@ -173,11 +202,21 @@ def _ranked(self:MilvusGallery, q, k, exclude_cam, since, where):
     flat = [(i,h) for i,o in enumerate(hits) for h in o]
     return self._frame([dict(h['entity'], key=h['key']) for _,h in flat]).assign(similarity=[np.float32(h['distance']) for _,h in flat], query=[i for i,_ in flat])
 
+@patch
+def _pages(self:MilvusGallery, fields, size):
+    "All rows, some at a time"
+    if not self.store.dim: return
+    it = self.client.query_iterator(self.name, batch_size=size, filter='', output_fields=[*fields,*self.store.kinds])
+    while rows := it.next(): yield rows
+    it.close()
+
 @patch(as_prop=True)
 def table(self:MilvusGallery):
     "The table of all entries, in Milvus' order"
     if not self.store.dim: return pd.DataFrame(dict(key=pd.Series(dtype=str)))
-    it,rows = self.client.query_iterator(self.name, batch_size=1000, filter='', output_fields=[*self.store.kinds]),[]
-    while o := it.next(): rows += o
-    it.close()
-    return self._frame(rows)
+    return self._frame([o for rows in self._pages([], 1000) for o in rows])
+
+@patch
+def entries(self:MilvusGallery, size=1000): # Rows at a time
+    "All entries, a table and its `Embeddings` at a time, as another gallery of the same model adds them"
+    for rows in self._pages(['embedding'], size): yield self._frame(rows),Embeddings([o['embedding'] for o in rows], self.fingerprint)

@@ -8,10 +8,10 @@ __all__ = ['write_embeddings', 'read_embeddings', 'Segment', 'Store', 'read_mani
 # %% ../nbs/14b_store.ipynb #1457c707
 import json,os,re,secrets,shutil,warnings,zlib
 import numpy as np, pandas as pd
-from contextlib import contextmanager
+from contextlib import contextmanager,suppress
 from fastcore.basics import patch
 from pathlib import Path
-from .core import need,whole_file
+from .core import _flush,need,whole_file
 from .entries import plain_table
 
 # %% ../nbs/14b_store.ipynb #63591f43
@@ -22,7 +22,7 @@ def _write(file, parts):
     n = crc = 0
     with whole_file(file) as tmp, open(tmp, 'wb') as f:
         for o in parts:
-            o = memoryview(np.ascontiguousarray(o)).cast('B') if isinstance(o, np.ndarray) else o
+            o = np.ascontiguousarray(o).reshape(-1).view(np.uint8) if isinstance(o, np.ndarray) else o
             f.write(o)
             n,crc = n+len(o),zlib.crc32(o, crc)
     return [file.name,n,crc]
@@ -79,7 +79,7 @@ def _joined(tables):
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'The behavior of DataFrame concatenation', FutureWarning) # of pandas 2, about columns that are all gaps
         res = pd.concat([o for o in tables if len(o)] or tables[:1], ignore_index=True)
-    return res.assign(**{c:res[c].convert_dtypes(convert_floating=False) for c in res if res[c].dtype==object})
+    return res.assign(**{c:res[c].convert_dtypes() for c in res if res[c].dtype in (object,float)})
 
 class Store:
     "Segments in memory and, once saved, in a folder"
@@ -116,7 +116,8 @@ class Store:
     def table(self):
         "The table of all entries, its index the row ids"
         if self._table is None:
-            parts = [(s.ids[~s.gone],s.table[~s.gone]) for s in self.segments] or [(np.zeros(0, int),pd.DataFrame(dict(key=pd.Series(dtype=str))))]
+            nothing = np.zeros(0, int),pd.DataFrame(dict(key=pd.Series(dtype=str)))
+            parts = [(s.ids[~s.gone],s.table[~s.gone]) for s in self.segments] or [nothing]
             self._table = _joined([o for _,o in parts]).set_index(np.concatenate([o for o,_ in parts]))
         return self._table
 
@@ -137,7 +138,8 @@ def _written(self:Store, path, group, name):
     if len(group)==1 and group[0].files and 2*group[0].n>=len(group[0].ids): return group[0]
     ids = np.concatenate([s.ids[~s.gone] for s in group])
     table = plain_table(_joined([s.table[~s.gone] for s in group]), {})[0]
-    files = [write_embeddings(path/f'{name}.safetensors', ids, (b for s in group for b in s.blocks()), self.dim, self.dtype), _write_table(path/f'{name}.parquet', table)]
+    files = [write_embeddings(path/f'{name}.safetensors', ids, (b for s in group for b in s.blocks()), self.dim, self.dtype),
+             _write_table(path/f'{name}.parquet', table)]
     return Segment(*read_embeddings(path/files[0][0]), table, files=files)
 
 # %% ../nbs/14b_store.ipynb #bb910973
@@ -146,8 +148,11 @@ _manifest,_format = 'gallery.json','gallery 1'
 @contextmanager
 def _alone(path):
     "Wait until no other process saves into `path`; a process that dies lets go"
+    if path.is_symlink() and not path.exists(): raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which is not there: make that folder, or save elsewhere")
     if path.exists() and not path.is_dir(): raise NotADirectoryError(f"{path} is a file, and a gallery is a folder: name another")
+    new = [o for o in (path,*path.parents) if not o.exists()]
     path.mkdir(parents=True, exist_ok=True)
+    for o in new: _flush(o.parent)
     if not os.access(path, os.W_OK): raise PermissionError(f"{path} cannot be written: get the right to, or save to another folder")
     try: import fcntl
     except ImportError: return (yield) # Windows: the manifest's stamp alone has to do
@@ -163,12 +168,13 @@ def read_manifest(path): # Folder of a gallery
     "What `gallery.json` says, checked; None if there is none"
     file = Path(path)/_manifest
     if not file.exists(): return None
+    restore = "Restore it from a copy; the entries themselves are in the files beside it"
     try:
         res = json.loads(file.read_text(encoding='utf-8'))
-        crc = res.pop('checksum')
-    except (ValueError,KeyError,AttributeError,TypeError) as e: raise ValueError(f"{file} is damaged or no gallery's ({type(e).__name__}: {e}). Restore it from a copy; the entries themselves are in the files beside it") from e
-    if crc!=_sum(res): raise ValueError(f"{file} is damaged: its checksum is wrong. Restore it from a copy; the entries themselves are in the files beside it")
-    if res['format']!=_format: raise ValueError(f"{file} has the format {res['format']!r}, and this version reads {_format!r}: use a newer pyramidreid")
+        form,crc = str(res.get('format')),res.pop('checksum', None)
+    except (ValueError,AttributeError) as e: raise ValueError(f"{file} is damaged or no gallery's ({type(e).__name__}: {e}). {restore}") from e
+    if form!=_format and form.startswith('gallery '): raise ValueError(f"{file} has the format {form!r}, and this version reads {_format!r}: use a newer pyramidreid. If none has written it, it is damaged. {restore}")
+    if crc!=_sum(res): raise ValueError(f"{file} is damaged: its checksum is wrong. {restore}")
     return res
 
 @patch
@@ -177,36 +183,53 @@ def save(self:Store, path=None): # Folder; None: where it was saved or loaded
     if path is None and self.path is None: raise ValueError("This gallery was never saved: say where, save('some/folder')")
     path = Path(path or self.path)
     with _alone(path):
-        found = read_manifest(path)
-        if not found and self.path!=path.resolve(): self._begin(path)
+        found,here = read_manifest(path),self.path==path.resolve()
+        if not found: self._begin(path, here)
         found = found if found and found['generation'] else None # begun and never saved
-        if found and self.path!=path.resolve(): raise FileExistsError(f"{path} holds a gallery already: load it and add to it, or save to another folder")
+        if found and not here: raise FileExistsError(f"{path} holds a gallery already: load it and add to it, or save to another folder")
         if found and found['stamp']!=self.stamp: raise RuntimeError(f"{path} was changed by another process since it was loaded: load it again, and add what is new")
         if not found:
             for s in self.segments: s.files = None
             if self.index: self.index['file'] = None
-        name = f'{self.generation+1:06d}'
-        segments = [self._written(path, g, name if i==0 else f'{name}-{i}') for i,g in enumerate(reversed(self._groups()))][::-1]
-        if self.index and not self.index['file']: self.index['file'] = self._write_index(path/f'{name}.faiss')
-        about = self._write_manifest(path, self.generation+1, segments)
-        self.path,self.stamp,self.generation,self.segments = path.resolve(),about['stamp'],about['generation'],segments
-        _clean(path, about)
+        self._replace(path, self.generation+1)
 
 @patch
-def _write_manifest(self:Store, path, generation, segments):
+def _replace(self:Store, path, generation):
+    "Write new segments and the manifest that names them, and remove what counts no more; if that fails, what was written"
+    name,about,segments = f'{generation:06d}',None,[]
+    try:
+        segments = [self._written(path, g, name if i==0 else f'{name}-{i}') for i,g in enumerate(reversed(self._groups()))][::-1]
+        if self.index and not self.index['file']: self.index['file'] = self._write_index(path/f'{name}.faiss')
+        about = self._about(generation, segments)
+        _write_manifest(path, about)
+    finally:
+        there = read_manifest(path)
+        done = about is not None and there==about
+        if done: self.path,self.stamp,self.generation,self.segments = path.resolve(),about['stamp'],generation,segments
+        elif self.index and (self.index['file'] or ['new'])[0]==f'{name}.faiss': self.index['file'] = None
+        if there: _clean(path, there, generation, generation if not done else 0)
+
+@patch
+def _about(self:Store, generation, segments):
+    "What the manifest says, as JSON gives it back"
     index = {k:v for k,v in self.index.items() if k!='write'} if self.index and generation else None
-    about = dict(format=_format, generation=generation, stamp=secrets.token_hex(8), fingerprint=self.fingerprint, dim=self.dim, dtype=self.dtype, next_id=self.next_id, kinds=self.kinds, notes=self.notes, index=index,
-        segments=[dict(files=s.files, rows=len(s.ids), gone=np.flatnonzero(s.gone).tolist()) for s in segments])
+    about = dict(format=_format, generation=generation, stamp=secrets.token_hex(8), fingerprint=self.fingerprint, dim=self.dim, dtype=self.dtype,
+                 next_id=self.next_id, kinds=self.kinds, notes=self.notes, index=index,
+                 segments=[dict(files=s.files, rows=len(s.ids), gone=np.flatnonzero(s.gone).tolist()) for s in segments])
+    return json.loads(json.dumps(about))
+
+def _write_manifest(path, about):
     with whole_file(path/_manifest) as f: f.write_text(json.dumps(about | {'checksum':_sum(about)}), encoding='utf-8')
-    return about
 
 _named = re.compile(r'(\d{6,})(-\d+)?\.(safetensors|parquet|faiss)')
 
 @patch
-def _begin(self:Store, path):
-    "An empty manifest in a folder that has no files of a gallery"
-    if lost := next((o.name for o in path.iterdir() if _named.fullmatch(o.name)), None): raise FileExistsError(f"{path} holds {lost}, named as a gallery names its files, and no {_manifest}: restore that from a copy, or save to an empty folder")
-    self._write_manifest(path, 0, [])
+def _begin(self:Store, path, here):
+    "An empty manifest in a folder that has no files of a gallery, or, if its manifest went, this gallery's own"
+    own = {f[0] for s in self.segments for f in s.files or ()} | {(self.index and self.index['file'] or [''])[0]} if here else set()
+    lost = next((o.name for o in path.iterdir() if _named.fullmatch(o.name) and o.name not in own), None)
+    if lost: raise FileExistsError(f"{path} holds {lost}, named as a gallery names its files, and no {_manifest}: restore that from a copy, or save to an empty folder")
+    _write_manifest(path, self._about(0, []))
 
 @patch
 def _write_index(self:Store, file):
@@ -220,12 +243,13 @@ def _measured(file):
         while o := f.read(1<<22): n,crc = n+len(o),zlib.crc32(o, crc)
     return [file.name,n,crc]
 
-def _clean(path, about):
-    "Remove segments that no longer count, and what a crash left"
+def _clean(path, about, last, first=0):
+    "Remove segments of the generations `first` to `last` that do not count, and what a crash left; what cannot go now goes another time"
     keep = {f[0] for s in about['segments'] for f in s['files']} | {(about['index'] or {'file':['']})['file'][0]}
     for o in path.iterdir():
         if o.name.startswith('.partial-'): shutil.rmtree(o, ignore_errors=True)
-        elif (found := _named.fullmatch(o.name)) and int(found[1])<=about['generation'] and o.name not in keep: o.unlink(missing_ok=True)
+        elif (found := _named.fullmatch(o.name)) and first<=int(found[1])<=last and o.name not in keep:
+            with suppress(OSError): o.unlink(missing_ok=True)
 
 # %% ../nbs/14b_store.ipynb #421be09f
 @patch(cls_method=True)
@@ -247,6 +271,17 @@ def _whole(path, entry, check):
     if check and _measured(file)!=entry: raise ValueError(f"{file} is damaged: its checksum is wrong. Restore it from a copy")
     return file
 
+def _read(reader, file, rows):
+    "What `reader` makes of a file, if that has as many rows as it should"
+    try:
+        res = reader(file)
+        res = res if isinstance(res, tuple) else (res,)
+    except FileNotFoundError: raise
+    except (ValueError,KeyError,TypeError,AttributeError,OverflowError,MemoryError,OSError) as e:
+        raise ValueError(f"{file} is damaged ({type(e).__name__}: {e}). Restore it from a copy") from e
+    if any(len(o)!=rows for o in res): raise ValueError(f"{file} is damaged: it should have {rows:,} rows. Restore it from a copy")
+    return res
+
 @patch(cls_method=True)
 def _opened(cls:Store, path, about, check):
     res = cls(about['fingerprint'], about['dim'], about['dtype'], about['notes'])
@@ -254,7 +289,7 @@ def _opened(cls:Store, path, about, check):
         embs,table = [_whole(path, f, check) for f in s['files']]
         gone = np.zeros(s['rows'], bool)
         gone[s['gone']] = True
-        res.segments.append(Segment(*read_embeddings(embs), _read_table(table), gone, s['files']))
+        res.segments.append(Segment(*_read(read_embeddings, embs, s['rows']), *_read(_read_table, table, s['rows']), gone, s['files']))
     if about['index']: _whole(path, about['index']['file'], check)
     res.path,res.stamp,res.generation,res.next_id,res.kinds,res.index = path.resolve(),*(about[o] for o in ('stamp','generation','next_id','kinds','index'))
     return res

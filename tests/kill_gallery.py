@@ -36,7 +36,7 @@ def saved(path):
     if not (path/'gallery.json').exists(): return set()
     store = Store.load(path)
     table,embs = store.table,{i:e for s in store.segments for i,e in zip(s.ids, s.embs)}
-    for i,k,p in zip(table.index, table.key, table.pid):
+    for i,k,p in zip(table.index, table.key, table.get('pid', table.key)): # begun and never saved: no column yet
         x = vector(picture(k))
         assert p==pid(k) and np.allclose(embs[i], x/np.linalg.norm(x), atol=1e-6), k
     return set(table.key)

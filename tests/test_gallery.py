@@ -1,7 +1,8 @@
 "The gallery: searches against brute force, filters, whose embedding, and what the errors say"
-import os,subprocess,sys
+import os,random,subprocess,sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
+from hypothesis import given,settings,strategies as st
 faiss = pytest.importorskip('faiss', reason='needs the extra gallery')
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 from PIL import Image
@@ -324,6 +325,200 @@ def test_show(gallery, files):
     with pytest.raises(FileNotFoundError, match='no image file .*1.png'): gallery.show(files.fn[1])
     shown = gallery.show(gallery.embed([files.fn[0]]), k=2)
     assert [t.get_text() for t in shown.axes[0].texts]==['no picture']
+
+@pytest.mark.parametrize('k,there', [(1,'pid 1'),(30,'pid 1')])
+def test_show_of_one_and_of_many(gallery, files, k, there):
+    "Rows of twelve at most, no place without a picture"
+    gallery.add(pictures(24, 9), keys=[f'n{i}' for i in range(24)])
+    fig = gallery.show(files.fn[0], k=k)
+    assert len(fig.axes)==k+1 and there in fig.axes[1].get_title() and {len(o.images) for o in fig.axes[:7]}<={0,1}
+    assert fig.get_size_inches()[0]<13 and fig.axes[0].get_gridspec().ncols==min(12, k+1)
+
+def test_show_of_nobody(gallery, files):
+    fig = gallery.show(files.fn[0], threshold=1.1)
+    assert len(fig.axes)==2 and [t.get_text() for t in fig.axes[1].texts]==['nobody found']
+
+def test_show_with_long_names(gallery, files):
+    "What is wider than a picture goes into a line of its own, and is cut"
+    g = Gallery(Model()).add(files.fn.tolist(), pid=['Ann-Marie van der Meer']*6, cam='the yard behind the house')
+    assert g.show(files.fn[0], k=2).axes[1].get_title().split('\n')==['1.00','pid Ann-Marie v…','cam the yard be…']
+
+def test_show_of_several(gallery, files):
+    for o in (files.fn.tolist(),files.fn,gallery.embed(files.fn)):
+        with pytest.raises(ValueError, match='6 queries: a strip shows one'): gallery.show(o)
+
+# Against a gallery as one would write it without a library
+
+class Plain:
+    "A list of dicts; a missing value is None"
+    def __init__(self): self.rows = []
+    def add(self, rows): self.rows += rows
+    def remove(self, keys): self.rows = [r for r in self.rows if r['key'] not in keys]
+    def search(self, q, k, exclude_cam=None, since=None, where=None, threshold=None):
+        q,res = q/np.linalg.norm(q),[]
+        for r in self.rows:
+            if exclude_cam is not None and r.get('cam') is not None and r.get('cam') in (exclude_cam if isinstance(exclude_cam, list) else [exclude_cam]): continue
+            if since is not None and (r.get('time') is None or r['time']<since): continue
+            if where is not None and not where(r): continue
+            sim = float(r['emb']@q/np.linalg.norm(r['emb']))
+            if threshold is None or sim>=threshold: res.append((-sim,len(res),r['key']))
+        res.sort(key=lambda o: (round(o[0], 5),o[1]))
+        return [(k,-s) for s,_,k in res[:k]]
+
+def known(r, c): return r.get(c) is not None
+WHERES = [(None,None), ('pid==1', lambda r: r.get('pid')==1), ('pid!=1', lambda r: known(r, 'pid') and r['pid']!=1), ('not (pid>1)', lambda r: known(r, 'pid') and r['pid']<=1),
+          ('score<0.5', lambda r: known(r, 'score') and r['score']<.5), ('score!=0.25', lambda r: known(r, 'score') and r['score']!=.25), ('cam!="hall"', lambda r: r.get('cam')!='hall'),
+          ('ok==True', lambda r: r.get('ok') is True), ('ok!=True', lambda r: r.get('ok') is False), ('time<"2026-11-23 08:30"', lambda r: known(r, 'time') and r['time']<pd.Timestamp('2026-11-23 08:30')),
+          ('pid in [0,2] or score>0.6', lambda r: r.get('pid') in (0,2) or known(r, 'score') and r['score']>.6), ('pid==1 and not (cam=="door")', lambda r: r.get('pid')==1 and r.get('cam')!='door')]
+VALUES = dict(pid=[0,1,2,None], cam=['door','hall','Hof','日本',None], score=[0.,.25,.5,1.,None], ok=[True,False,None], time=[pd.Timestamp('2026-11-23 08:00')+pd.Timedelta(minutes=15*i) for i in range(5)]+[None])
+KEYS = ['a','b','ü','日本','O\'Brien "x"','k%20','a\nb',' ']+[f'k{i}' for i in range(40)]
+
+def random_rows(rng, keys):
+    "Rows with some of the columns, which may be empty throughout"
+    columns = rng.sample(sorted(VALUES), rng.randint(0, 5))
+    npr = np.random.default_rng(rng.randrange(1<<30))
+    return [dict(key=k, emb=npr.standard_normal(9).astype(np.float32), **{c:rng.choice(VALUES[c]) for c in columns}) for k in keys]
+
+def put(gallery, rows):
+    frame = pd.DataFrame([{c:v for c,v in r.items() if c!='emb'} for r in rows])
+    gallery.add(frame, embs=Embeddings(np.stack([r['emb'] for r in rows]), 'a model'))
+
+def random_filters(rng):
+    text,fn = rng.choice(WHERES)
+    return (dict(exclude_cam=rng.choice([None,'door',['hall','日本'],[],[None,'door']]), since=rng.choice([None,VALUES['time'][2]]), where=text, threshold=rng.choice([None,0.,.3])),
+            dict(where=fn))
+
+def compare(gallery, plain, rng):
+    q = np.random.default_rng(rng.randrange(1<<30)).standard_normal(9).astype(np.float32)
+    filters,instead = random_filters(rng)
+    columns = {c for r in plain.rows for c in r if r[c] is not None}
+    there = set(gallery.table)
+    if filters['exclude_cam'] is not None and 'cam' not in there or filters['since'] is not None and 'time' not in columns: return
+    if filters['where'] and not {c for c in VALUES if c in filters['where']}<=columns: return
+    k = rng.randint(1, len(plain.rows))
+    found,want = gallery.search(Embeddings(q, 'a model'), k, **filters),plain.search(q, k, **{**filters, **instead})
+    assert found.key.tolist()==[o for o,_ in want], filters
+    assert np.allclose(found.similarity, [o for _,o in want], atol=2e-3 if gallery.store.dtype=='float16' else 1e-5)
+    rows = {r['key']:r for r in plain.rows}
+    for c in set(VALUES)&set(found): assert [None if pd.isna(o) else o for o in found[c]]==[rows[k].get(c) for k in found.key], c
+
+@given(st.integers(0, 1<<30))
+@settings(max_examples=60, deadline=None)
+def test_a_random_life_against_the_plain_one(tmp_path_factory, seed):
+    "Add, remove, add again under the same key, save and load, columns that come later, gaps everywhere; after each step the same answers"
+    rng = random.Random(seed)
+    gallery,plain,path = Gallery(Model()),Plain(),tmp_path_factory.mktemp('life')/'g'
+    for _ in range(rng.randint(2, 9)):
+        free,there = [k for k in KEYS if k not in gallery],[r['key'] for r in plain.rows]
+        what = rng.choice(['add','add','remove','save','load'])
+        if what=='add' and free:
+            rows = random_rows(rng, rng.sample(free, min(len(free), rng.randint(1, 8))))
+            put(gallery, rows)
+            plain.add(rows)
+        elif what=='remove' and there:
+            gone = rng.sample(there, rng.randint(1, len(there)))
+            gallery.remove(gone)
+            plain.remove(gone)
+        elif what=='save': gallery.save(path)
+        elif what=='load' and (path/'gallery.json').exists():
+            gallery.save()
+            gallery = Gallery.load(path, Model())
+        assert len(gallery)==len(plain.rows) and gallery.table.key.tolist()==[r['key'] for r in plain.rows] and all(r['key'] in gallery for r in plain.rows)
+        for _ in range(3*bool(plain.rows)): compare(gallery, plain, rng)
+
+def test_half_precision_against_full():
+    x = Embeddings(np.random.default_rng(0).standard_normal((500,300)), 'a model')
+    frame = pd.DataFrame(dict(key=[str(i) for i in range(500)]))
+    full,half = (Gallery(Model(), dtype=o).add(frame, embs=x).search(x[:50], 500) for o in ('float32','float16'))
+    a,b = (o.sort_values(['query','key']).similarity.to_numpy() for o in (full,half))
+    assert 0<abs(a-b).max()<1e-3
+
+# What does not fit
+
+def test_names_of_other_kinds(gallery):
+    gallery.add(pictures(1, 8)[0], keys=5).add(pictures(1, 9)[0], keys=Path('p')).add(pictures(2, 10), keys=np.array([7,8]))
+    assert {'5','p','7','8'}<=set(gallery.table.key)
+    for bad,error,why in ((dict(keys=['x']),ValueError,'keys has 1 values for 2 entries'),(dict(keys=['x','y'], pid=[1,2,3]),ValueError,'pid has 3 values for 2 entries'),
+                          (dict(keys=['x','a\udcff']),ValueError,'not Unicode'),(dict(keys=['x','y'], pid=[2**70,1]),ValueError,'more than 64 bits')):
+        with pytest.raises(error, match=why): gallery.add(pictures(2, 11), **bad)
+    assert len(gallery)==10 and 'x' not in gallery
+
+def test_columns_that_become_one():
+    with pytest.raises(ValueError, match="Two columns are called '1'"): Gallery(Model()).add(pd.DataFrame({'key':['x'], 1:[1], '1':[2]}), embs=Embeddings(np.ones(9), 'a model'))
+
+def test_time_zones(files):
+    "The hour that comes twice in autumn; entries and question each in a zone of its own"
+    g = Gallery(Model()).add(files[:2][['fn']], time=['2026-10-25 02:30+02:00','2026-10-25 02:30+01:00'])
+    g.add(files[2:3][['fn']], time=pd.Timestamp('2026-10-25 12:00', tz='Asia/Tokyo'))
+    assert [str(o) for o in g.table.time]==['2026-10-25 00:30:00+00:00','2026-10-25 01:30:00+00:00','2026-10-25 03:00:00+00:00']
+    assert g.search(files.fn[0], 3, since='2026-10-25 02:45+02:00').key.tolist()!=[] and len(g.search(files.fn[0], 3, since='2026-10-24 20:45-04:00'))==2
+    for bad in (['2026-10-25 02:30+02:00','2026-10-25 02:30'],[pd.Timestamp('2026-10-25', tz='UTC'),pd.Timestamp('2026-10-25')]):
+        with pytest.raises(ValueError, match="'time' is not all dates and times: some have a time zone and some have none"): g.add(files[3:5][['fn']], time=bad)
+    with pytest.raises(ValueError, match="'seen' is not all .* some have a time zone"): g.add(files[3:5][['fn']], seen=pd.Series([pd.Timestamp('2026-10-25', tz='UTC'),pd.Timestamp('2026-10-25')], dtype=object))
+    assert len(g)==3
+
+def test_cameras_that_are_unknown(gallery, files):
+    "They exclude nothing; and several may come in anything that holds several"
+    for o in (None,float('nan'),pd.NA):
+        assert len(gallery.search(files.fn[0], 6, exclude_cam=[o]))==6 and set(gallery.search(files.fn[0], 6, exclude_cam=[o,'door']).cam)=={'hall'}
+    for o in (pd.Index(['door']),pd.Series(['door']),{'door':1},np.array(['door']),(o for o in ['door'])): assert set(gallery.search(files.fn[0], 6, exclude_cam=o).cam)=={'hall'}
+
+@pytest.mark.parametrize('args,error,why', [(dict(k=2.5),TypeError,'whole number'),(dict(k='3'),TypeError,'whole number'),(dict(k=None),TypeError,'whole number'),(dict(threshold=float('nan')),ValueError,'a similarity is needed'),
+    (dict(threshold='high'),ValueError,'a similarity is needed'),(dict(since=pd.NaT),ValueError,'one date and time is needed'),(dict(since=['2026-11-23']),ValueError,'one date and time'),(dict(where='pid=1'),ValueError,'True or False .* as cam==1'),
+    (dict(where='"2026-11-23 08:00"==time'),ValueError,'say >= and <'),(dict(where='time in ["2026-11-23 08:00"]'),ValueError,'say >= and <'),(dict(where='pid==1 and time not in ["2026-11-23"]'),ValueError,'say >= and <')])
+def test_more_search_errors(gallery, files, args, error, why):
+    with pytest.raises(error, match=why): gallery.search(files.fn[0], **{'k':3, **args})
+
+def test_a_function_cannot_change_the_gallery(gallery, files):
+    def greedy(t):
+        t['cam'] = 'nowhere'
+        return t.pop('pid')==1
+    before = gallery.table
+    assert len(gallery.search(files.fn[0], 6, where=greedy))==3
+    pd.testing.assert_frame_equal(gallery.table, before)
+
+def test_queries_in_a_column(gallery, files):
+    pd.testing.assert_frame_equal(gallery.search(files.fn, 2), gallery.search(files.fn.tolist(), 2))
+    assert len(gallery.embed(files.fn[2:]))==4
+
+def test_embeddings_of_nobody(gallery):
+    for f in (lambda: gallery.add(pd.DataFrame(dict(key=['x'])), embs=np.ones((1,9))),):
+        with pytest.raises(TypeError, match='do not say which model'): f()
+    with pytest.raises(ValueError, match=r'shape \(2, 3, 9\)'): Embeddings(np.ones((2,3,9)), 'a model')
+
+def test_no_warnings(files, tmp_path, recwarn):
+    "Not of pandas either, about what it will do otherwise one day"
+    import warnings
+    warnings.simplefilter('always')
+    g = Gallery.from_learner(Model(), files.assign(score=[.5,None]*3, ok=[True,None,False]*2))
+    g.add(pictures(2, 8), keys=['x','y'], score=1, note=['a',None])
+    g.save(tmp_path/'g')
+    Gallery.load(tmp_path/'g', Model()).search(files.fn[0], 8, exclude_cam='door', since='2026-11-23', where='ok!=True or score>0.1')
+    assert not [o for o in recwarn if 'pandas' in str(o.category) or issubclass(o.category, (FutureWarning,DeprecationWarning))]
+
+def test_weights_changed_behind_pytorchs_back(make_learner):
+    "By `.data`, through NumPy, by a fused optimizer, in batch norm's statistics, or a stride"
+    import torch
+    learn = make_learner()
+    g,item,weight = Gallery(learn),pictures(1),next(learn.model.parameters())
+    def fused():
+        for o in learn.model.parameters(): o.grad = torch.ones_like(o)
+        torch.optim.AdamW(learn.model.parameters(), fused=True).step()
+    def statistics():
+        for m in learn.model.modules():
+            if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.data.add_(1)
+    def one(): weight.data.view(-1)[:1].mul_(1+1e-6)
+    for change in (lambda: weight.data.mul_(1.01), lambda: weight.detach().numpy().__imul__(1.01), one, fused, statistics):
+        kept = {k:v.clone() for k,v in learn.model.state_dict().items()}
+        before = g.embedder.fingerprint
+        change()
+        assert g.embedder.fingerprint!=before
+        with pytest.raises(ValueError, match="Another model's"): g.embed(item)
+        learn.model.load_state_dict(kept)
+        assert g.embedder.fingerprint==before
+    conv = next(m for m in learn.model.modules() if isinstance(m, torch.nn.Conv2d) and m.stride==(2,2))
+    conv.stride = (1,1)
+    with pytest.raises(ValueError, match="Another model's"): g.embed(item)
 
 # Large galleries
 

@@ -1,5 +1,5 @@
 "The gallery on Milvus, tested against Milvus Lite and against the gallery in a folder"
-import os,sys
+import os,random,sys
 import numpy as np, pandas as pd, pytest
 pytest.importorskip('pymilvus', reason='needs the extra milvus')
 pytest.importorskip('milvus_lite', reason='needs milvus-lite, which the extra milvus brings')
@@ -8,7 +8,7 @@ from pyramidreid.entries import Embeddings
 from pyramidreid.gallery import Gallery
 from pyramidreid.milvus import MilvusGallery,milvus_filter
 from pyramidreid.openset import Calibration
-from test_gallery import Model,pictures
+from test_gallery import KEYS,Model,VALUES,pictures,put,random_filters,random_rows
 
 N = 300
 
@@ -95,7 +95,7 @@ def test_what_milvus_cannot_keep(tmp_path):
     g.close()
 
 def test_expressions():
-    kinds = dict(cam='number', time='time with zone')
+    kinds = dict(cam='number', pid='number', time='time with zone')
     assert milvus_filter(kinds)==''
     assert milvus_filter(kinds, np.int64(3), '1970-01-01 01:00:00.000005+01:00', 'pid>1')=='(not exists cam or cam not in [3]) and time >= 5 and (pid>1)'
     for args in (dict(exclude_cam=1),dict(since='2026-11-23')):
@@ -106,11 +106,66 @@ def test_without_the_extra(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'pyramidreid\[milvus\]'): MilvusGallery(tmp_path/'x.db', Model())
 
 def test_moving_house(both, tmp_path):
-    "The lines of the page on when to change over"
+    "The lines of the page on when to change over: there, and back into a folder"
     _,near = both
     near.remove('k1')
+    near.calibration = Calibration(np.linspace(-1, .9999, 200), range(200), [], [], [], 300, 5, 'absent', False, 'cosine', about={'model':near.fingerprint})
     far = MilvusGallery(tmp_path/'new.db', Model())
-    for s in near.store.segments: far.add(s.table[~s.gone], embs=Embeddings(s.embs[~s.gone], near.fingerprint))
+    for table,vectors in near.entries(70): far.add(table, embs=vectors)
+    far.calibration = near.calibration
+    far.save()
     same(far.search(embs[5], 20), near.search(embs[5], 20))
+    back = Gallery(Model())
+    for table,vectors in far.entries(70): back.add(table, embs=vectors)
+    back.calibration = far.calibration
+    again = Gallery.load(back.save(tmp_path/'g'), Model())
+    same(again.search(embs[5], 299), near.search(embs[5], 299))
+    same(*(o.table.sort_values('key').assign(similarity=0) for o in (again,near)))
+    assert again.threshold(.1)==near.threshold(.1)
     near.add(seen()[1:2], embs=embs[1])
+    near.calibration = None
+    far.close()
+
+def test_times_in_where(both):
+    "Written as in a folder; Milvus alone would find nobody"
+    far,near = both
+    for where in ('time>="2026-11-23 10:00"',"time < '2026-11-23T09:00' and pid!=2",'time>="2026-11-23 09:00" and time<"2026-11-23 09:30" or cam=="hall"'):
+        found = far.search(embs[3], N, where=where)
+        same(found, near.search(embs[3], N, where=where))
+        assert 0<len(found)<N
+    assert far.search(embs[3], N, where='"2026-11-23 10:00"<=time').key.tolist()==near.search(embs[3], N, since='2026-11-23 10:00').key.tolist()
+    assert far.search(embs[3], N, where='time=="2026-11-23 08:07"').key.tolist()==['k7'] and far.search(embs[3], N, where='cam=="time>=\\"2026\\""').empty
+    for where,why in (('time>="soon"','is no date and time'),('time>="2026-11-23 08:00Z"','time zone'),('door==1',"no entry has a column 'door'; there are key"),('pid==1 and nam=="x"',"no entry has a column 'nam'")):
+        with pytest.raises(ValueError, match=why): far.search(embs[3], N, where=where)
+    assert milvus_filter(dict(time='time with zone'), where='time>"1970-01-01 01:00+01:00"')=='(time>0)'
+    assert milvus_filter(dict(pid='number'), where='PID is not null or exists pid and $meta["x"]>1e3'.replace('PID', 'pid'))=='(pid is not null or exists pid and $meta["x"]>1e3)'
+
+def test_cameras_that_are_unknown(both):
+    far,near = both
+    for o in (None,float('nan'),pd.NA): assert len(far.search(embs[3], N, exclude_cam=[o]))==N
+    same(far.search(embs[3], N, exclude_cam=pd.Index(['door',None])), near.search(embs[3], N, exclude_cam='door'))
+
+LIVES = int(os.environ.get('LIVES', 4))
+
+@pytest.mark.parametrize('seed', range(LIVES))
+def test_a_random_life_in_both_places(tmp_path, seed):
+    "Entries with gaps come and go, and every answer is that of the folder; a text that is empty passes no `!=` here"
+    rng,far,near = random.Random(seed),MilvusGallery(tmp_path/'p.db', Model()),Gallery(Model())
+    first = random_rows(rng, ['first'])[0] | {c:v[0] for c,v in VALUES.items()} # every column is known from the start
+    for step in range(6):
+        free = [k for k in KEYS if k not in near]
+        rows = ([first] if not step else []) + random_rows(rng, rng.sample(free, min(len(free), rng.randint(1, 8))))
+        for g in (far,near): put(g, rows)
+        if step%2:
+            gone = rng.sample([k for k in near.keys if k!='first'], min(len(near)-1, 3))
+            for g in (far,near): g.remove(gone)
+        assert len(far)==len(near) and sorted(far.table.key)==sorted(near.table.key)
+        for _ in range(6):
+            filters,_ = random_filters(rng)
+            if 'cam' in (filters['where'] or ''): filters['where'] = 'cam=="hall"'
+            q,k = Embeddings(np.random.default_rng(rng.randrange(1<<30)).standard_normal(9), 'a model'),rng.randint(1, len(near))
+            a,b = (g.search(q, k, **filters) for g in (far,near))
+            assert a.key.tolist()==b.key.tolist(), filters
+            shared = [c for c in b if c in a]
+            same(a[shared], b[shared])
     far.close()

@@ -107,6 +107,17 @@ def test_everything_removed(store, path):
     assert len(again)==0 and len(again.table)==0 and [o.name for o in path.iterdir()]==['gallery.json']
     assert again.add(embs(1), frame('a')).tolist()==[6]
 
+def test_emptied_and_filled_again(store, path):
+    "A segment whose rows are all gone, and a whole block that is, go into the next"
+    store.remove(range(6))
+    store.add(embs(1, 3), frame('x'))
+    store.save()
+    assert held(Store.load(path))=={'x':embs(1, 3)[0].tolist()}
+    store.add(embs(9000, 4), frame(*(f'n{i}' for i in range(9000))))
+    store.remove(range(7, 7+4096))
+    store.save()
+    assert len(held(Store.load(path)))==1+9000-4096 and held(Store.load(path))==held(store)
+
 def test_half_precision(path):
     s = Store('a model', dtype='float16')
     s.add(embs(4), frame(*'abcd'))
@@ -159,6 +170,8 @@ def test_a_newer_format(store, tmp_path, monkeypatch):
     store.save(tmp_path/'new')
     monkeypatch.undo()
     with pytest.raises(ValueError, match="'gallery 2'"): Store.load(tmp_path/'new')
+    (tmp_path/'new'/'gallery.json').write_text('{"format": "gallery 3", "sha256": "of a newer kind"}')
+    with pytest.raises(ValueError, match="'gallery 3'.*use a newer pyramidreid"): Store.load(tmp_path/'new')
 
 def test_two_writers(store, path):
     other = Store.load(path)
@@ -167,6 +180,49 @@ def test_two_writers(store, path):
     store.add(embs(1), frame('y'))
     with pytest.raises(RuntimeError, match='changed by another process'): store.save()
     assert list(held(Store.load(path)))==list('acdefx')
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_three_writers_and_two_readers(path, tmp_path):
+    "At the same time: each entry of which a writer was told that it is saved is there, and whoever reads sees a whole gallery that only grows"
+    first = Store('a model')
+    first.add(embs(1), frame('first'))
+    first.save(path)
+    writer = """
+import sys
+import numpy as np, pandas as pd
+from pyramidreid.store import Store
+from pyramidreid import store as module
+import time
+path,me = sys.argv[1:]
+real = module._write_manifest
+module._write_manifest = lambda *args: (time.sleep(.01), real(*args)) # time for the others to come in between
+n = 0
+while n<12:
+    s = Store.load(path)
+    s.add(np.ones((1,6), np.float32), pd.DataFrame(dict(key=[f'{me}-{n}'])))
+    try: s.save()
+    except RuntimeError as e:
+        assert 'changed by another process' in str(e)
+        continue
+    n += 1
+"""
+    reader = """
+import sys
+from pyramidreid.store import Store
+seen = set()
+while len(seen)<37:
+    keys = set(Store.load(sys.argv[1]).table.key)
+    assert seen<=keys
+    seen = keys
+"""
+    jobs = [subprocess.Popen([sys.executable, '-c', code, path, str(i)], stderr=subprocess.PIPE, text=True) for i,code in enumerate([writer]*3+[reader]*2)]
+    try:
+        for i,o in enumerate(jobs):
+            _,err = o.communicate(timeout=120)
+            assert o.returncode==0, (i, err)
+    finally:
+        for o in jobs: o.kill()
+    assert set(held(Store.load(path)))=={'first'}|{f'{i}-{n}' for i in range(3) for n in range(12)}
 
 def test_not_over_another_gallery(store, path):
     new = Store('a model')
@@ -211,6 +267,122 @@ def test_a_full_disk(store, path, monkeypatch):
     assert held(Store.load(path))==before and sorted(path.iterdir())==listing
     store.save()
     assert set(held(Store.load(path)))==set('acdefxy')
+
+@pytest.mark.parametrize('victim', ['_write_table','write_embeddings','_write_manifest','_measured','whole_file'])
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'),KeyboardInterrupt()])
+def test_a_save_that_fails_leaves_nothing(store, path, monkeypatch, victim, error):
+    "Not even whole files that nobody lists; and the next save goes through"
+    store.index = dict(file=None, note={}, write=lambda f: f.write_bytes(b'an index'))
+    store.save()
+    before,listing = held(store),sorted(path.iterdir())
+    store.index['file'] = None
+    store.add(embs(2), frame('x','y'))
+    def full(*args): raise error
+    with monkeypatch.context() as m:
+        m.setattr(module, victim, full)
+        with pytest.raises(type(error)): store.save()
+    assert sorted(path.iterdir())==listing and held(Store.load(path))==before
+    store.save()
+    again = Store.load(path)
+    assert set(held(again))==set('acdefxy') and again.index['file'][0]=='000004.faiss' and (path/'000004.faiss').read_bytes()==b'an index'
+
+def test_interrupted_when_all_was_written(store, path, monkeypatch):
+    "The manifest lies there already: then this was a save, and the next one goes through"
+    real = module._write_manifest
+    def late(*args):
+        real(*args)
+        raise KeyboardInterrupt
+    store.add(embs(2), frame('x','y'))
+    with monkeypatch.context() as m:
+        m.setattr(module, '_write_manifest', late)
+        with pytest.raises(KeyboardInterrupt): store.save()
+    assert set(held(Store.load(path)))==set('acdefxy')
+    store.add(embs(1, 5), frame('z'))
+    store.save()
+    assert held(Store.load(path))==held(store)
+
+def test_files_that_may_not_grow(tmp_path):
+    "As on a full disk, but from the system itself: an error, and all that was saved is there"
+    code = """
+import resource,signal,sys
+import numpy as np, pandas as pd
+from pyramidreid.store import Store
+s = Store('a model')
+x = np.random.default_rng(0).standard_normal((5000,8)).astype(np.float32)
+s.add(x[:10], pd.DataFrame(dict(key=[str(i) for i in range(10)])))
+s.save(sys.argv[1])
+s.add(x[10:], pd.DataFrame(dict(key=[str(i) for i in range(10, 5000)])))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try: s.save()
+except OSError as e: print(type(e).__name__)
+print(len(Store.load(sys.argv[1])))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+s.save()
+print(len(Store.load(sys.argv[1])))
+"""
+    pytest.importorskip('resource')
+    run = subprocess.run([sys.executable, '-c', code, tmp_path/'g'], capture_output=True, text=True)
+    assert run.stdout.split()==['OSError','10','5000'], run.stderr
+
+def test_the_manifest_went_while_the_gallery_was_open(store, path):
+    "What is in memory is written anew, but not over files that somebody else wrote"
+    want = held(store)
+    (path/'gallery.json').unlink()
+    store.save()
+    assert held(Store.load(path))==want
+    (path/'gallery.json').unlink()
+    (path/'000009.parquet').write_text('of another')
+    with pytest.raises(FileExistsError, match='holds 000009.parquet'): store.save()
+
+@pytest.mark.parametrize('harm', ['cut','flip'])
+def test_no_byte_can_go_unnoticed(store, path, harm):
+    "Every file cut at every length, every bit of every byte turned over: an error that says what is damaged"
+    want = held(Store.load(path))
+    for file in sorted(path.iterdir()):
+        data = file.read_bytes()
+        for i in range(0, len(data), 1 if len(data)<600 else 29):
+            bad = data[:i] if harm=='cut' else data[:i]+bytes([data[i]^(1<<i%8)])+data[i+1:]
+            file.write_bytes(bad)
+            try: found = held(Store.load(path))
+            except ValueError as e: assert f'{file.name} ' in str(e) and ('damaged' in str(e) or "has the format 'gallery " in str(e)), (file.name, i, e)
+            else: assert found==want and json.loads(bad)==json.loads(data), (file.name, i)
+        file.write_bytes(data)
+    assert held(Store.load(path))==want
+
+@pytest.mark.parametrize('ext', ['safetensors','parquet'])
+def test_damage_without_checksums(store, path, ext):
+    "`check=False` looks at the lengths alone; what cannot be read is still said to be damaged"
+    victim,whole = sorted(path.glob(f'*.{ext}'))[0],Store.load(path)
+    data = victim.read_bytes()
+    for i in [*range(0, min(len(data), 200)),len(data)-1,len(data)-5,len(data)-9]:
+        victim.write_bytes(data[:i]+bytes([data[i]^0x55])+data[i+1:])
+        try: found = Store.load(path, check=False)
+        except ValueError as e: assert f'{victim.name} is damaged' in str(e), (i, e)
+        else: assert len(found)==len(whole)
+
+def test_a_folder_behind_links(store, path, tmp_path):
+    link = tmp_path/'link'
+    link.symlink_to(path)
+    other = Store.load(link)
+    other.add(embs(1), frame('x'))
+    other.save(path)
+    assert other.save(link) is None and 'x' in held(Store.load(link)) and link.is_symlink()
+    dead = tmp_path/'dead'
+    dead.symlink_to(tmp_path/'gone')
+    with pytest.raises(FileNotFoundError, match='dead is a link to .*gone'): other.save(dead)
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid'), reason='needs Unix')
+def test_a_folder_that_cannot_be_written(store, path, monkeypatch):
+    store.add(embs(1), frame('x'))
+    listing = sorted(path.iterdir())
+    monkeypatch.setattr(os, 'access', lambda *args: False) # root may write everywhere
+    with pytest.raises(PermissionError, match='cannot be written'): store.save()
+    assert sorted(path.iterdir())==listing
+
+def test_notes_are_as_json_gives_them_back(path):
+    s = Store('a model', notes={10:1, 2:(1,2)})
+    s.save(path)
+    assert Store.load(path).notes=={'10':1,'2':[1,2]}
 
 def test_other_files_stay(store, path):
     (path/'notes.txt').write_text('mine')
@@ -276,6 +448,7 @@ def test_a_first_save_that_died(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         def dies(*args): raise KeyboardInterrupt
         m.setattr(module, '_write_table', dies)
+        m.setattr(module, '_clean', lambda *args: None) # the dead remove nothing
         with pytest.raises(KeyboardInterrupt): one().save(path)
     assert len(Store.load(path))==0 and (path/'000001.safetensors').exists()
     one().save(path)
@@ -284,3 +457,78 @@ def test_a_first_save_that_died(tmp_path, monkeypatch):
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path/'g').write_text('')
     with pytest.raises(NotADirectoryError, match='a gallery is a folder'): Store('a model').save(tmp_path/'g')
+
+# Power that fails
+
+class Disk:
+    "The worst a disk may hold if the power fails now: a file that was not flushed is empty, and of the names given and taken since a folder was flushed it knows none, all, or either kind"
+    def __init__(self, root, vault):
+        self.root,self.vault,self.names,self.bytes = root,vault,{},{}
+        self.real = {o:getattr(os, o) for o in ('fsync','replace','unlink','rmdir','mkdir')}
+        for d in [root,*(o for o in root.rglob('*') if o.is_dir())]: self.flushed(d)
+        for f in root.rglob('*'): self.flushed(f)
+
+    def listing(self, folder): return {o.name:o.stat().st_ino for o in folder.iterdir()} if folder.exists() else {}
+    def flushed(self, o):
+        if o.is_dir(): self.names[o] = self.listing(o)
+        elif o.is_file():
+            ino = o.stat().st_ino
+            if not (self.vault/str(ino)).exists(): os.link(o, self.vault/str(ino)) # or its number would be given again
+            self.bytes[ino] = o.read_bytes()
+
+    def states(self, folder):
+        "What `folder` may hold, name by name, once for each guess"
+        if folder.name not in self.names[folder.parent]: yield {} # nobody has heard of it
+        known,now = self.names.get(folder, {}),self.listing(folder)
+        for names in (known, now, {k:v for k,v in known.items() if k in now}, {**known, **now}):
+            res = {}
+            for k,i in names.items():
+                whole = self.bytes.get(i)
+                if whole is not None and (self.vault/str(i)).read_bytes()!=whole: whole = b'' # written over
+                if not k.startswith('.partial-'): res[k] = whole or b''
+            yield res
+
+    def watched(self, monkeypatch, before):
+        "Call `before()` ahead of each touch of the file system, and learn from each flush"
+        def fsync(fd):
+            before()
+            self.real['fsync'](fd)
+            self.flushed(Path(os.readlink(f'/proc/self/fd/{fd}')))
+        monkeypatch.setattr(os, 'fsync', fsync)
+        for name in ('replace','unlink','rmdir','mkdir'):
+            def call(*args, _real=self.real[name], **kwargs):
+                before()
+                return _real(*args, **kwargs)
+            monkeypatch.setattr(os, name, call)
+
+@pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='needs Linux')
+@pytest.mark.parametrize('first', [True,False])
+def test_the_power_fails(tmp_path, monkeypatch, first):
+    "Ahead of every step of a save: the state before or the state after; once it returned, the state after"
+    root,path = tmp_path/'root',tmp_path/'root'/'people'
+    for o in (root,tmp_path/'vault'): o.mkdir()
+    s = Store('a model')
+    s.add(embs(5), frame(*'abcde'))
+    if not first:
+        s.save(path)
+        s.add(embs(4, 1), frame(*'uvwx'))
+        s.save()
+    before = {} if first else held(s)
+    s.add(embs(6, 2), frame(*'fghijk'))
+    s.remove([0])
+    after,disk,seen = held(s),Disk(root, tmp_path/'vault'),[]
+    def look(*wanted):
+        for files in disk.states(path):
+            if files in seen: continue
+            place = tmp_path/f'state-{len(seen)}'
+            seen.append(files)
+            disk.real['mkdir'](place)
+            for k,v in files.items(): (place/k).write_bytes(v)
+            found = held(Store.load(place)) if 'gallery.json' in files else {}
+            assert found in wanted, (sorted(files), list(found))
+    with monkeypatch.context() as m:
+        disk.watched(m, lambda: look(before, after))
+        s.save(path)
+    seen.clear()
+    for i in tmp_path.glob('state-*'): i.rename(tmp_path/f'old-{i.name}')
+    look(after)
