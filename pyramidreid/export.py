@@ -6,10 +6,9 @@
 __all__ = ['BytesNet', 'model_about', 'read_about', 'Embedder', 'load_embedder', 'learner_from', 'write_exported', 'write_onnx']
 
 # %% ../nbs/15_export.ipynb #233dbfd0
-import copy,json,re
+import copy,re
 import fastai,numpy as np,torch,torchvision
-from fastai.torch_core import get_model,no_random
-from fastai.vision.learner import TimmBody
+from fastai.vision.learner import Normalize,TimmBody,no_random
 from fastcore.basics import patch
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 from .backbone import body_shape,create_backbone,read_weights,resnet10
 from .core import need,whole_file
-from .fingerprint import fingerprint,input_size,input_stats
+from .fingerprint import fingerprint,inner_model,input_size,input_stats,rounded_stats,shared_weights
 from .learner import ReIDLearner,pyramid_learner
-from .pyramid import PyramidNet
-from .runtime import FORMAT,Embeds,Runtime,blank_seal,check_format,pixels,seal
+from .pyramid import PyramidNet,pyramid_windows
+from .runtime import FORMAT,Embeds,Runtime,about_json,blank_seal,parse_about,pixels,seal
 
 # %% ../nbs/15_export.ipynb #9a5643d3
 class BytesNet(nn.Module):
@@ -31,7 +30,7 @@ class BytesNet(nn.Module):
     ):
         super().__init__()
         self.model = model
-        for name,o in zip(('mean','std'), stats or ([0.]*3,[1.]*3)): self.register_buffer(name, torch.tensor(o).view(1,3,1,1))
+        for name,o in zip(('mean','std'), stats or ([0.]*3,[1.]*3)): self.register_buffer(name, torch.tensor(o, dtype=torch.float32).view(1,3,1,1))
         self.eval().requires_grad_(False)
     def normalise(self, images): return (images.permute(0,3,1,2).float()/255 - self.mean)/self.std
     def forward(self, images): return self.model(self.normalise(images))
@@ -42,11 +41,11 @@ def _arch(source, name):
     if source=='pyramidreid' and name=='resnet10': return resnet10
     if source=='torchvision' and name in torchvision.models.list_models(torchvision.models): return torchvision.models.get_model_builder(name)
     if source=='timm' and need('timm', 'timm').is_model(name): return name
-    raise ValueError(f"The backbone {name!r} of {source!r} is not known here: only resnet10 and the models of torchvision and timm can be built by their names")
+    raise ValueError(f"The backbone {name!r:.60} of {source!r:.60} is not known here: resnet10 is, and the models of torchvision and timm")
 
 def _source(learn):
     "Who has the backbone of a learner"
-    if isinstance(get_model(learn.model).body, TimmBody): return 'timm'
+    if isinstance(inner_model(learn.model).body, TimmBody): return 'timm'
     return 'pyramidreid' if learn.arch_name=='resnet10' else 'torchvision'
 
 def _build(about):
@@ -58,19 +57,21 @@ def _build(about):
 # %% ../nbs/15_export.ipynb #515ef79b
 def _words(card):
     "Figures and choices of a protocol card, without those of single queries"
+    if card is not None and not hasattr(card, 'figures'): raise TypeError(f"card is a {type(card).__name__}: give the protocol card that learn.evaluate() returns")
     return card and {**card.figures(), **card.words()}
 
 def model_about(learn,    # A `ReIDLearner`
                 card=None # A protocol card to go with it, as from `learn.evaluate()`
                ):
     "All there is to say of a learner's model, as a dict fit for JSON: what `model.json` holds"
-    model,size,stats = get_model(learn.model),input_size(learn),input_stats(learn)
+    model,size,stats = inner_model(learn.model),input_size(learn),input_stats(learn)
     head,source = model.head,_source(learn)
     halved = body_shape(create_backbone(_arch(source, learn.arch_name), pretrained=False, last_stride=2))[1]
-    return dict(format=FORMAT, arch=learn.arch_name, arch_from=source, last_stride=2 if halved==model.stride else 1, n_parts=head.n_parts, levels=head.levels,
-                emb_sz=head.reduce.bias.shape[1], norm=model.norm, drop=head.drop.p, size=list(size), mean=stats and stats[0], std=stats and stats[1],
-                resize='PIL bicubic', data=learn.dls.data_name, n_ids=learn.dls.c, fingerprint=fingerprint(model, size, stats), card=_words(card),
-                versions={k:version(k) for k in ('pyramidreid','torch','torchvision','fastai')})
+    return dict(
+        format=FORMAT, arch=learn.arch_name, arch_from=source, last_stride=2 if halved==model.stride else 1, n_parts=head.n_parts, levels=head.levels,
+        emb_sz=head.reduce.bias.shape[1], norm=model.norm, drop=head.drop.p, size=list(size), mean=stats and stats[0], std=stats and stats[1],
+        resize='PIL bicubic', data=learn.dls.data_name, n_ids=learn.dls.c, fingerprint=fingerprint(model, size, stats), card=_words(card),
+        versions={k:version(k) for k in ('pyramidreid','torch','torchvision','fastai')})
 
 # %% ../nbs/15_export.ipynb #6a147d4a
 _tolerance = 1e-4 # Largest difference to the learner, of any number of an embedding
@@ -79,14 +80,16 @@ def _noise(*sizes): return [np.random.default_rng(i).integers(0, 256, (*hw,3), d
 
 def _portable(learn, card):
     "A learner's model as a `BytesNet` of its own on the CPU, and `about` it"
+    model = inner_model(learn.model)
+    shared_weights(model.state_dict(), 'The model')
     with no_random():
         about = model_about(learn, card)
-        net = BytesNet(copy.deepcopy(get_model(learn.model)).cpu().float(), input_stats(learn))
+        net = BytesNet(copy.deepcopy(model).cpu().float(), input_stats(learn))
         h,w = about['size']
         ims = _noise((h,w), (h//2,w//2), (2*h,w+9), (h+5,2*w))
         theirs = torch.cat([b[0].cpu() for b in learn.dls.test_dl(ims, num_workers=0)])
     if (net.normalise(torch.from_numpy(pixels(ims, (h,w)))) - theirs).abs().max()>_tolerance: raise ValueError(
-        "The learner's validation does more to an image than to resize it with PIL's bicubic filter and to normalise it, and no file would do that. Make the loaders with the transforms of person_tfms or strong_tfms")
+        "The learner's validation does more to an image than resize it with PIL's bicubic filter and normalise it. Make the loaders with person_tfms or strong_tfms")
     return net,about
 
 def _agree(run, net, size, what):
@@ -106,102 +109,103 @@ def save_model(self:ReIDLearner,
     card=None # A protocol card to go with it, as from `learn.evaluate()`
 ):
     "Write the model for others to load by `load_embedder`, checked and whole or not at all; returns the folder"
-    folder,(net,about) = Path(folder),_portable(self, card)
+    folder = Path(folder)
+    if folder.is_file(): raise NotADirectoryError(f"{folder} is a file: name a folder")
+    net,about = _portable(self, card)
     weights = f"model-{about['fingerprint'][:12]}.safetensors"
-    sd = {k:v.contiguous() for k,v in net.model.state_dict().items() if not k.startswith('head.classify.')}
+    text = about_json({**about,'weights':weights}, indent=1, ensure_ascii=False).encode()
     with whole_file(folder/weights) as f:
-        save_file(sd, f)
+        save_file({k:v.contiguous() for k,v in shared_weights(net.model.state_dict(), 'The model').items()}, f)
         try: again = _embedder(about, f)
-        except ValueError as e: raise ValueError(f"{about['arch']}, built by its name, is another backbone than this learner's, which was changed by hand: only what can be built again can be shared") from e
+        except ValueError as e: raise ValueError(
+            f"{about['arch']}, built by its name, is another backbone than this learner's, which was changed by hand: only what can be built again can be shared") from e
         _agree(again.run, net, about['size'], 'The file of weights')
-    with whole_file(folder/'model.json') as f: f.write_text(json.dumps({**about,'weights':weights}, indent=1, ensure_ascii=False, allow_nan=False), encoding='utf-8')
+    with whole_file(folder/'model.json') as f: f.write_bytes(text)
     for o in folder.iterdir():
         if _ours.fullmatch(o.name) and o.name!=weights: o.unlink()
     return folder
 
 # %% ../nbs/15_export.ipynb #a77fd641
-_entries = dict(format=int, arch=str, arch_from=str, last_stride=int, n_parts=int, levels=list, emb_sz=int, norm=(str,type(None)), drop=(int,float), size=list, mean=(list,type(None)),
-                std=(list,type(None)), resize=str, data=str, n_ids=int, fingerprint=str, card=(dict,type(None)), versions=dict, weights=str)
-
-def _listed(o, n, kind): return isinstance(o, list) and len(o)==n and all(isinstance(v, kind) and not isinstance(v, bool) for v in o)
-
 def read_about(folder): # As given to `save_model`
     "The checked content of `model.json`"
     f = Path(folder)/'model.json'
     if not f.is_file(): raise FileNotFoundError(f"There is no model in {folder}: it has no model.json. learn.save_model(folder) writes one")
-    try: about = json.loads(f.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{f} is no JSON or is cut off ({e}). Copy or save the model again") from e
-    check_format(about, f)
-    wrong = [f'{k!r} is missing' for k in _entries if k not in about] + [f'{k!r} is not known' for k in about if k not in _entries]
-    wrong += [f'{k!r} is {about[k]!r}' for k,kind in _entries.items() if k in about and (not isinstance(about[k], kind) or isinstance(about[k], bool))]
-    if not wrong:
-        ok = dict(last_stride=about['last_stride'] in (1,2), n_parts=1<=about['n_parts']<=96, emb_sz=1<=about['emb_sz']<=16384, drop=0<=about['drop']<1,
-                  levels=_listed(about['levels'], len(about['levels']), int), norm=about['norm'] in ('branch','whole',None), resize=about['resize']=='PIL bicubic',
-                  size=_listed(about['size'], 2, int) and min(about['size'])>0, mean=about['mean'] is None or _listed(about['mean'], 3, (int,float)),
-                  std=(about['std'] is None)==(about['mean'] is None) and (about['std'] is None or _listed(about['std'], 3, (int,float)) and min(about['std'])>0),
-                  weights=_ours.fullmatch(about['weights']) is not None)
-        wrong = [f'{k!r} is {about[k]!r}' for k,good in ok.items() if not good]
-    if wrong: raise ValueError(f"{f} does not describe a model of pyramidreid: {'; '.join(wrong[:3])}")
+    about = parse_about(f.read_bytes(), f, more=['weights'])
+    if not (isinstance(about['weights'], str) and _ours.fullmatch(about['weights'])): raise ValueError(
+        f"{f} does not describe a model of pyramidreid: 'weights' is {about['weights']!r:.60}")
     return about
 
 # %% ../nbs/15_export.ipynb #8e856039
+def _check_head(about, sd, where):
+    "Raise a `ValueError` unless the head is as large as described, which may be larger than the memory"
+    found,b = tuple(sd['head.reduce.weight'].shape) if 'head.reduce.weight' in sd else (),len(pyramid_windows(about['n_parts'], about['levels']))
+    if len(found)!=3 or found[::2]!=(b,about['emb_sz']): raise ValueError(
+        f"{where} does not fit the model that model.json describes: head.reduce.weight is {found or 'missing'}, not ({b}, channels of the backbone, {about['emb_sz']})")
+
 def _fit(model, sd, where):
     "Load all but the classifiers into `model`, or raise a `ValueError` that names what does not fit"
     own = {k:v for k,v in model.state_dict().items() if not k.startswith('head.classify.')}
-    wrong = [f'{k} is missing' for k in own if k not in sd] + [f'{k} is not known' for k in sd if k not in own]
-    wrong += [f'{k} is {sd[k].dtype} {tuple(sd[k].shape)}, not {v.dtype} {tuple(v.shape)}' for k,v in own.items() if k in sd and (sd[k].shape!=v.shape or sd[k].dtype!=v.dtype)]
+    wrong = [f'{k} is missing' for k in own if k not in sd] + [f'{k:.60} is not known' for k in sd if k not in own]
+    for k,v in own.items():
+        if k in sd and (sd[k].shape!=v.shape or sd[k].dtype!=v.dtype): wrong.append(f'{k} is {sd[k].dtype} {tuple(sd[k].shape)}, not {v.dtype} {tuple(v.shape)}')
     if wrong: raise ValueError(f"{where} does not fit the model that model.json describes, in {len(wrong)} weights: {'; '.join(wrong[:3])}")
-    model.load_state_dict(sd, strict=False)
-
-def _stats(about): return None if about['mean'] is None else [about['mean'],about['std']]
+    model.load_state_dict(shared_weights(sd, where), strict=False)
 
 class Embedder(Embeds):
     "Embeddings by PyTorch, of a model that `load_embedder` read"
     def __init__(self, model, about, device='cpu'):
         super().__init__(about)
         self.model,self.device = model.to(device).eval(),device
-        self.net = BytesNet(self.model, _stats(about)).to(device)
+        self.net = BytesNet(self.model, self.stats).to(device)
     def run(self, x): # Pixels, uint8, (N, H, W, 3), of the model's `size`
         "Their embeddings, (N, D), float32"
+        if not len(x): return np.empty((0,self.emb_sz), np.float32)
         with torch.no_grad(): return self.net(torch.from_numpy(x).to(self.device)).float().cpu().numpy()
 
 def _embedder(about, weights, device='cpu'):
     "The `Embedder` of a description and a file of weights"
-    model = _build(about)
-    _fit(model, read_weights(weights), weights)
-    if fingerprint(model, about['size'], _stats(about))!=about['fingerprint']: raise ValueError(
+    _check_head(about, sd := read_weights(weights), weights)
+    _fit(model := _build(about), sd, weights)
+    res = Embedder(model, about, device)
+    if fingerprint(model, res.size, res.stats)!=res.fingerprint: raise ValueError(
         f"{weights} is not what its fingerprint in model.json says: one of the two was changed or damaged. Copy or save the model again")
-    return Embedder(model, about, device)
+    return res
 
 def load_embedder(folder,      # As given to `save_model`
-               device='cpu' # Where to compute
-              ):
+                  device='cpu' # Where to compute
+                 ):
     "The model that `save_model` wrote, to embed images with. No code from the files is run"
     about = read_about(folder)
     return _embedder(about, Path(folder)/about['weights'], device)
 
 # %% ../nbs/15_export.ipynb #6de298aa
+def _take(learn, shared, where):
+    "Give a learner the weights of an `Embedder`, all but the classifiers"
+    own,theirs,stats = inner_model(learn.model).head,shared.model.head,input_stats(learn)
+    if rounded_stats(stats)!=rounded_stats(shared.stats): raise ValueError(
+        f"The model in {where} was trained on pixels normalised by {shared.stats}, and this learner's are by {stats} (mean and std). Use learner_from to have the same")
+    if own.windows!=theirs.windows: raise ValueError(f"The model in {where} has n_parts={theirs.n_parts}, levels={theirs.levels}, and this learner "
+        f"n_parts={own.n_parts}, levels={own.levels}: their branches look at other parts")
+    _fit(inner_model(learn.model), shared_weights(shared.model.state_dict(), where), where)
+    return learn
+
 @patch
 def load_weights(self:ReIDLearner,
     folder # As given to `save_model`
 ):
     "Take the weights of a shared model, all but the classifiers, to train on; returns the learner"
-    about,model = read_about(folder),get_model(self.model)
-    if (stats := input_stats(self)) is None or _stats(about) is None: same = stats==_stats(about)
-    else: same = np.allclose(stats, _stats(about), atol=1e-5)
-    if not same: raise ValueError(f"The model in {folder} was trained on pixels normalised by {_stats(about)}, and this learner has {stats}: put Normalize.from_stats(…) into the batch_tfms of the loaders, or pass normalize=True")
-    sd = _embedder(about, Path(folder)/about['weights']).model.state_dict()
-    _fit(model, {k:v for k,v in sd.items() if not k.startswith('head.classify.')}, folder)
-    return self
+    return _take(self, load_embedder(folder), folder)
 
 def learner_from(folder, # As given to `save_model`
                  dls,    # `ReIDDataLoaders`
                  **kwargs # Passed to `pyramid_learner`
                 ):
     "A learner for `dls` that begins with a shared model"
-    about = read_about(folder)
+    about = (shared := load_embedder(folder)).about
     same = {k:about[k] for k in ('n_parts','levels','emb_sz','last_stride','drop','norm')}
-    return pyramid_learner(dls, _arch(about['arch_from'], about['arch']), **{**same, 'pretrained':False, **kwargs}).load_weights(folder)
+    learn = pyramid_learner(dls, _arch(about['arch_from'], about['arch']), **{**same, 'pretrained':False, 'normalize':False, **kwargs})
+    if shared.stats and not input_stats(learn): dls.add_tfms([Normalize.from_stats(*shared.stats)], 'after_batch')
+    return _take(learn, shared, folder)
 
 # %% ../nbs/15_export.ipynb #78119aaf
 def _traced(net, size):
@@ -213,8 +217,9 @@ def _traced(net, size):
 
 def write_exported(net, about, file): # A `BytesNet`, what the file says of it, and `.pt2`
     "Write `net` with `torch.export`; what is written gives its embeddings, or there is no file"
+    if Path(file).suffix!='.pt2': raise ValueError(f"{file}: name a file that ends in .pt2, for PyTorch opens no other")
     with whole_file(file) as f:
-        torch.export.save(_traced(net, about['size']), f, extra_files={'pyramidreid.json':json.dumps(about)})
+        torch.export.save(_traced(net, about['size']), f, extra_files={'pyramidreid.json':about_json(about)})
         again = torch.export.load(f).module()
         _agree(lambda x: again(torch.from_numpy(x)), net, about['size'], 'The exported program')
 
@@ -223,7 +228,7 @@ def to_exported(self:ReIDLearner,
     file,     # `.pt2`
     card=None # A protocol card to go with it, as from `learn.evaluate()`
 ):
-    "Write the model with `torch.export`, for uint8 RGB of shape (N, H, W, 3) in the model's size; returns the path"
+    "Write the model with `torch.export`, for one or more images of the model's size, uint8 RGB of shape (N, H, W, 3); returns the path"
     write_exported(*_portable(self, card), file := Path(file))
     return file
 
@@ -235,7 +240,7 @@ def _proto(net, about):
     for part in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer, [graph]):
         for o in part: del o.metadata_props[:]
     for o in (*graph.input, *graph.output): o.type.tensor_type.shape.dim[0].dim_param = 'batch'
-    for k,v in dict(pyramidreid=json.dumps(about), seal=blank_seal).items(): proto.metadata_props.add(key=k, value=v)
+    for k,v in dict(pyramidreid=about_json(about), seal=blank_seal).items(): proto.metadata_props.add(key=k, value=v)
     return proto
 
 def write_onnx(net, about, file): # A `BytesNet`, what the file says of it, and `.onnx`

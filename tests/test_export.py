@@ -1,5 +1,5 @@
 "One model as safetensors, ONNX and exported program: the same embeddings as the learner's on 500 crops, and files that are whole or refused"
-import importlib.util,json,os,random,shutil
+import copy,importlib.util,json,os,random,shutil,subprocess,sys
 import numpy as np, pytest, torch
 from pathlib import Path
 from PIL import Image
@@ -9,7 +9,7 @@ from pyramidreid.backbone import resnet10
 from pyramidreid.data import ReIDDataLoaders
 from pyramidreid.evaluation import evaluate
 from pyramidreid.export import *
-from pyramidreid.fingerprint import input_stats,learner_fingerprint
+from pyramidreid.fingerprint import fingerprint,input_stats,learner_fingerprint
 from pyramidreid.learner import pyramid_learner
 from pyramidreid.runtime import *
 from pyramidreid.synth import synth_persons
@@ -169,6 +169,90 @@ def test_a_gallery_takes_every_file_of_one_model_and_no_other(exported, make_lea
     for o in (load_embedder(other.save_model(tmp_path/'other')), Runtime(other.to_onnx(tmp_path/'other.onnx'))):
         with pytest.raises(ValueError, match="Another model's embedding"): Gallery.load(tmp_path/'gallery', o)
 
+class Wrapped(torch.nn.Module):
+    "As `DistributedDataParallel` holds a model"
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+    def forward(self, x): return self.module(x)
+
+@pytest.mark.parametrize('wrap', [torch.nn.DataParallel, Wrapped, torch.optim.swa_utils.AveragedModel, lambda m: torch.compile(Wrapped(m), backend='eager'),
+                                  torch.nn.SyncBatchNorm.convert_sync_batchnorm], ids=['DataParallel','DDP','average','compiled','SyncBatchNorm'])
+def test_a_wrapped_model_is_the_same_model(make_learner, make_dls, crops, tmp_path, wrap):
+    learn = make_learner(make_dls(size=SIZE))
+    own,truth = learner_fingerprint(learn),learn.embed(learn.dls.test_dl(crops[0][:5])).numpy()
+    learn.save_model(tmp_path/'plain')
+    learn.model = wrap(copy.deepcopy(learn.model))
+    shared = load_embedder(learn.save_model(tmp_path/'m'))
+    learn.to_exported(tmp_path/'m.pt2')
+    assert own==learner_fingerprint(learn)==shared.fingerprint and abs(shared.embed(crops[0][:5])-truth).max()<=1e-5
+    assert learner_fingerprint(learn.load_weights(tmp_path/'plain'))==own
+
+def test_the_fingerprint_is_of_every_weight_and_of_nothing_else(make_learner, make_dls):
+    "Each tensor of the state changed at its end, one after another"
+    model,stats = make_learner(make_dls(size=SIZE)).model.eval(),([.485,.456,.406],[.229,.224,.225])
+    own,sd = fingerprint(model, SIZE, stats),model.state_dict()
+    for k,v in sd.items():
+        last = v.reshape(-1)[-1:] if v.dim() else v
+        old = last.clone()
+        last += 1
+        assert (fingerprint(model, SIZE, stats)==own)==('classify' in k or 'num_batches' in k), k
+        last.copy_(old)
+    assert fingerprint(model.train(), SIZE, stats)==fingerprint(model, list(SIZE), torch.tensor(stats, dtype=torch.float64))==own
+    for p in model.parameters(): p.requires_grad_(False)
+    model.head.drop.p = .9
+    assert fingerprint(model.double(), torch.Size(SIZE), stats)==own
+    for size,s in (((48,96),stats), (SIZE,None), (SIZE,([.485,.456,.407],stats[1])), (SIZE,([0.]*3,[1.]*3))): assert fingerprint(model, size, s)!=own
+
+def test_the_fingerprint_is_of_what_has_no_weights(make_learner, make_dls):
+    model = make_learner(make_dls(size=SIZE)).model
+    conv,bn,pool = model.body[0],model.body[1],model.body[3]
+    own = fingerprint(model, SIZE)
+    for m,k,v in ((conv,'padding_mode','reflect'), (conv,'stride',(1,1)), (bn,'eps',1e-3), (bn,'track_running_stats',False), (pool,'ceil_mode',True), (model,'norm',None), (model.head,'windows',[(0,1)]*6)):
+        old = getattr(m, k)
+        setattr(m, k, v)
+        assert fingerprint(model, SIZE)!=own, k
+        setattr(m, k, old)
+    model.body[2] = torch.nn.LeakyReLU()
+    assert fingerprint(model, SIZE)!=own
+
+@timm
+def test_the_fingerprint_is_of_timms_batch_norms(make_learner, make_dls):
+    "They have parts, and weights of their own"
+    model = make_learner(make_dls(size=SIZE), arch='tf_efficientnet_lite0').model
+    own = fingerprint(model, SIZE)
+    next(m for m in model.modules() if type(m).__name__=='BatchNormAct2d').eps = .1
+    assert fingerprint(model, SIZE)!=own
+
+def test_another_process_finds_the_same_fingerprint(exported):
+    folder = exported['safetensors'][0]
+    code = f"from pyramidreid.export import load_embedder\nfrom pyramidreid.fingerprint import fingerprint\nm = load_embedder({str(folder)!r})\nprint(fingerprint(m.model, m.size, m.stats))"
+    res = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True, env={**os.environ,'PYTHONHASHSEED':'7','OMP_NUM_THREADS':'1'})
+    assert res.stdout.strip()==load_embedder(folder).fingerprint, res.stderr
+
+def test_an_exported_program_needs_pytorch_alone(exported, truth, crops, tmp_path):
+    "In a process that can import neither this library nor fastai, torchvision or timm"
+    np.save(tmp_path/'x.npy', pixels(crops[0][:3], SIZE))
+    code = f"""
+import sys
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('pyramidreid','fastai','fastcore','torchvision','timm'): raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Forbid())
+import numpy as np, torch
+net = torch.export.load({str(exported['pt2'][0])!r}).module()
+np.save({str(tmp_path/'y.npy')!r}, net(torch.from_numpy(np.load({str(tmp_path/'x.npy')!r}))).numpy())
+"""
+    res = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
+    assert res.returncode==0, res.stderr
+    assert abs(np.load(tmp_path/'y.npy')-truth[:3]).max()<=1e-5
+
+def test_a_batch_of_none(exported, learn):
+    nobody = pixels([], SIZE)
+    assert nobody.shape==(0,*SIZE,3) and nobody.dtype==np.uint8
+    models = [load_embedder(exported['safetensors'][0])] + ([Runtime(exported['onnx'][0])] if 'onnx' in exported else [])
+    for o in models: assert o.run(nobody).shape==o.embed([]).shape==(0,21*16)
+
 # what is and is not in the files
 
 @onnx
@@ -212,11 +296,56 @@ def copied(exported, folder, **kwargs):
     (dict(n_parts=10**9), "'n_parts' is"), (dict(size=[96]), "'size' is"), (dict(std=[1,1,0]), "'std' is"), (dict(mean=None), "'std' is"), (dict(resize='nearest'), "'resize' is"),
     (dict(arch='__builtins__', arch_from='torchvision'), 'not known here'), (dict(arch='fasterrcnn_resnet50_fpn', arch_from='torchvision'), 'not known here'),
     (dict(arch='system', arch_from='os'), 'not known here'), (dict(format=2), 'later version'), (dict(format=...), 'does not describe a model'),
-    (dict(levels=[1,9]), 'single parts'), (dict(levels=[1]), 'does not fit'), (dict(emb_sz=8), 'does not fit'), (dict(arch='resnet18', arch_from='torchvision'), 'is missing'),
+    (dict(levels=[1,9]), "'levels' is"), (dict(levels=[2,1]), "'levels' is"), (dict(levels=[]), "'levels' is"), (dict(levels=[1]), 'does not fit'), (dict(emb_sz=8), 'does not fit'), (dict(arch='resnet18', arch_from='torchvision'), 'is missing'),
     (dict(last_stride=2), 'changed or damaged'), (dict(norm='whole'), 'changed or damaged'), (dict(mean=[0,0,0]), 'changed or damaged'), (dict(size=[192,96]), 'changed or damaged'),
-    (dict(weights='/etc/passwd'), "'weights' is"), (dict(weights='model-000000000000.safetensors'), 'no file')])
+    (dict(mean=[float('nan')]*3), 'NaN is no number'), (dict(card=dict(mAP=float('inf'))), 'Infinity is no number'), (dict(std=[1,1,10**400]), "'std' is"), (dict(size=[10**6,10**6]), "'size' is"),
+    (dict(format=0), 'does not describe'), (dict(format=True), 'does not describe'), (dict(fingerprint='abc'), "'fingerprint' is"), (dict(data=7), "'data' is 7"), (dict(n_parts='9'*10**6), "'n_parts' is '9"),
+    (dict(weights='/etc/passwd'), "'weights' is"), (dict(weights=None), "'weights' is None"), (dict(weights='model-000000000000.safetensors'), 'no file')])
 def test_a_changed_description_is_refused(exported, tmp_path, change, words):
-    with pytest.raises((ValueError,FileNotFoundError), match=words): load_embedder(copied(exported, tmp_path/'m', **change))
+    with pytest.raises((ValueError,FileNotFoundError), match=words) as e: load_embedder(copied(exported, tmp_path/'m', **change))
+    assert len(str(e.value))<1000
+
+def test_a_description_cannot_fill_the_memory(exported, tmp_path, monkeypatch):
+    "A head of 600 GB is refused before it is built, and text that is nested without end when it is read"
+    from pyramidreid import export
+    folder = copied(exported, tmp_path/'m', n_parts=96, levels=list(range(1,97)), emb_sz=16384)
+    monkeypatch.setattr(export, '_build', lambda about: pytest.fail('it was built'))
+    with pytest.raises(ValueError, match=r'head.reduce.weight is \(21, 512, 16\), not \(4656, channels of the backbone, 16384\)'): load_embedder(folder)
+    (folder/'model.json').write_text('['*100_000)
+    with pytest.raises(ValueError, match='no JSON'): load_embedder(folder)
+
+def test_weights_that_are_no_numbers_are_refused(exported, make_learner, make_dls, tmp_path):
+    "In a file, though its fingerprint is right, and from a learner; a learner that diverged takes a shared model's again"
+    from safetensors.torch import load_file,save_file
+    from pyramidreid.export import _build
+    folder = copied(exported, tmp_path/'m')
+    file,about = next(folder.glob('*.safetensors')),json.loads((folder/'model.json').read_text())
+    sd = load_file(file)
+    sd['body.1.running_var'][3] = float('nan')
+    save_file(sd, file)
+    (model := _build(about)).load_state_dict(sd, strict=False)
+    about['fingerprint'] = fingerprint(model, about['size'], [about['mean'],about['std']])
+    (folder/'model.json').write_text(json.dumps(about))
+    with pytest.raises(ValueError, match='not numbers, in body.1.running_var'): load_embedder(folder)
+    learn = make_learner(make_dls(size=SIZE), n_parts=6, emb_sz=16)
+    with torch.no_grad(): learn.model.head.bn.weight[0] = float('inf')
+    for call,o in ((learn.save_model,'n'), (learn.to_exported,'n.pt2'), (learn.to_onnx,'n.onnx')):
+        with pytest.raises(ValueError, match='The model has weights that are infinite or not numbers, in head.bn.weight: its training diverged'): call(tmp_path/'new'/o)
+    assert not (tmp_path/'new').exists()
+    learn.load_weights(exported['safetensors'][0]).save_model(tmp_path/'new')
+
+def test_a_card_that_is_no_json_leaves_nothing(learn, tmp_path):
+    card = SimpleNamespace(figures=lambda: dict(mAP=float('nan')), words=lambda: {})
+    for call,o in ((learn.save_model,'m'), (learn.to_exported,'m.pt2'), (learn.to_onnx,'m.onnx')):
+        with pytest.raises(ValueError, match='a figure of its card is not a number'): call(tmp_path/'new'/o, card=card)
+        with pytest.raises(TypeError, match='card is a str: give the protocol card'): call(tmp_path/'new'/o, card='good')
+    assert not [o for o in tmp_path.rglob('*') if o.is_file()]
+
+def test_names_that_cannot_be_written(learn, tmp_path):
+    with pytest.raises(ValueError, match='ends in .pt2'): learn.to_exported(tmp_path/'m')
+    (tmp_path/'file').touch()
+    with pytest.raises(NotADirectoryError, match='file is a file: name a folder'): learn.save_model(tmp_path/'file')
+    assert [o.name for o in tmp_path.iterdir()]==['file']
 
 def test_damaged_files_are_refused(exported, tmp_path):
     folder = copied(exported, tmp_path/'m')
@@ -321,3 +450,16 @@ def test_weights_for_another_normalisation_are_refused(exported, make_dls, make_
     plain = make_learner(make_dls(size=SIZE), n_parts=6, emb_sz=16, normalize=False)
     for o in (own, plain):
         with pytest.raises(ValueError, match='normalised by'): o.load_weights(exported['safetensors'][0])
+
+@pytest.mark.parametrize('how', [dict(normalize=False), dict(batch_tfms=[Normalize.from_stats([.5]*3, [.25]*3)])], ids=['none','own'])
+def test_a_learner_from_a_shared_model_normalises_as_it_did(make_dls, make_learner, crops, tmp_path, how):
+    old = make_learner(make_dls(size=SIZE, **{k:v for k,v in how.items() if k=='batch_tfms'}), normalize=how.get('normalize', True))
+    new = quiet(learner_from(old.save_model(tmp_path/'m'), make_dls(size=SIZE), path=tmp_path))
+    assert learner_fingerprint(new)==learner_fingerprint(old)
+    assert torch.allclose(*(o.embed(o.dls.test_dl(crops[0][:4])) for o in (old,new)), atol=1e-5)
+
+def test_weights_for_other_branches_are_refused(make_dls, make_learner, tmp_path):
+    "Three parts, or two parts and the whole: weights of the same shapes"
+    folder = make_learner(make_dls(size=SIZE), n_parts=3, levels=[1]).save_model(tmp_path)
+    other = make_learner(make_dls(size=SIZE), n_parts=2)
+    with pytest.raises(ValueError, match=r'n_parts=3, levels=\[1\], and this learner n_parts=2, levels=\[1, 2\]'): other.load_weights(folder)

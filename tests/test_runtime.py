@@ -1,5 +1,5 @@
 "The runtime alone: what it imports, what it takes, and what it refuses"
-import os,subprocess,sys,threading,time
+import json,os,struct,subprocess,sys,threading,time
 import numpy as np, pytest
 from PIL import Image
 from pyramidreid.runtime import *
@@ -50,6 +50,11 @@ except ModuleNotFoundError: print('alone')
 def test_without_onnxruntime_the_extra_is_named(file, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     with pytest.raises(ImportError, match=r'pip install .pyramidreid\[onnx\]'): Runtime(file)
+
+def test_without_onnxruntime_it_is_named_where_there_is_nothing_else(file):
+    "Where fastcore, which the rest of the package imports, is not installed either"
+    code = f"import sys\nsys.modules['onnxruntime'] = sys.modules['fastcore'] = None\nfrom pyramidreid.runtime import Runtime\nRuntime({str(file)!r})"
+    assert 'ImportError: onnxruntime is not installed' in python(code).stderr
 
 # what it takes
 
@@ -114,6 +119,23 @@ def test_exif_turns_a_picture_once(tmp_path, suffix):
         im = Image.open(tmp_path/f'o.{suffix}')
         for o in (Image.open(tmp_path/f'o.{suffix}'), im.copy(), im.convert('RGB'), seen, rgb(seen)): assert np.array_equal(np.asarray(rgb(o)), np.asarray(seen)), turn
 
+def exif_jpeg(data, *entries):
+    "A JPEG's bytes with an EXIF block of entries `(tag, type, count, value)`"
+    exif = b'Exif\0\0II*\0\x08\0\0\0' + struct.pack('<H', len(entries)) + b''.join(struct.pack('<HHII', *o) for o in entries) + bytes(44)
+    return data[:2] + b'\xff\xe1' + struct.pack('>H', len(exif)+2) + exif + data[2:]
+
+def test_other_exif_entries_do_not_matter(files, tmp_path):
+    "Entries of every type, with values that fit or not, beside the one that turns the picture"
+    data,turn = files[0].read_bytes(),(0x0112,3,1,6)
+    (tmp_path/'o.jpg').write_bytes(exif_jpeg(data, turn))
+    want = np.asarray(rgb(tmp_path/'o.jpg'))
+    assert want.shape[:2]==Image.open(files[0]).size and not np.array_equal(want, np.asarray(Image.open(files[0])))
+    for tag in (0x010f,0x0131,0x02bc,0x8769,0x8825,0x927c,0xa005):
+        for kind in range(14):
+            for count,value in ((1,7), (2,40), (9,2**31)):
+                (tmp_path/'o.jpg').write_bytes(exif_jpeg(data, turn, (tag,kind,count,value)))
+                for o in (tmp_path/'o.jpg', Image.open(tmp_path/'o.jpg')): assert np.array_equal(np.asarray(rgb(o)), want), (tag,kind,count)
+
 def test_exif_that_cannot_be_read_says_nothing(files, tmp_path):
     data = files[0].read_bytes()
     (tmp_path/'o.jpg').write_bytes(data[:2]+b'\xff\xe1'+(28).to_bytes(2, 'big')+b'Exif\0\0'+b'\xff'*20+data[2:])
@@ -165,6 +187,13 @@ def test_images_are_found_by_what_pillow_opens(tmp_path):
     assert [o.relative_to(tmp_path/'all').as_posix() for o in find_images(str(tmp_path/'all'))]==['A.JFIF','b.webp','c.jpeg','deep/down/g.png','link/down/g.png']
     assert find_images(tmp_path/'none')==[]
 
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    for o in 'ab':
+        (tmp_path/o).mkdir()
+        (tmp_path/o/f'{o}.jpg').touch()
+    for o,to in (('a/up','..'), ('a/self','.'), ('b/other','../a')): os.symlink(to, tmp_path/o, target_is_directory=True)
+    assert [o.relative_to(tmp_path).as_posix() for o in find_images(tmp_path)]==['a/a.jpg','b/b.jpg','b/other/a.jpg']
+
 # what it refuses
 
 def test_pictures_that_are_none(file, files, tmp_path):
@@ -184,6 +213,31 @@ def test_pictures_that_are_none(file, files, tmp_path):
 def test_what_is_no_picture_is_numbered(file, files, item, words):
     "The number counts over batches"
     with pytest.raises(ValueError, match=f'image 5 is an? .*{words}'): Runtime(file, threads=1).embed([*files[:5],item], bs=2)
+
+def test_an_image_of_pil_that_is_cut_off_is_numbered(file, files, tmp_path):
+    (tmp_path/'cut.jpg').write_bytes(files[0].read_bytes()[:-300])
+    (closed := Image.open(files[0])).close()
+    for o in (Image.open(tmp_path/'cut.jpg'), closed):
+        with pytest.raises(OSError, match='image 1 is no image or is cut off'): Runtime(file, threads=1).embed([files[0],o])
+    with pytest.raises(ValueError, match=r'image 0 has no pixels \(0×5\)'): pixels([Image.new('RGB', (0,5))], SIZE)
+
+@pytest.mark.parametrize('item,words', [(None,'NoneType'), (3,'int'), (b'bytes','bytes')])
+def test_a_single_thing_that_is_no_picture(file, item, words):
+    with pytest.raises(ValueError, match=f'image 0 is a {words}: give the path'): Runtime(file, threads=1).embed(item)
+
+@pytest.mark.parametrize('suffix', ['jpg','png','gif','webp','tif','bmp','jp2','avif'])
+def test_a_damaged_picture_is_an_error_that_names_it_or_none(files, tmp_path, suffix):
+    "Bytes changed and cut off at random"
+    im,f,rng = Image.open(files[0]),tmp_path/f'o.{suffix}',np.random.default_rng(0)
+    try: im.save(f)
+    except (KeyError,ValueError,OSError) as e: pytest.skip(f'{suffix}: {e}')
+    data = f.read_bytes()
+    for i in range(60):
+        hurt = bytearray(data if i%3 else data[:rng.integers(len(data))])
+        for at in rng.integers(0, max(1, min(len(hurt), 300 if i%2 else len(hurt))), 3): hurt[at:at+1] = bytes(rng.integers(0, 256, 1, dtype=np.uint8))
+        f.write_bytes(hurt)
+        try: assert rgb(f).mode=='RGB'
+        except (OSError,ValueError) as e: assert str(f) in str(e)
 
 def test_no_batches_of_none(file):
     with pytest.raises(ValueError, match='bs=0'): Runtime(file).embed([], bs=0)
@@ -222,3 +276,48 @@ def test_a_later_format(file, tmp_path):
         else: o.value = blank_seal
     (tmp_path/'later.onnx').write_bytes(seal(model.SerializeToString()))
     with pytest.raises(ValueError, match='later version'): Runtime(tmp_path/'later.onnx')
+
+def changed(file, dest, about=None, model=None):
+    "A copy with another description or another network, and a seal on it"
+    import onnx
+    proto = onnx.load(file)
+    if model: model(proto)
+    for o in proto.metadata_props: o.value = blank_seal if o.key=='seal' else o.value if about is None else about(json.loads(o.value))
+    dest.write_bytes(seal(proto.SerializeToString()))
+    return dest
+
+@pytest.mark.parametrize('about,words', [
+    (lambda a: '{', 'no JSON'), (lambda a: '['*10**5, 'no JSON'), (lambda a: '[1]', 'does not describe'), (lambda a: json.dumps({**a, 'drop':float('nan')}), 'NaN is no number'),
+    (lambda a: json.dumps({k:v for k,v in a.items() if k!='size'}), "'size' is missing"), (lambda a: json.dumps({**a, 'size':[10**6]*2}), "'size' is"),
+    (lambda a: json.dumps({**a, 'size':[96,48]}), 'is not the network that it describes'), (lambda a: json.dumps({**a, 'levels':[1]}), 'is not the network that it describes')])
+def test_a_description_is_read_with_care(file, tmp_path, about, words):
+    "Anyone can put a seal on a file"
+    with pytest.raises(ValueError, match=f'odd.onnx .*{words}'): Runtime(changed(file, tmp_path/'odd.onnx', about))
+
+def test_a_network_with_other_inputs_is_refused(file, tmp_path):
+    def rename(m):
+        m.graph.input[0].name = 'x'
+        for node in m.graph.node: node.input[:] = ['x' if o=='images' else o for o in node.input]
+    with pytest.raises(ValueError, match="odd.onnx is not the network that it describes: it has .*'x'"): Runtime(changed(file, tmp_path/'odd.onnx', model=rename))
+
+def test_weights_outside_the_file_are_refused(file, tmp_path, monkeypatch):
+    "No seal is over them"
+    monkeypatch.chdir(tmp_path)
+    def outside(m):
+        w = max(m.graph.initializer, key=lambda o: len(o.raw_data))
+        (tmp_path/'w.bin').write_bytes(w.raw_data)
+        for k,v in dict(location='w.bin', offset='0', length=str(len(w.raw_data))).items(): w.external_data.add(key=k, value=v)
+        w.ClearField('raw_data')
+        w.data_location = 1
+    with pytest.raises(ValueError, match='odd.onnx is whole, but onnxruntime .* cannot run it .*xternal'): Runtime(changed(file, tmp_path/'odd.onnx', model=outside))
+
+def test_an_operation_of_ones_own_is_refused(file, tmp_path):
+    def own(m): m.graph.node[3].op_type,m.graph.node[3].domain = 'Evil','evil'
+    with pytest.raises(ValueError, match='odd.onnx is whole, but onnxruntime'): Runtime(changed(file, tmp_path/'odd.onnx', model=own))
+
+def test_what_computes_is_what_was_asked_for(file, monkeypatch):
+    assert Runtime(file, providers='CPUExecutionProvider').session.get_providers()==['CPUExecutionProvider']
+    with pytest.raises(ValueError, match="knows no provider 'CudaExecutionProvider'. Here it has .*CPUExecutionProvider"): Runtime(file, providers=['CudaExecutionProvider','CPUExecutionProvider'])
+    if 'CUDAExecutionProvider' in ort.get_available_providers(): pytest.skip('there may be a GPU')
+    with pytest.raises(ValueError, match='finds no CUDAExecutionProvider here, only CPUExecutionProvider'): Runtime(file, providers=[('CUDAExecutionProvider', dict(device_id=0))])
+    Runtime(file, providers=['CUDAExecutionProvider','CPUExecutionProvider'])
