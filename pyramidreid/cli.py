@@ -211,7 +211,9 @@ def main(argv=None): # Arguments; None: those of the process
         import pyramidreid.cli_models,pyramidreid.cli_gallery
         return app.main(argv, 'pyramidreid', standalone_mode=False, obj=argv) or 0
     except click.ClickException as e: return e.show() or 2
-    except BrokenPipeError: return _gone() # while it showed help
+    except SystemExit as e: # of click, if the reader went away while it showed help; or of SIGTERM
+        if e.code!=1: raise
+        return _gone()
     except OSError as e: return _failed(e, False)
     except (click.Abort,KeyboardInterrupt): return click.echo('Interrupted.', err=True) or 130
 

@@ -130,7 +130,7 @@ def test_ctrl_c_in_a_training_and_resume(desk):
     shown,code = in_terminal(f'pyramidreid train people --out cut --epochs 2 {SMALL}', d, until=lambda: any(time.time()-o.stat().st_mtime>.3 for o in (d/'cut'/'checkpoints').glob('1-*.pth'))) # not just when fastprogress begins a bar: it has an `except:` there that eats Ctrl-C
     assert code==130, shown
     assert '█' in shown and '\r' in shown and 'Traceback' not in shown
-    assert re.search(r'\n1 +\d+\.\d{6} ', shown) and ' nan ' not in shown # the row of the first epoch
+    assert re.search(r'[\r\n]1 +\d+\.\d{6} ', shown) and ' nan ' not in shown # the row of the first epoch
     assert not rubbish(d/'cut') and not (d/'cut'/'card.json').exists() and not (d/'cut'/'model').exists()
     again = re.search(r'pyramidreid train .*--resume', shown)[0]
     res = sh(again+' --json', d)
@@ -449,7 +449,7 @@ sys.exit(main())"""
         res = alone('gallery', *args)
         assert res.returncode==0, res.stderr
     assert alone('embed', 'person.onnx', query, '--out', tmp_path/'e.npz').returncode==0
-    for args in (['embed','person.onnx',query,'--out',tmp_path/'f.npz','--flip'],['gallery','calibrate',street,'people',*model]):
+    for args in (['embed','person.onnx',query,'--out',tmp_path/'f.npz','--flip'],['gallery','calibrate',street,'people',*model,'--far','.1']):
         res = alone(*args)
         assert res.returncode==2 and 'is not installed, and this command needs it' in res.stderr, res.stderr
 
@@ -465,7 +465,7 @@ def test_help_names_every_command_in_a_whole_line(tmp_path):
     for group,names in (('','draw demo doctor train evaluate embed export gallery'),('gallery','add remove search calibrate info')):
         res = subprocess.run(['pyramidreid',*group.split(),'--help'], cwd=tmp_path, env={**env,'COLUMNS':'80'}, capture_output=True, text=True)
         commands = res.stdout.split('Commands:\n')[1].split('\n\n')[0].splitlines()
-        assert [o.split()[0] for o in commands]==names.split() and '...' not in res.stdout and all(len(o)<=80 for o in commands)
+        assert [o.split()[0] for o in commands]==names.split() and all('...' not in o and len(o)<=80 for o in commands)
 
 def test_search_shows_the_key_last_and_a_dash_for_gaps(desk, capfd, tmp_path, monkeypatch):
     "Also where a name holds what would move the cursor of a terminal"
@@ -480,7 +480,7 @@ def test_search_shows_the_key_last_and_a_dash_for_gaps(desk, capfd, tmp_path, mo
     code,out,_ = run(capfd, 'gallery', 'search', 'street', 'a b.jpg', *model)
     head,*rows = out.splitlines()
     assert code==0 and head.split()==['similarity','pid','key'] and [o.split(maxsplit=2)[2] for o in rows]==['a b.jpg',r'new\nline\x1b[31m\u202e.jpg']
-    assert [o.split()[1] for o in rows]==['3','–'] and rows[0].startswith('    1.0000') and not any(o.endswith(' ') for o in (head,*rows))
+    assert [o.split()[1] for o in rows]==['3','–'] and rows[0].split()[0]=='1.0000' and not any(o.endswith(' ') for o in (head,*rows))
     assert json.loads(run(capfd, 'gallery', 'search', 'street', 'a b.jpg', *model, '--json')[1])['matches'][1]['key'].endswith(odd)
 
 def test_numbers_that_are_none(desk, people, capfd, tmp_path):
@@ -507,7 +507,7 @@ def test_no_right_to_write_is_said_before_the_work(desk, shared, people, capfd, 
     d,_ = desk
     def never(*args, **kwargs): raise AssertionError('worked')
     for o in ('cli_inputs.embed_files','cli_inputs.open_model','data.ReIDDataLoaders.from_table','synth.synth_persons','doctor.doctor'): monkeypatch.setattr(f'pyramidreid.{o}', never)
-    monkeypatch.setattr(os, 'access', lambda *args, **kwargs: False)
+    monkeypatch.setattr(os, 'access', lambda path, mode, **kwargs: not mode & os.W_OK)
     t,query,model = tmp_path,image_files([d/'people'/'query'])[0],['--model',d/'person.onnx']
     for args in (['train',people,'--out',t/'deep'/'run'],['draw',t/'p'],['embed',shared,query,'--out',t/'e.npz'],['export',shared,'--to','onnx','--out',t/'m.onnx'],['evaluate',shared,people,'--card',t/'c.json'],
                  ['doctor',people,'--plot',t/'p.png'],['gallery','add',t/'street',query,*model],['gallery','remove',t/'street',query],['gallery','calibrate',t/'street',people,*model]):
@@ -549,7 +549,7 @@ def test_closed_and_full_streams(desk, tmp_path):
         res = sh_(f'pyramidreid embed person.onnx {query} --out {file} {streams}')
         assert res.returncode==0 and not res.stderr, res.stderr
         with np.load(file) as o: assert len(o['embeddings'])==1
-    assert sh_('pyramidreid --help | true; exit ${PIPESTATUS[0]}').returncode in (0,141)
+    assert sh_('pyramidreid --help | true; exit ${PIPESTATUS[0]}').returncode==141
     if Path('/dev/full').exists():
         for line in ('pyramidreid --help','pyramidreid gallery info street'):
             res = sh_(f'{line} >/dev/full')
@@ -560,8 +560,8 @@ def test_a_training_that_is_asked_to_end(desk):
     "SIGTERM, as a queue sends it: 143, and the log says how to go on"
     d,_ = desk
     p = subprocess.Popen(shlex.split(f'pyramidreid train people --out ended --epochs 40 {SMALL}'), cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (line := p.stdout.readline()).startswith('epoch 1 of 40') and p.poll() is None: pass
-    time.sleep(.2)
+    while not list((d/'ended'/'checkpoints').glob('1-*.pth')) and p.poll() is None: time.sleep(.05)
+    time.sleep(.3)
     p.terminate()
     out,err = p.communicate(timeout=120)
     assert p.returncode==143 and re.search(r'Ended\. ended/checkpoints/1-\d{4}\.pth is whole\. To go on:\npyramidreid train .*--resume\n', err) and 'Traceback' not in err, err
