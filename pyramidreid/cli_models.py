@@ -6,9 +6,12 @@
 __all__ = ['train', 'evaluate', 'embed', 'export']
 
 # %% ../nbs/17b_cli_models.ipynb #46939ee5
-import click,json,shlex
+import click,importlib.util,json,shlex
+from contextlib import nullcontext
 from pathlib import Path
-from .cli import Answer,app,command,data_set_option,device_option,existing,held_out_options
+from urllib.error import URLError
+from .cli import (Answer,Number,app,command,data_set_option,device_option,existing,held_out_options,new_file,new_folder,
+                             part_type,writing)
 
 # %% ../nbs/17b_cli_models.ipynb #2de44c4f
 _lr = dict(paper=.1, modern=1e-3) # Of the new layers
@@ -18,7 +21,11 @@ def _arch(name):
     import torchvision
     from pyramidreid.backbone import resnet10
     if name=='resnet10': return resnet10
-    return torchvision.models.get_model_builder(name) if name in torchvision.models.list_models(torchvision.models) else name
+    if name in torchvision.models.list_models(torchvision.models): return torchvision.models.get_model_builder(name)
+    if importlib.util.find_spec('timm') and not {':','/'} & set(name): # not of the hub
+        import timm
+        if not timm.is_model(name): raise ValueError(f"--arch {name}: neither torchvision nor timm has a backbone of this name; resnet50 is one, and resnet10 is ours")
+    return name
 
 def _learner(dls, arch, weights, out):
     "A learner to train: from ImageNet's weights, from scratch, from a file for the backbone, or from a shared model"
@@ -28,8 +35,12 @@ def _learner(dls, arch, weights, out):
         if arch: raise ValueError(f"--arch {arch}: the model in {weights} brings its own backbone. Leave --arch out")
         return learner_from(weights, dls, path=out)
     named = weights in ('imagenet','none')
-    if not named and not Path(weights).is_file(): raise FileNotFoundError(f"--weights {weights}: neither imagenet nor none, nor a file of weights, nor a folder with a model.json")
-    return pyramid_learner(dls, _arch(arch or 'resnet50'), pretrained=weights=='imagenet', weights=None if named else weights, path=out)
+    if not named and not Path(weights).is_file(): raise FileNotFoundError(
+        f"--weights {weights}: neither imagenet nor none, nor a file of weights, nor a folder with a model.json")
+    try: return pyramid_learner(dls, _arch(arch or 'resnet50'), pretrained=weights=='imagenet', weights=None if named else weights, path=out)
+    except OSError as e:
+        if not isinstance(e.__cause__, URLError): raise
+        raise OSError(f"The ImageNet weights of {arch or 'resnet50'} could not be downloaded ({e.__cause__.reason}). Give a file of them by --weights FILE, or begin from scratch by --weights none") from e
 
 def _fit(learn, recipe, epochs, lr, scratch, cbs):
     import pyramidreid.recipes
@@ -42,11 +53,16 @@ def _fit(learn, recipe, epochs, lr, scratch, cbs):
 def _free(out, resume):
     "Refuse a folder that holds a run, unless it is to be resumed"
     old = sorted((out/'checkpoints').glob('[0-9]*-[0-9]*.pth'))
-    if old and not resume: raise FileExistsError(f"{out} holds a run already, {old[-1].name} its newest checkpoint. Go on with it by --resume, or choose another folder by --out")
+    if old and not resume: raise FileExistsError(
+        f"{out} holds a run already, {old[-1].name} its newest checkpoint. Go on with it by --resume, or choose another folder by --out")
 
-def _again(argv): return 'pyramidreid '+shlex.join([*argv, *([] if '--resume' in argv else ['--resume'])])
+def _how_on(newest, argv):
+    "How a training goes on that was interrupted"
+    if not newest: return "No epoch was done, so there is nothing to go on from."
+    return f"{newest} is whole. To go on:\npyramidreid {shlex.join([*argv, *([] if '--resume' in argv else ['--resume'])])}"
 
-def _figures(card): return {**{k:getattr(card, k) for k in ('mAP','rank1','rank5','rank10','mINP','mAP_trapezoid')}, 'choices':card.words()}
+def _figures(card):
+    return {**{k:getattr(card, k) for k in ('mAP','rank1','rank5','rank10','mINP','mAP_trapezoid')}, 'choices':card.words()}
 
 @command(app, """pyramidreid train Market-1501-v15.09.15 --out market
     pyramidreid train Market-1501-v15.09.15 --hold-out 0.1 --recipe paper --out chosen
@@ -54,24 +70,27 @@ def _figures(card): return {**{k:getattr(card, k) for k in ('mAP','rank1','rank5
     pyramidreid train my-people --weights market/model --epochs 10 --out tuned
     pyramidreid train Market-1501-v15.09.15 --out market --resume""")
 @click.argument('data', type=existing)
-@click.option('--out', type=click.Path(file_okay=False, path_type=Path), default='run', show_default=True, help='Folder for checkpoints, card.json and the model.')
+@click.option('--out', type=new_folder, default='run', show_default=True, help='Folder for checkpoints, card.json and the model.')
 @data_set_option
 @click.option('--recipe', type=click.Choice(['modern','paper']), default='modern', show_default=True, help="What the field does today, or the paper's schedule.")
 @click.option('--epochs', type=click.IntRange(1), help='Epochs.  [default: 60 for modern, 120 for paper]')
 @click.option('--arch', metavar='NAME', help="Backbone: torchvision's or timm's name, or resnet10.  [default: resnet50]")
-@click.option('--weights', metavar='WHAT', default='imagenet', show_default=True, help="Where it begins: imagenet (downloaded), none, a file for the backbone, or a model's folder.")
-@click.option('--size', type=click.IntRange(1), nargs=2, default=(384,128), show_default=True, metavar='H W', help='Height and width of the input, pixels.')
+@click.option('--weights', metavar='WHAT', default='imagenet', show_default=True,
+    help="Where it begins: imagenet (downloaded), none, a file for the backbone, or a model's folder.")
+@click.option('--size', type=click.IntRange(1), nargs=2, default=(384,128), show_default=True, metavar='H W',
+    help='Height and width of the input, pixels.')
 @click.option('--p', type=click.IntRange(2), default=8, show_default=True, help='Identities in a batch.')
 @click.option('--k', type=click.IntRange(1), default=8, show_default=True, help='Images of each.')
-@click.option('--lr', type=click.FloatRange(0, min_open=True), help="Highest learning rate of the new layers.  [default: the recipe's]")
-@click.option('--hold-out', type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar='PART', help='Validate on this part of the training identities, as 0.2.  [default: on the given queries and gallery]')
+@click.option('--lr', type=Number(0, min_open=True), help="Highest learning rate of the new layers.  [default: the recipe's]")
+@click.option('--hold-out', type=part_type, metavar='PART',
+    help='Validate on this part of the training identities, as 0.2.  [default: on the given queries and gallery; 0.2 if there are none]')
 @click.option('--cache', metavar='FILE', help="Decode every image once and keep them in this file; 'memory': in memory.")
 @click.option('--resume', is_flag=True, help='Go on from the newest checkpoint in --out.')
 @click.option('--seed', type=int, default=42, show_default=True, help='Of the training and of who is held out.')
-@click.option('--workers', type=click.IntRange(0), help='Processes that read images.')
-@device_option
+@click.option('--workers', type=click.IntRange(0), help="Processes that read images.  [default: one for each core, 16 at most; with --cache: none]")
+@click.option('--device', metavar='NAME', help='Where to compute, as cpu or cuda:1.  [default: a GPU if there is one]')
 def train(talk, data, out, data_set, recipe, epochs, arch, weights, size, p, k, lr, hold_out, cache, resume, seed, workers, device):
-    "Train a model on DATA: a known data set, a folder for each person, or a CSV file with fn, pid, cam and split."
+    "Train a model on DATA. It is a known data set, a folder for each person, or a CSV file with fn, pid and, where known, cam and split."
     _free(out, resume)
     import pyramidreid.export
     from fastai.torch_core import set_seed
@@ -81,8 +100,10 @@ def train(talk, data, out, data_set, recipe, epochs, arch, weights, size, p, k, 
     from pyramidreid.tfms import person_tfms,strong_tfms
     set_seed(seed)
     more = {name:v for name,v in dict(num_workers=workers, device=device).items() if v is not None}
-    dls = ReIDDataLoaders.from_table(read_data(data, data_set), path=out, p=p, k=k, size=size, valid_pct=hold_out, seed=seed,
-        tfms=strong_tfms if recipe=='modern' else person_tfms, cache=True if cache=='memory' else cache, **more)
+    df = read_data(data, data_set)
+    with writing(f'--cache {cache}') if cache else nullcontext():
+        dls = ReIDDataLoaders.from_table(df, path=out, p=p, k=k, size=size, valid_pct=hold_out, seed=seed,
+            tfms=strong_tfms if recipe=='modern' else person_tfms, cache=True if cache=='memory' else cache, **more)
     learn = _learner(dls, arch, weights, out)
     talk.say(f"{dls.data_name}: {len(dls.train.items):,} images of {dls.c:,} people to train on, {len(dls.valid.items):,} images to validate")
     talk.follow(learn)
@@ -92,8 +113,12 @@ def train(talk, data, out, data_set, recipe, epochs, arch, weights, size, p, k, 
         card = learn.evaluate()
         card.to_json(out/'card.json')
         model = learn.save_model(out/'model', card)
-    except KeyboardInterrupt: raise KeyboardInterrupt(f"{cbs.newest} is whole. To go on:\n{_again(talk.argv)}" if cbs.newest else "No epoch was done, so there is nothing to go on from.") from None
-    return Answer(f"\n{card}\n\nModel  {model}\nCard   {out/'card.json'}", dict(model=model, card=out/'card.json', checkpoint=cbs.newest, **_figures(card)))
+    except KeyboardInterrupt: raise KeyboardInterrupt(_how_on(cbs.newest, talk.argv)) from None
+    except SystemExit: # by SIGTERM
+        click.echo(f"\nEnded. {_how_on(cbs.newest, talk.argv)}", err=True)
+        raise
+    return Answer(f"\n{card}\n\nModel  {model}\nCard   {out/'card.json'}",
+                  dict(model=model, card=out/'card.json', checkpoint=cbs.newest, **_figures(card)))
 
 # %% ../nbs/17b_cli_models.ipynb #16df5f29
 @command(app, """pyramidreid evaluate market Market-1501-v15.09.15
@@ -106,16 +131,18 @@ def train(talk, data, out, data_set, recipe, epochs, arch, weights, size, p, k, 
 @held_out_options
 @click.option('--flip', is_flag=True, help='Embed each image together with its mirror image.')
 @click.option('--rerank', is_flag=True, help='Re-rank by k-reciprocal neighbours.')
-@click.option('--card', type=click.Path(dir_okay=False, path_type=Path), metavar='FILE', help='Write the protocol card there, as JSON with the values of every query.')
+@click.option('--card', type=new_file, metavar='FILE', help='Write the protocol card there, as JSON with the values of every query.')
 @device_option
 def evaluate(talk, model, data, data_set, hold_out, seed, flip, rerank, card, device):
-    "Rank the gallery of DATA for each of its queries by MODEL: a folder of train or save_model, or an ONNX file."
+    """Measure how well MODEL finds the people of DATA. MODEL is a folder of train or save_model, or an ONNX file. DATA, as for train, has queries and a
+    gallery, or else takes --hold-out."""
     from pyramidreid.cli_inputs import held_out,open_model,ranked,read_data
     model = open_model(model, device)
     found = ranked(talk, model, *held_out(read_data(data, data_set), hold_out, seed), flip, rerank)
     from pyramidreid.evaluation import evaluate_distances
     res = evaluate_distances(**found, progress_bar=talk.bars)
-    if card: res.to_json(card)
+    if card:
+        with writing(card): res.to_json(card)
     return Answer(str(res), _figures(res))
 
 # %% ../nbs/17b_cli_models.ipynb #72f6a671
@@ -123,41 +150,45 @@ def _write_embeddings(file, names, emb, fingerprint):
     "Embeddings and the names of their images, in the format that the suffix asks for"
     import numpy as np
     from pyramidreid.core import whole_file
-    with whole_file(file) as f:
+    from safetensors import SafetensorError
+    with writing(file),whole_file(file) as f:
         if file.suffix=='.npz': np.savez(f, embeddings=emb, names=np.array(names), fingerprint=fingerprint)
         elif file.suffix=='.csv':
             import pandas as pd
             pd.DataFrame(emb, names).rename_axis('fn').to_csv(f)
         else:
             from safetensors.numpy import save_file
-            save_file(dict(embeddings=emb), f, dict(names=json.dumps(names), fingerprint=fingerprint))
+            try: save_file(dict(embeddings=emb), f, dict(names=json.dumps(names), fingerprint=fingerprint))
+            except SafetensorError as e: raise OSError(f"{file} could not be written: {e}") from e
 
 @command(app, """pyramidreid embed market crops --out crops.safetensors
     pyramidreid embed person.onnx ann.jpg bob.jpg --out two.csv
     pyramidreid embed market crops --out crops.npz --quiet --json""")
 @click.argument('model', type=existing)
 @click.argument('files', nargs=-1, required=True, type=existing)
-@click.option('--out', required=True, type=click.Path(dir_okay=False, path_type=Path), help='File to write: .safetensors, .npz or .csv.')
+@click.option('--out', required=True, type=new_file, help='File to write: .safetensors, .npz or .csv.')
 @click.option('--flip', is_flag=True, help='Embed each image together with its mirror image.')
 @device_option
 def embed(talk, model, files, out, flip, device):
-    "Embed images: FILES, and all images in folders among them."
-    if out.suffix not in ('.safetensors','.npz','.csv'): raise click.BadParameter(f'{out}: name a .safetensors, .npz or .csv file', param_hint='--out')
+    "Write the embeddings of images by MODEL to a file. MODEL is a folder of train or save_model, or an ONNX file; FILES are images, and folders of images."
+    if out.suffix not in ('.safetensors','.npz','.csv'):
+        raise click.BadParameter(f'{out}: name a .safetensors, .npz or .csv file', param_hint='--out')
     from pyramidreid.cli_inputs import embed_files,image_files,open_model
     files,model = image_files(files),open_model(model, device)
     talk.say(f"Embedding {len(files):,} image{'s'*(len(files)!=1)} …")
     emb = embed_files(talk, model, files, flip)
     _write_embeddings(out, list(map(str, files)), emb, model.fingerprint)
-    return Answer(f"{out}: {len(emb):,} × {emb.shape[1]:,}", dict(out=out, images=len(emb), numbers=emb.shape[1], fingerprint=model.fingerprint))
+    return Answer(f"{out}: {len(emb):,} × {emb.shape[1]:,}",
+                  dict(out=out, images=len(emb), numbers=emb.shape[1], fingerprint=model.fingerprint))
 
 # %% ../nbs/17b_cli_models.ipynb #838849e6
 @command(app, """pyramidreid export market --to onnx --out person.onnx
     pyramidreid export market/model --to pt2 --out person.pt2""")
 @click.argument('model', type=existing)
 @click.option('--to', type=click.Choice(['onnx','pt2']), required=True, help='For onnxruntime, or for PyTorch.')
-@click.option('--out', required=True, type=click.Path(dir_okay=False, path_type=Path), help='File to write.')
+@click.option('--out', required=True, type=new_file, help='File to write.')
 def export(talk, model, to, out):
-    "Write MODEL as one file that runs without this library."
+    "Write MODEL as one file that runs without this library. MODEL is a folder of train or save_model."
     if out.suffix!=f'.{to}': raise click.BadParameter(f'{out}: a file for {to} ends in .{to}', param_hint='--out')
     if model.suffix=='.onnx': raise ValueError(f"{model} is exported already: give the model's folder")
     from pyramidreid.cli_inputs import open_model
@@ -165,5 +196,6 @@ def export(talk, model, to, out):
     model = open_model(model, 'cpu')
     talk.say(f'Writing {out} …')
     write = dict(onnx=write_onnx, pt2=write_exported)[to]
-    write(model.net, {k:v for k,v in model.about.items() if k!='weights'}, out)
-    return Answer(f"{out}: {out.stat().st_size/1e6:.1f} MB, fingerprint {model.fingerprint}", dict(out=out, bytes=out.stat().st_size, fingerprint=model.fingerprint))
+    with writing(out): write(model.net, {k:v for k,v in model.about.items() if k!='weights'}, out)
+    return Answer(f"{out}: {out.stat().st_size/1e6:.1f} MB, fingerprint {model.fingerprint}",
+                  dict(out=out, bytes=out.stat().st_size, fingerprint=model.fingerprint))

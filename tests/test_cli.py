@@ -130,6 +130,7 @@ def test_ctrl_c_in_a_training_and_resume(desk):
     shown,code = in_terminal(f'pyramidreid train people --out cut --epochs 2 {SMALL}', d, until=lambda: any(time.time()-o.stat().st_mtime>.3 for o in (d/'cut'/'checkpoints').glob('1-*.pth'))) # not just when fastprogress begins a bar: it has an `except:` there that eats Ctrl-C
     assert code==130, shown
     assert '█' in shown and '\r' in shown and 'Traceback' not in shown
+    assert re.search(r'[\r\n]1 +\d+\.\d{6} ', shown) and ' nan ' not in shown # the row of the first epoch
     assert not rubbish(d/'cut') and not (d/'cut'/'card.json').exists() and not (d/'cut'/'model').exists()
     again = re.search(r'pyramidreid train .*--resume', shown)[0]
     res = sh(again+' --json', d)
@@ -327,7 +328,7 @@ def test_a_file_is_one_entry_however_it_is_typed(desk, capfd, tmp_path, monkeypa
     assert json.loads(add('in', 'in/1.jpg', '--skip-known')[1])['added']==2 # a folder and a file in it
     assert keys('street')==[str(tmp_path/'in'/f'{i}.jpg') for i in range(3)]
     out = run(capfd, 'gallery', 'search', 'street', 'in/1.jpg', '--model', d/'person.onnx')[1]
-    assert out.splitlines()[1].split()[0]==os.path.join('in','1.jpg')
+    assert out.splitlines()[1].split()[-1]==os.path.join('in','1.jpg')
     monkeypatch.chdir(tmp_path/'in')
     assert run(capfd, 'gallery', 'remove', '../street', '1.jpg', tmp_path/'in'/'2.jpg')[0]==0 and keys('../street')==[str(tmp_path/'in'/'0.jpg')]
     code,_,err = run(capfd, 'gallery', 'remove', '../street', '9.jpg')
@@ -357,7 +358,8 @@ def test_what_cannot_be_added_is_said_before_anything_is_embedded(desk, capfd, t
     table = lambda head,*rows: (tmp_path/'new.csv').write_text('\n'.join([head,*rows])+'\n') and ['--csv',tmp_path/'new.csv']
     for args,words in ((lambda: [files[2],'--pid','ann'],'--pid ann: this column of the gallery holds numbers'), (lambda: [files[2],'--time','tomorrow'],"'time'"),
                        (lambda: table('fn,pid,coat', f'{files[2]},7,3'),"'coat' held text"), (lambda: table('fn,pid', f'{files[2]},ann'),"'pid' held number"),
-                       (lambda: table('fn,key', f'{files[2]},x', f'{files[3]},x'),'key of another'), (lambda: [files[2],*table('fn', f'{files[2]}')],'key of another')):
+                       (lambda: table('fn,key', f'{files[2]},x', f'{files[3]},x'),'key of another'), (lambda: [files[2],*table('fn', f'{files[2]}')],'key of another'),
+                       (lambda: table('fn', f'{files[2]}', 'gone.jpg'),'1 of 2 files are not there')):
         code,out,err = run(capfd, 'gallery', 'add', street, *args(), *model)
         assert code==2 and words in err and not out, err
     code,_,err = run(capfd, 'gallery', 'search', street, files[0], *model, '--exclude-cam', 'door')
@@ -447,7 +449,7 @@ sys.exit(main())"""
         res = alone('gallery', *args)
         assert res.returncode==0, res.stderr
     assert alone('embed', 'person.onnx', query, '--out', tmp_path/'e.npz').returncode==0
-    for args in (['embed','person.onnx',query,'--out',tmp_path/'f.npz','--flip'],['gallery','calibrate',street,'people',*model]):
+    for args in (['embed','person.onnx',query,'--out',tmp_path/'f.npz','--flip'],['gallery','calibrate',street,'people',*model,'--far','.1']):
         res = alone(*args)
         assert res.returncode==2 and 'is not installed, and this command needs it' in res.stderr, res.stderr
 
@@ -455,6 +457,146 @@ def test_gallery_of_another_model(desk, shared, capfd):
     d,_ = desk
     code,_,err = run(capfd, 'gallery', 'search', d/'street', image_files([d/'people'/'query'])[0], '--model', shared)
     assert code==2 and 'Another model' in err
+
+# what a newcomer sees
+
+def test_help_names_every_command_in_a_whole_line(tmp_path):
+    "In the order of use, at the width of a common terminal"
+    for group,names in (('','draw demo doctor train evaluate embed export gallery'),('gallery','add remove search calibrate info')):
+        res = subprocess.run(['pyramidreid',*group.split(),'--help'], cwd=tmp_path, env={**env,'COLUMNS':'80'}, capture_output=True, text=True)
+        commands = res.stdout.split('Commands:\n')[1].split('\n\n')[0].splitlines()
+        assert [o.split()[0] for o in commands]==names.split() and all('...' not in o and len(o)<=80 for o in commands)
+
+def test_search_shows_the_key_last_and_a_dash_for_gaps(desk, capfd, tmp_path, monkeypatch):
+    "Also where a name holds what would move the cursor of a terminal"
+    d,_ = desk
+    monkeypatch.chdir(tmp_path)
+    files,odd = image_files([d/'people'/'query'])[:2],'new\nline\x1b[31m\u202e.jpg'
+    shutil.copy(files[0], 'a b.jpg')
+    shutil.copy(files[1], odd)
+    (tmp_path/'seen.csv').write_text('fn,pid\na b.jpg,3\n')
+    model = ['--model',d/'person.onnx']
+    assert run(capfd, 'gallery', 'add', 'street', '--csv', 'seen.csv', *model)[0]==run(capfd, 'gallery', 'add', 'street', odd, *model)[0]==0
+    code,out,_ = run(capfd, 'gallery', 'search', 'street', 'a b.jpg', *model)
+    head,*rows = out.splitlines()
+    assert code==0 and head.split()==['similarity','pid','key'] and [o.split(maxsplit=2)[2] for o in rows]==['a b.jpg',r'new\nline\x1b[31m\u202e.jpg']
+    assert [o.split()[1] for o in rows]==['3','–'] and rows[0].split()[0]=='1.0000' and not any(o.endswith(' ') for o in (head,*rows))
+    assert json.loads(run(capfd, 'gallery', 'search', 'street', 'a b.jpg', *model, '--json')[1])['matches'][1]['key'].endswith(odd)
+
+def test_numbers_that_are_none(desk, people, capfd, tmp_path):
+    d,_ = desk
+    query = image_files([d/'people'/'query'])[0]
+    search = ['gallery','search',d/'street',query,'--model',d/'person.onnx']
+    for args in ([*search,'--threshold','nan'],[*search,'--threshold','inf'],[*search,'--far','nan'],[*search,'--far','0'],['train',people,'--out',tmp_path/'x','--lr','nan'],
+                 ['train',people,'--out',tmp_path/'x','--hold-out','nan'],['gallery','calibrate',d/'street',people,'--model',d/'person.onnx','--far','nan']):
+        code,out,err = run(capfd, *args)
+        assert code==2 and not out and f"Invalid value for '{args[-2]}'" in err, err
+
+def test_a_rate_out_of_reach_is_refused_before_anything_is_embedded(desk, capfd, monkeypatch):
+    d,_ = desk
+    def never(*args): raise AssertionError('embedded')
+    monkeypatch.setattr('pyramidreid.cli_inputs.embed_files', never)
+    code,_,err = run(capfd, 'gallery', 'calibrate', d/'street', d/'people', '--model', d/'person.onnx', '--far', '.001')
+    assert code==2 and '48 queries' in err and 'at least 1,000' in err
+    code,_,err = run(capfd, 'gallery', 'calibrate', d/'street', d/'people', '--model', d/'person.onnx', '--far', 1/48)
+    assert code==3 and 'embedded' in err # just within reach
+
+# where nothing can be written
+
+def test_no_right_to_write_is_said_before_the_work(desk, shared, people, capfd, tmp_path, monkeypatch):
+    d,_ = desk
+    def never(*args, **kwargs): raise AssertionError('worked')
+    for o in ('cli_inputs.embed_files','cli_inputs.open_model','data.ReIDDataLoaders.from_table','synth.synth_persons','doctor.doctor'): monkeypatch.setattr(f'pyramidreid.{o}', never)
+    monkeypatch.setattr(os, 'access', lambda path, mode, **kwargs: not mode & os.W_OK)
+    t,query,model = tmp_path,image_files([d/'people'/'query'])[0],['--model',d/'person.onnx']
+    for args in (['train',people,'--out',t/'deep'/'run'],['draw',t/'p'],['embed',shared,query,'--out',t/'e.npz'],['export',shared,'--to','onnx','--out',t/'m.onnx'],['evaluate',shared,people,'--card',t/'c.json'],
+                 ['doctor',people,'--plot',t/'p.png'],['gallery','add',t/'street',query,*model],['gallery','remove',t/'street',query],['gallery','calibrate',t/'street',people,*model]):
+        code,out,err = run(capfd, *args)
+        assert code==2 and not out and 'cannot be written: no right to write in' in err, err
+    assert not list(t.iterdir())
+    assert run(capfd, 'gallery', 'info', d/'street')[0]==0 # who reads needs no right
+
+@pytest.mark.skipif(os.name=='nt', reason='limits are of Unix')
+@pytest.mark.parametrize('out', ['e.npz','e.csv','e.safetensors','street'])
+def test_a_full_disk(desk, tmp_path, out):
+    "As the limit on a file's size makes one: exit code 2, what could not be written, and nothing left"
+    import resource
+    d,_ = desk
+    what = ['gallery','add',tmp_path/out,'people/query','--model','person.onnx'] if out=='street' else ['embed','person.onnx','people/query','--out',tmp_path/out]
+    res = subprocess.run(['pyramidreid',*map(str, what)], cwd=d, env=env, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,100_000)))
+    assert res.returncode==2 and f'{tmp_path/out} could not be written: ' in res.stderr and 'Errno' not in res.stderr and 'partial' not in res.stderr, res.stderr
+    assert not rubbish(tmp_path) and [o.name for o in tmp_path.rglob('*') if o.is_file()]==['gallery.json']*(out=='street')
+
+def test_a_first_add_that_failed_leaves_the_folder_free(desk, shared, capfd, tmp_path, monkeypatch):
+    "Also for another model"
+    d,_ = desk
+    def full(*args): raise OSError(28, 'No space left on device')
+    add = lambda model: run(capfd, 'gallery', 'add', tmp_path/'street', image_files([d/'people'/'query'])[0], '--model', model)
+    with monkeypatch.context() as m:
+        m.setattr('pyramidreid.store.write_embeddings', full)
+        code,_,err = add(d/'person.onnx')
+        assert code==2 and err==f"Error: {tmp_path/'street'} could not be written: No space left on device\n"
+    assert add(shared)[0]==0 and len(keys(tmp_path/'street'))==1
+
+@terminal
+def test_closed_and_full_streams(desk, tmp_path):
+    "Nobody listens, as cron may have it; and help that cannot be printed"
+    d,_ = desk
+    query = image_files([d/'people'/'query'])[0]
+    sh_ = lambda line: subprocess.run(['bash','-c',line], cwd=d, env=env, capture_output=True, text=True)
+    for streams in ('<&-','>&-','2>&-','<&- >&- 2>&-'):
+        file = tmp_path/f'{len(streams)}.npz'
+        res = sh_(f'pyramidreid embed person.onnx {query} --out {file} {streams}')
+        assert res.returncode==0 and not res.stderr, res.stderr
+        with np.load(file) as o: assert len(o['embeddings'])==1
+    assert sh_('pyramidreid --help | true; exit ${PIPESTATUS[0]}').returncode==141
+    if Path('/dev/full').exists():
+        for line in ('pyramidreid --help','pyramidreid gallery info street'):
+            res = sh_(f'{line} >/dev/full')
+            assert res.returncode==2 and res.stderr.startswith('Error: ') and 'Traceback' not in res.stderr, res.stderr
+
+@terminal
+def test_a_training_that_is_asked_to_end(desk):
+    "SIGTERM, as a queue sends it: 143, and the log says how to go on"
+    d,_ = desk
+    p = subprocess.Popen(shlex.split(f'pyramidreid train people --out ended --epochs 40 {SMALL}'), cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list((d/'ended'/'checkpoints').glob('1-*.pth')) and p.poll() is None: time.sleep(.05)
+    time.sleep(.3)
+    p.terminate()
+    out,err = p.communicate(timeout=120)
+    assert p.returncode==143 and re.search(r'Ended\. ended/checkpoints/1-\d{4}\.pth is whole\. To go on:\npyramidreid train .*--resume\n', err) and 'Traceback' not in err, err
+    assert not rubbish(d/'ended')
+
+# errors of others, in words
+
+def test_errors_of_a_training(people, capfd, tmp_path, monkeypatch):
+    from urllib.error import URLError
+    base = ['train',people,'--out',tmp_path/'run','--size',48,24,'--workers',0,'--p',4,'--k',4,'--epochs',1,'-q']
+    code,_,err = run(capfd, *base, '--arch', 'resnet19')
+    assert code==2 and '--arch resnet19: neither torchvision nor timm' in err
+    def no_way(*args): raise URLError('no route to host')
+    monkeypatch.setattr('pyramidreid.backbone._new_model', no_way)
+    code,_,err = run(capfd, *base, '--arch', 'resnet18')
+    assert code==2 and 'resnet18 could not be downloaded (no route to host)' in err and '--weights FILE' in err and '--weights none' in err
+    assert not tmp_path.joinpath('run').exists()
+
+def test_a_loss_that_is_not_finite(people, capfd, tmp_path):
+    code,_,err = run(capfd, 'train', people, '--out', tmp_path/'run', *SMALL.split(), '--p', 4, '--k', 4, '--epochs', 1, '--lr', '1e9', '-q')
+    assert code==2 and err.startswith('Error: The loss is nan') and 'Exception occ' not in err
+
+def test_what_data_is_said_to_be(people, shared, capfd, tmp_path):
+    "A file, a .CSV in capitals, a folder that is not recognised: the same for all commands that take DATA"
+    df = market_table(people)
+    df.to_csv(tmp_path/'ALL.CSV', index=False)
+    assert run(capfd, 'doctor', tmp_path/'ALL.CSV', '--quick')[0]==0
+    (tmp_path/'part'/'bounding_box_train').mkdir(parents=True)
+    for name,*args in (['doctor'],['evaluate',shared],['train','--out',tmp_path/'run']):
+        code,_,err = run(capfd, name, *args, df.fn[0])
+        assert code==2 and 'is a file, and not a .csv' in err, err
+        code,_,err = run(capfd, name, *args, tmp_path/'part')
+        assert code==2 and err.count('--data-set NAME')==1, err
+        code,_,err = run(capfd, name, *args, people, '--data-set', 'viper')
+        assert code==2 and 'market1501' in err and '--data-set NAME' not in err, err
 
 # what is wrong is said, and nothing is written
 
