@@ -6,7 +6,7 @@
 __all__ = ['BytesNet', 'model_about', 'read_about', 'Embedder', 'load_embedder', 'learner_from', 'write_exported', 'write_onnx']
 
 # %% ../nbs/15_export.ipynb #233dbfd0
-import copy,re
+import copy,io,re
 import fastai,numpy as np,torch,torchvision
 from fastai.vision.learner import Normalize,TimmBody,no_random
 from fastcore.basics import patch
@@ -218,10 +218,12 @@ def _traced(net, size):
 def write_exported(net, about, file): # A `BytesNet`, what the file says of it, and `.pt2`
     "Write `net` with `torch.export`; what is written gives its embeddings, or there is no file"
     if Path(file).suffix!='.pt2': raise ValueError(f"{file}: name a file that ends in .pt2, for PyTorch opens no other")
-    with whole_file(file) as f:
-        torch.export.save(_traced(net, about['size']), f, extra_files={'pyramidreid.json':about_json(about)})
-        again = torch.export.load(f).module()
-        _agree(lambda x: again(torch.from_numpy(x)), net, about['size'], 'The exported program')
+    made = io.BytesIO() # PyTorch's own writer ends the process where a disk is full
+    torch.export.save(_traced(net, about['size']), made, extra_files={'pyramidreid.json':about_json(about)})
+    again = torch.export.load(io.BytesIO(made.getvalue())).module()
+    _agree(lambda x: again(torch.from_numpy(x)), net, about['size'], 'The exported program')
+    with whole_file(file) as f: f.write_bytes(made.getbuffer())
+    return file
 
 @patch
 def to_exported(self:ReIDLearner,
@@ -229,16 +231,14 @@ def to_exported(self:ReIDLearner,
     card=None # A protocol card to go with it, as from `learn.evaluate()`
 ):
     "Write the model with `torch.export`, for one or more images of the model's size, uint8 RGB of shape (N, H, W, 3); returns the path"
-    write_exported(*_portable(self, card), file := Path(file))
-    return file
+    return write_exported(*_portable(self, card), Path(file))
 
 # %% ../nbs/15_export.ipynb #8e8cbf8f
 def _proto(net, about):
     "The ONNX model as protobuf"
     proto = torch.onnx.export(_traced(net, about['size']), dynamo=True, verbose=False, input_names=['images'], output_names=['embeddings']).model_proto
     graph = proto.graph
-    for part in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer, [graph]):
-        for o in part: del o.metadata_props[:]
+    for o in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph): del o.metadata_props[:]
     for o in (*graph.input, *graph.output): o.type.tensor_type.shape.dim[0].dim_param = 'batch'
     for k,v in dict(pyramidreid=about_json(about), seal=blank_seal).items(): proto.metadata_props.add(key=k, value=v)
     return proto
@@ -249,6 +249,7 @@ def write_onnx(net, about, file): # A `BytesNet`, what the file says of it, and 
     with whole_file(file) as f:
         f.write_bytes(seal(_proto(net, about).SerializeToString(deterministic=True)))
         _agree(Runtime(f).run, net, about['size'], 'The ONNX model')
+    return file
 
 @patch
 def to_onnx(self:ReIDLearner,
@@ -256,5 +257,4 @@ def to_onnx(self:ReIDLearner,
     card=None # A protocol card to go with it, as from `learn.evaluate()`
 ):
     "Write the model as ONNX, for uint8 RGB of shape (N, H, W, 3) in the model's size, checked with onnxruntime; returns the path"
-    write_onnx(*_portable(self, card), file := Path(file))
-    return file
+    return write_onnx(*_portable(self, card), Path(file))

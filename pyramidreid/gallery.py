@@ -7,7 +7,6 @@ __all__ = ['Gallery']
 
 # %% ../nbs/14_gallery.ipynb #9cbeb520
 import math,numbers,warnings
-import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from concurrent.futures import ThreadPoolExecutor
 from fastcore.basics import patch
@@ -244,24 +243,6 @@ def load(cls:Gallery, path, # Folder
     return res
 
 # %% ../nbs/14_gallery.ipynb #02c9e182
-def _tile(ax, image, text, color):
-    ax.set(xticks=[], yticks=[])
-    for s in ax.spines.values(): s.set(color=color, linewidth=3)
-    ax.set_title('\n'.join(o if len(o)<17 else o[:15]+'…' for o in text), fontsize=8, color=color)
-    if not isinstance(image, str): return ax.imshow(image)
-    ax.set(xlim=(0,1), ylim=(2,0))
-    ax.text(.5, 1, image, ha='center', va='center', fontsize=8)
-
-def _image_of(row, size):
-    "The picture of an entry, or words if its file is gone or it never had one"
-    try: return open_person(row.fn).resize(size[::-1])
-    except (AttributeError,TypeError,OSError,ValueError): return 'no picture'
-
-def _caption(row):
-    "Similarity, and who and where as far as that is known"
-    known = [f'{name} {v}' for name in ('pid','cam') if (v := getattr(row, name, None)) is not None and not pd.isna(v)]
-    return [f'{row.similarity:.2f}',*(known if len(' · '.join(known))>16 else [' · '.join(known) or Path(row.key).name[:12]])]
-
 @patch
 def show(self:Gallery,
     query,    # A file, an image, or `Embeddings`, which have no picture; one
@@ -273,15 +254,6 @@ def show(self:Gallery,
 ):
     "Draw the query and its ranked entries; returns the figure"
     if _several(query): raise ValueError(f"{len(query)} queries: a strip shows one, and `search` finds the entries of several")
+    from pyramidreid.strip import plot_strip
     found = self.search(query, min(k, max(1, len(self))), **kwargs)
-    tiles = [('no picture' if isinstance(query, Embeddings) else open_person(query).resize(size[::-1]), ['query']+([] if pid is None else [f'pid {pid}']), 'black')]
-    for row in found.itertuples():
-        seen = getattr(row, 'pid', None)
-        color = 'gray' if pid is None else 'tab:green' if not pd.isna(seen) and seen==pid else 'tab:red'
-        tiles.append((_image_of(row, size), _caption(row), color))
-    if not len(found): tiles.append(('nobody found', [], 'gray'))
-    wide,high = min(len(tiles), ncols),math.ceil(len(tiles)/ncols)
-    fig,axs = plt.subplots(high, wide, figsize=(wide+.3, 2.6*high), squeeze=False, layout='constrained')
-    for ax,tile in zip(axs.flat, tiles): _tile(ax, *tile)
-    for ax in axs.flat[len(tiles):]: ax.remove()
-    return fig
+    return plot_strip(None if isinstance(query, Embeddings) else query, found, pid, size, ncols)

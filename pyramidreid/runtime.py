@@ -75,15 +75,13 @@ def _below(folder, known, above=()):
     "Image files in `folder` and its folders; `above` are the folders it lies in"
     real = os.path.realpath(folder)
     if real in above: return # a link that leads back up
-    try: entries = list(os.scandir(folder))
-    except OSError: return
-    for o in entries:
+    for o in os.scandir(folder):
         if o.name.startswith('.'): continue
         if o.is_dir(): yield from _below(o.path, known, (*above,real))
         elif os.path.splitext(o.name)[1].lower() in known: yield Path(o.path)
 
 def find_images(folder): # Where to search, also below it
-    "Image files in order of their names; those of hidden names and folders are left out"
+    "Image files in order of their names; those of hidden names and folders are left out. Raises `OSError` for a folder that cannot be read"
     Image.init()
     known = {o for o,kind in Image.registered_extensions().items() if kind in Image.OPEN and Image.MIME.get(kind, '').startswith('image/')}
     return sorted(_below(folder, known))

@@ -222,7 +222,7 @@ def after_epoch(self:Checkpoints):
     set_run_state(self.learn, self._others, self.found)
     self.rows,self.found = self.found['rows'],None
     for row in self.rows: self.learn.logger(row)
-    print(f"Resumed after epoch {self.epoch} from {self.folder/self.newest.name}")
+    print(f"Resumed from {self.folder/self.newest.name}: {self.epoch+1} of {self.n_epoch} epochs are done")
 
 # %% ../nbs/11b_survive.ipynb #cd3c6a3e
 @patch(as_prop=True)

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 from pyramidreid import store as module
-from pyramidreid.store import Store,read_embeddings,read_manifest,write_embeddings
+from pyramidreid.segments import read_embeddings,write_embeddings
+from pyramidreid.store import Store,read_manifest
 
 def embs(n, seed=0): return np.random.default_rng(seed).standard_normal((n,6)).astype(np.float32)
 def frame(*keys, **columns): return pd.DataFrame(dict(key=list(keys), **columns))
@@ -268,7 +269,7 @@ def test_a_full_disk(store, path, monkeypatch):
     store.save()
     assert set(held(Store.load(path)))==set('acdefxy')
 
-@pytest.mark.parametrize('victim', ['_write_table','write_embeddings','_write_manifest','_measured','whole_file'])
+@pytest.mark.parametrize('victim', ['write_table','write_embeddings','_write_manifest','measured','whole_file'])
 @pytest.mark.parametrize('error', [OSError(28, 'No space left on device'),KeyboardInterrupt()])
 def test_a_save_that_fails_leaves_nothing(store, path, monkeypatch, victim, error):
     "Not even whole files that nobody lists; and the next save goes through"
@@ -447,7 +448,7 @@ def test_a_first_save_that_died(tmp_path, monkeypatch):
         return res
     with monkeypatch.context() as m:
         def dies(*args): raise KeyboardInterrupt
-        m.setattr(module, '_write_table', dies)
+        m.setattr(module, 'write_table', dies)
         m.setattr(module, '_clean', lambda *args: None) # the dead remove nothing
         with pytest.raises(KeyboardInterrupt): one().save(path)
     assert len(Store.load(path))==0 and (path/'000001.safetensors').exists()

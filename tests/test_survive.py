@@ -58,7 +58,7 @@ def test_killed_at_a_random_step_and_resumed_ends_the_same(people, tmp_path):
     assert victim.returncode==-signal.SIGKILL and not (killed/'end.pth').exists()
     out = subprocess.run([sys.executable,script,people,killed,whole], stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout
     resumed,undisturbed = out.split('starting from the beginning')
-    assert 'Resumed after epoch' in resumed and 'step 1\n' not in resumed and 'step 1\n' in undisturbed, out
+    assert 'Resumed from' in resumed and 'step 1\n' not in resumed and 'step 1\n' in undisturbed, out
     assert same_tree(*(torch.load(o/'end.pth', weights_only=True) for o in (whole,killed))), f'KILL={seed}'
     assert not list((killed/'checkpoints').glob('.partial-*'))
 
@@ -156,7 +156,7 @@ def test_a_finished_run_is_not_trained_again(make_learner, capsys):
     again = make_learner(path=learn.path)
     again.fit(2, cbs=Checkpoints(resume=True))
     assert same_tree(weights(learn), weights(again)) and same_tree(figures(learn), figures(again))
-    assert 'Resumed after epoch 1' in capsys.readouterr().out
+    assert '2 of 2 epochs are done' in capsys.readouterr().out
 
 @pytest.fixture
 def done(make_learner):
@@ -175,7 +175,7 @@ def test_a_damaged_newest_is_passed_by(make_learner, done, capsys, harm):
     again = make_learner(path=learn.path)
     again.fit(2, cbs=Checkpoints(resume=True))
     out = capsys.readouterr().out
-    assert str(files[1]) in out and 'older' in out and 'Resumed after epoch 0 from checkpoints/1-0001.pth' in out
+    assert str(files[1]) in out and 'older' in out and 'Resumed from checkpoints/1-0001.pth: 1 of 2' in out
     assert same_tree(weights(learn), weights(again))
 
 def test_nothing_whole_is_an_error(make_learner, done):
