@@ -93,8 +93,9 @@ def _draw_pair(ax, images, level, table, lanes, color):
             top,bottom,v = table.loc[b,['top','bottom','similarity']]
             c = color.to_rgba(v)[:3]
             ax.add_patch(Rectangle((x+lane*w/n, top*h), w/n, (bottom-top)*h, facecolor=(*c,.55), edgecolor='white', linewidth=1))
-            if k==0: ax.text(x+(lane+.5)*w/n, (top+bottom)/2*h, f'{v:.2f}'.replace('0.', '.', 1), ha='center', va='center', fontsize=7.5 if n<3 else 6.5,
-                             bbox=dict(boxstyle='round,pad=.12', facecolor=c, edgecolor='none'), color='white' if np.dot(c, [.3,.59,.11])<.5 else 'black')
+            if k>0: continue
+            ax.text(x+(lane+.5)*w/n, (top+bottom)/2*h, f'{v:.2f}'.replace('0.', '.', 1), ha='center', va='center', fontsize=7.5 if n<3 else 6.5,
+                    bbox=dict(boxstyle='round,pad=.12', facecolor=c, edgecolor='none'), color='white' if np.dot(c, [.3,.59,.11])<.5 else 'black')
     ax.set(xlim=(0,2*w+gap), ylim=(h,0), xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
@@ -106,7 +107,8 @@ def plot_explanations(explanations, # One or several `Explanation`s of the same 
     "The two people of each, then level by level with every window in the colour of its similarity; returns the figure"
     tables = [e.table for e in explanations]
     if not tables: raise ValueError("There is nothing to draw: give one explanation or more, as learn.explain makes them")
-    if any(not t.drop(columns='similarity').equals(tables[0].drop(columns='similarity')) for t in tables): raise ValueError("These explanations are of different pyramids: draw one at a time")
+    if any(not t.drop(columns='similarity').equals(tables[0].drop(columns='similarity')) for t in tables):
+        raise ValueError("These explanations are of different pyramids: draw one at a time")
     sims = pd.concat(tables).similarity
     color = plt.cm.ScalarMappable(Normalize(sims.min() if vmin is None else vmin, sims.max() if vmax is None else vmax), 'viridis')
     columns = [None,*tables[0].level.unique()]
