@@ -29,7 +29,8 @@ class ReIDInterpretation:
         lacks = [c for c in ('fn','pid','cam','label','camera','role') if c not in items]
         if lacks: raise ValueError(f"The table has no column {', '.join(map(repr,lacks))}. From a learner: make the loader with test_dl(table, with_labels=True)")
         emb = torch.as_tensor(emb).detach().as_subclass(torch.Tensor)
-        if emb.ndim!=2 or len(emb)!=len(items): raise ValueError(f"{len(items)} images, and embeddings of shape {tuple(emb.shape)}: give one embedding per row of the table")
+        if emb.ndim!=2 or len(emb)!=len(items):
+            raise ValueError(f"{len(items)} images, and embeddings of shape {tuple(emb.shape)}: give one embedding per row of the table")
         order = np.argsort(items.role.map({Role.QUERY:0, Role.GALLERY:1, Role.TRAIN:2}).to_numpy(), kind='stable')
         self.emb = emb if (order==np.arange(len(order))).all() else emb[torch.from_numpy(order)]
         self.items = items.iloc[order].reset_index(drop=True)
@@ -51,7 +52,8 @@ class ReIDInterpretation:
     def gallery(self): return self.items.iloc[self.n_query:self.n_query+self.n_gallery]
     def _split(self, x):
         "The part of the queries and the part of the gallery"
-        if not self.n_query or not self.n_gallery: raise ValueError(f"{self!r}: rankings need both queries and a gallery. Without, there are label_errors and plot_embeddings")
+        if not self.n_query or not self.n_gallery:
+            raise ValueError(f"{self!r}: rankings need both queries and a gallery. Without, there are label_errors and plot_embeddings")
         return x[:self.n_query],x[self.n_query:self.n_query+self.n_gallery]
     def __repr__(self): return f'{len(self.items):,} images: {self.n_query:,} queries, gallery of {self.n_gallery:,}; embeddings of {self.emb.shape[1]:,} numbers'
 
@@ -90,7 +92,8 @@ def worst(self:ReIDInterpretation, n=10): # Queries listed
     at = [i for i in ap.argsort(stable=True).tolist() if not ap[i].isnan()][:n]
     ranked,first = self.ranked(at, 5),self.card.first_rank[at]
     above = [', '.join(map(str, ranked[(ranked['query']==i) & (ranked['rank']<int(f))].pid)) + ' …'*int(f>6) for i,f in enumerate(first)]
-    return self.queries.iloc[at][['fn','pid','cam']].assign(AP=ap[at].numpy(), first_right=first.numpy(), matches=self.ranking.index.n_match[at].numpy(), above=above)
+    matches = self.ranking.index.n_match[at].numpy()
+    return self.queries.iloc[at][['fn','pid','cam']].assign(AP=ap[at].numpy(), first_right=first.numpy(), matches=matches, above=above)
 
 @patch
 def plot_worst(self:ReIDInterpretation,
@@ -122,7 +125,8 @@ def _lost(self:ReIDInterpretation):
 
 @patch
 def confused(self:ReIDInterpretation, n=10): # Pairs of people listed
-    "Pairs of people by the `share` of pairs of a right image of `pid` and an image of `other` in which `other` comes first; `back` is the share the other way round. Raises `ValueError` if `n` is below 1"
+    """Pairs of people by the `share` of pairs of a right image of `pid` and an image of `other` in which `other` comes first; `back` is the share
+    the other way round. Raises `ValueError` if `n` is below 1"""
     if n<1: raise ValueError(f"n={n}: ask for one pair or more")
     above,of,rows,cols = self._lost()
     pid,share = self.items.drop_duplicates('label').set_index('label').pid,above/of
@@ -201,7 +205,8 @@ def _groups(self:ReIDInterpretation, color, ids):
     if color=='cam': return {f'camera {c}':self.items.cam==c for c in d.sort_values('camera').cam[d.camera>=0].unique()}
     if isinstance(ids, Integral): ids = d.pid.unique()[:ids]
     gone = [p for p in ids if not (d.pid==p).any()]
-    if gone: raise ValueError(f"There is no image of person {', '.join(map(repr, gone))}; there are ids such as {', '.join(map(repr, d.pid.unique()[:5].tolist()))}")
+    if gone:
+        raise ValueError(f"There is no image of person {', '.join(map(repr, gone))}; there are ids such as {', '.join(map(repr, d.pid.unique()[:5].tolist()))}")
     return {f'pid {p}':self.items.pid==p for p in ids}
 
 @patch
@@ -218,7 +223,8 @@ def plot_embeddings(self:ReIDInterpretation,
     query,rest = (self.items.role==Role.QUERY).to_numpy(),np.ones(len(xy), bool)
     colors = [c for c in plt.get_cmap('tab10' if len(groups)<10 else 'tab20').colors if np.ptp(c)>.1] # grey is for the others
     def dots(m, **kwargs):
-        for o,mark,size in ((m & ~query,'o',22),(m & query,'*',75)): ax.scatter(*xy[torch.from_numpy(o)].T, s=size, marker=mark, linewidth=.4, edgecolor='white', **kwargs)
+        for o,mark,size in ((m & ~query,'o',22),(m & query,'*',75)):
+            ax.scatter(*xy[torch.from_numpy(o)].T, s=size, marker=mark, linewidth=.4, edgecolor='white', **kwargs)
     for m in groups.values(): rest &= ~m.to_numpy()
     if rest.any(): dots(rest, color='#c4c4c4', zorder=1)
     for i,(name,m) in enumerate(groups.items()):

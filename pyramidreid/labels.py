@@ -58,7 +58,8 @@ def _pairs(score, d, n):
 
 @patch
 def label_errors(self:ReIDInterpretation, n=10): # Suspects for each sign
-    "Images whose labels deserve a look, by each of three signs, most suspicious first: a table with `sign`, `score` and `why`. The index is the row of `items`. Raises `ValueError` if `n` is below 1 or there are fewer than two people"
+    """Images whose labels deserve a look, by each of three signs, most suspicious first: a table with `sign`, `score` and `why`. The index is the
+    row of `items`. Raises `ValueError` if `n` is below 1 or there are fewer than two people"""
     if n<1: raise ValueError(f"n={n}: ask for one suspect or more")
     items = self.items[self.items.label>=0]
     labels,back = np.unique(items.label, return_inverse=True)

@@ -37,7 +37,8 @@ def binomial_interval(k,         # Events
                       level=0.95 # Confidence
                      ):
     "Confidence interval of a rate, `(low, high)` (Clopper and Pearson, 1934)"
-    if not (n>0 and 0<=k<=n and 0<level<1): raise ValueError(f"There is no interval for {k} of {n} at level {level}: 0 ≤ k ≤ n, 0 < n and 0 < level < 1")
+    if not (n>0 and 0<=k<=n and 0<level<1):
+        raise ValueError(f"There is no interval for {k} of {n} at level {level}: 0 ≤ k ≤ n, 0 < n and 0 < level < 1")
     tail = (1-level)/2
     return _beta_quantile(tail, k, n-k+1) if k>0 else 0., _beta_quantile(1-tail, k+1, n-k) if k<n else 1.
 
@@ -80,7 +81,8 @@ class Calibration:
         self.pairs = self.pairs.reshape(-1,3)
         if self.impostor.shape!=self.person.shape or self.genuine.shape!=self.place.shape or not len(self.impostor):
             raise ValueError("A calibration needs at least one impostor score, a person for each of them, and a place for each genuine score")
-        if not all(np.isfinite(o).all() for o in (self.impostor,self.genuine,self.pairs)): raise ValueError("The scores of a calibration must be finite numbers")
+        if not all(np.isfinite(o).all() for o in (self.impostor,self.genuine,self.pairs)):
+            raise ValueError("The scores of a calibration must be finite numbers")
         if (self.place<1).any(): raise ValueError(f"Places count from 1 on; the smallest here is {self.place.min()}")
         if not 0<self.level<1: raise ValueError(f"level={self.level} is no confidence: give a share such as 0.95")
         self.wanted()
@@ -88,7 +90,8 @@ class Calibration:
     def wanted(self, far=None): # Rate; None: the calibration's own
         "`far` after a check"
         far = self.far if far is None else far
-        if not 0<far<1: raise ValueError(f"far={far} is no rate of false accepts: give the share of unknown people's searches that may return anybody, e.g. 0.01")
+        if not 0<far<1:
+            raise ValueError(f"far={far} is no rate of false accepts: give the share of unknown people's searches that may return anybody, e.g. 0.01")
         return far
 
     def allowed(self, far=None): # Wanted rate; None: the calibration's own
@@ -100,8 +103,9 @@ class Calibration:
     def threshold(self, far=None): # Wanted rate of false accepts per search; None: the calibration's own
         "The score from which on a match is returned. Raises `ValueError` if there are too few impostor searches for so small a rate"
         far,n,k = self.wanted(far),len(self.impostor),self.allowed(far)
-        if k<1: raise ValueError(f"far={far:g} is out of reach of {n:,} impostor searches: not one of them may return anybody, and then there is no telling where the threshold is. "
-                                 f"At least {math.ceil(1/far-1e-9):,} are needed, and for a narrow interval ten times as many; the smallest rate here is {1/n:.2g}")
+        if k<1: raise ValueError(
+            f"far={far:g} is out of reach of {n:,} impostor searches: not one of them may return anybody, and then there is no telling where the threshold is. "
+            f"At least {math.ceil(1/far-1e-9):,} are needed, and for a narrow interval ten times as many; the smallest rate here is {1/n:.2g}")
         s = np.sort(self.impostor)[::-1]
         above = s[s>s[k]]
         return float(above[-1] if len(above) else np.nextafter(np.float32(s[k]), np.float32(np.inf)))
@@ -121,7 +125,8 @@ class Calibration:
                k=1):            # Places to look at
         "Share of known people's searches with the right person in the first `k` places and at or above the threshold"
         if math.isnan(threshold) or k<1: raise ValueError(f"threshold={threshold}, k={k}: give a score, and a number of places from 1 on")
-        if not len(self.genuine): raise ValueError("There is no detection rate: no query's person is in the gallery, by another camera where cameras are known")
+        if not len(self.genuine):
+            raise ValueError("There is no detection rate: no query's person is in the gallery, by another camera where cameras are known")
         return float(((self.genuine>=threshold) & (self.place<=k)).mean())
 
     def dir(self, far=None, k=1): # Wanted rate; places to look at
@@ -133,7 +138,8 @@ class Calibration:
 def verification(self:Calibration, far): # Share of pairs of different people
     "Per pair of images, not per search: `(threshold, share of pairs of one person at or above it)`. The pairs share images, so there is no interval"
     some = self.pairs[self.pairs[:,1]<=self.wanted(far)]
-    if not len(some): raise ValueError("There are no pairs of both kinds to verify" if not len(self.pairs) else f"far={far:g} is out of reach: the smallest rate per pair here is {self.pairs[0,1]:.2g}")
+    if not len(self.pairs): raise ValueError("There are no pairs of both kinds to verify")
+    if not len(some): raise ValueError(f"far={far:g} is out of reach: the smallest rate per pair here is {self.pairs[0,1]:.2g}")
     return float(some[-1,0]),float(some[-1,2])
 
 def _no_dir(self, far, k): return self.dir(far, k) if len(self.genuine) else math.nan
@@ -142,7 +148,10 @@ def _no_dir(self, far, k): return self.dir(far, k) if len(self.genuine) else mat
 def table(self:Calibration, fars=(.1,.05,.01,.001)): # Wanted rates; those out of reach are left empty
     "A data frame: for each wanted rate the threshold, the rate on these searches, its interval, and DIR at ranks 1 and 5"
     cols = ['threshold','FAR','low','high','DIR rank-1','DIR rank-5']
-    row = lambda f: [self.threshold(f), *self.far_at(self.threshold(f)), _no_dir(self, f, 1), _no_dir(self, f, 5)] if self.allowed(f) else [math.nan]*6
+    def row(f):
+        if not self.allowed(f): return [math.nan]*6
+        t = self.threshold(f)
+        return [t, *self.far_at(t), _no_dir(self, f, 1), _no_dir(self, f, 5)]
     return pd.DataFrame([row(self.wanted(f)) for f in fars], index=pd.Index(fars, name='FAR wanted'), columns=cols)
 
 @patch
@@ -174,7 +183,8 @@ def _repr_html_(self:Calibration): return self.card().to_html(header=False)
 def to_json(self:Calibration, path=None): # Also write it there, whole or not at all
     "As JSON text"
     plain = {f.name:getattr(self, f.name) for f in fields(self)}
-    res = json.dumps({'card':'Calibration', **{k:v.tolist() if isinstance(v, np.ndarray) else v for k,v in plain.items()}}, ensure_ascii=False, allow_nan=False, default=str)
+    plain = {k:v.tolist() if isinstance(v, np.ndarray) else v for k,v in plain.items()}
+    res = json.dumps({'card':'Calibration', **plain}, ensure_ascii=False, allow_nan=False, default=str)
     if path is not None:
         with whole_file(path) as f: f.write_text(res, encoding='utf-8')
     return res
@@ -211,7 +221,8 @@ def plot_scores(self:Calibration, far=None, # Rate whose threshold is drawn; Non
         edges = np.append(edges, 2*edges[-1]-edges[-2]) - (wide - (self.threshold(far)-edges[0])%wide)
     for x,name,color in ((self.impostor,'unknown: best of anyone','tab:blue'),(self.genuine,'known: nearest true match','tab:orange')):
         if len(x): ax.hist(x, edges, weights=np.full(len(x), 1/len(x)), alpha=.6, color=color, label=f'{name} ({len(x):,})')
-    if _reachable(self, far): ax.axvline(self.threshold(far), color='black', ls='--', label=f'threshold {self.threshold(far):.3f} for FAR {self.wanted(far):.3g}')
+    if _reachable(self, far):
+        ax.axvline(self.threshold(far), color='black', ls='--', label=f'threshold {self.threshold(far):.3f} for FAR {self.wanted(far):.3g}')
     ax.legend(fontsize=8)
     return ax
 
@@ -228,7 +239,8 @@ def plot_dir(self:Calibration, far=None, # Rate that is marked; None: the calibr
     if _reachable(self, far):
         at,low,high = self.far_at(self.threshold(far))
         y = self.dir(far, ks[0])
-        if at>0: ax.errorbar([at], [y], xerr=[[at-low],[high-at]], fmt='o', color='black', capsize=3, label=f'FAR {at:.3g}, {self.level:.0%} interval\nDIR {y:.3g} at rank {ks[0]}')
+        if at>0: ax.errorbar([at], [y], xerr=[[at-low],[high-at]], fmt='o', color='black', capsize=3,
+                             label=f'FAR {at:.3g}, {self.level:.0%} interval\nDIR {y:.3g} at rank {ks[0]}')
     ax.legend(fontsize=8)
     return ax
 

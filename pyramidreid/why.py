@@ -18,12 +18,14 @@ def _branches(emb, n, what):
     "The `n` branches of one embedding, of length one as a whole: (n, E) float64"
     x = torch.as_tensor(emb).detach().cpu().double()
     if x.ndim!=1: raise ValueError(f"{what} has shape {tuple(x.shape)}: give the embedding of one image, (D,)")
-    if not len(x) or len(x)%n: raise ValueError(f"{what} has {len(x)} numbers, which are not {n} branches of equal width: check n_parts and levels of the model it comes from")
+    if not len(x) or len(x)%n:
+        raise ValueError(f"{what} has {len(x)} numbers, which are not {n} branches of equal width: check n_parts and levels of the model it comes from")
     if not x.isfinite().all() or not x.any(): raise ValueError(f"{what} is zero or not finite: there is nothing to compare")
     x = (x/x.norm()).view(n, -1)
     lengths = x.norm(dim=1)
     lengths = lengths[lengths>0]
-    if lengths.max()>1.02*lengths.min(): raise ValueError(f"The branches of {what} have lengths from {lengths.min():.3f} to {lengths.max():.3f}. Only where all are equal is the cosine "
+    if lengths.max()>1.02*lengths.min(): raise ValueError(
+        f"The branches of {what} have lengths from {lengths.min():.3f} to {lengths.max():.3f}. Only where all are equal is the cosine "
         "the mean of the branches' cosines: embed with a model of norm='branch' (and if it is, check n_parts and levels)")
     return x
 
@@ -66,7 +68,8 @@ def explain(self:ReIDLearner,
 )->Explanation:
     "Take the cosine of two images apart into the similarities of their branches"
     model = getattr(self.model, 'module', self.model)
-    if model.norm!='branch': raise ValueError(f"This model's embedding is made with norm={model.norm!r}, where branches with long features count for more: its cosine is no mean of branch cosines. "
+    if model.norm!='branch': raise ValueError(
+        f"This model's embedding is made with norm={model.norm!r}, where branches with long features count for more: its cosine is no mean of branch cosines. "
         "Only norm='branch' can be explained; a trained model may be switched by learn.model.norm = 'branch', which changes its rankings")
     dl = self.dls.test_dl([query,match], num_workers=0)
     seen = dl.decode(dl.one_batch())[0].cpu()
@@ -113,7 +116,8 @@ def plot_explanations(explanations, # One or several `Explanation`s of the same 
     color = plt.cm.ScalarMappable(Normalize(sims.min() if vmin is None else vmin, sims.max() if vmax is None else vmax), 'viridis')
     columns = [None,*tables[0].level.unique()]
     h,w = explanations[0].images[0].shape[:2]
-    fig,axs = plt.subplots(len(tables), len(columns), figsize=(scale*(1.55*len(columns)+.7), scale*(.72*h/w+.5)*len(tables)), squeeze=False, layout='constrained')
+    size = scale*(1.55*len(columns)+.7),scale*(.72*h/w+.5)*len(tables)
+    fig,axs = plt.subplots(len(tables), len(columns), figsize=size, squeeze=False, layout='constrained')
     for row,e in zip(axs, explanations):
         lanes = list(window_lanes(e.table))
         for ax,l in zip(row, columns):
