@@ -80,8 +80,9 @@ def calibrate_distances(dist, # (Q, G) distances, smaller is nearer: tensor, arr
         bins = [b+_bins(s[o]) for b,o in zip(bins, (~same,match))]
     best,top,place,known,who = map(np.concatenate, zip(*found))
     stranger = np.isfinite(best) if unknown=='hide' else np.isfinite(best) & ~known
-    if not stranger.any(): raise ValueError("There is no search by an unknown person: " + ("every query's person is in the gallery. Take unknown='hide', or add queries of people who are not"
-        if unknown=='absent' else "the gallery has no one but the person who searches"))
+    if not stranger.any(): raise ValueError("There is no search by an unknown person: " + (
+        "every query's person is in the gallery. Take unknown='hide', or add queries of people who are not" if unknown=='absent' else
+        "the gallery has no one but the person who searches"))
     return Calibration(best[stranger], who[stranger], top[known], place[known], _pair_rates(*bins), len(keep), len(np.unique(g[keep])), unknown,
         bool(cams), getattr(dist, 'distance', 'as given'), far, level, {**getattr(dist, 'about', {}), **(about or {})})
 

@@ -24,29 +24,39 @@ def _beta_cdf(x, a, b):
         rest = 1-x*odd/(1+x*even/rest)
     return math.exp(a*math.log(x) + b*math.log1p(-x) + math.lgamma(a+b)-math.lgamma(a)-math.lgamma(b))/(a*rest)
 
+def _beta_quantile(p, a, b):
+    "Where `_beta_cdf` reaches `p`, by bisection"
+    low,high = 0.,1.
+    for _ in range(60):
+        mid = (low+high)/2
+        low,high = (mid,high) if _beta_cdf(mid, a, b)<p else (low,mid)
+    return high
+
 def binomial_interval(k,         # Events
                       n,         # Trials; both may be fractions, as effective numbers are
                       level=0.95 # Confidence
                      ):
     "Confidence interval of a rate, `(low, high)` (Clopper and Pearson, 1934)"
-    if not (n>0 and 0<=k<=n and 0<level<1): raise ValueError(f"There is no interval for {k} of {n} at level {level}: 0 ≤ k ≤ n, 0 < n and 0 < level < 1")
-    def quantile(p, a, b):
-        low,high = 0.,1.
-        for _ in range(60):
-            mid = (low+high)/2
-            low,high = (mid,high) if _beta_cdf(mid, a, b)<p else (low,mid)
-        return high
+    if not (n>0 and 0<=k<=n and 0<level<1):
+        raise ValueError(f"There is no interval for {k} of {n} at level {level}: 0 ≤ k ≤ n, 0 < n and 0 < level < 1")
     tail = (1-level)/2
-    return quantile(tail, k, n-k+1) if k>0 else 0., quantile(1-tail, k+1, n-k) if k<n else 1.
+    return _beta_quantile(tail, k, n-k+1) if k>0 else 0., _beta_quantile(1-tail, k+1, n-k) if k<n else 1.
 
 # %% ../nbs/09d_openset.ipynb #ede3e0af
-def _effective(hit, person):
+def _t2(df, level):
+    "Square of the two-sided quantile of Student's t, by way of the beta distribution"
+    x = _beta_quantile(level, .5, df/2)
+    return df*x/(1-x)
+
+def _effective(hit, person, level=.95):
     "How many independent searches say as much as these, of which several are by one person (Korn and Graubard, 1998)"
     n,p = len(hit),hit.mean()
     _,who = np.unique(person, return_inverse=True)
     size,hits = np.bincount(who),np.bincount(who, hit)
-    if p in (0,1): return len(size)
-    return n/max(1, ((hits-p*size)**2).sum()/(n*p*(1-p)))
+    people,least = len(size),n**2/(size**2).sum() # least: all searches of a person end alike
+    if p in (0,1) or people in (1,n): return float(least)
+    design = ((hits-p*size)**2).sum()/(n*p*(1-p)) * people/(people-1)*(n-1)/n
+    return float(max(least, n/max(1, design) * _t2(n-1, level)/_t2(people-1, level)))
 
 # %% ../nbs/09d_openset.ipynb #0d484f9e
 @dataclass(repr=False, eq=False)
@@ -69,31 +79,42 @@ class Calibration:
     def __post_init__(self):
         for k,t in dict(impostor=float, person=int, genuine=float, place=int, pairs=float).items(): setattr(self, k, np.asarray(getattr(self, k), t))
         self.pairs = self.pairs.reshape(-1,3)
-        if self.impostor.shape!=self.person.shape or self.genuine.shape!=self.place.shape or not len(self.impostor): raise ValueError("A calibration needs one person for each impostor score, at least one, and one place for each genuine score")
-        if not all(np.isfinite(o).all() for o in (self.impostor,self.genuine)): raise ValueError("The scores of a calibration are finite numbers")
+        if self.impostor.shape!=self.person.shape or self.genuine.shape!=self.place.shape or not len(self.impostor):
+            raise ValueError("A calibration needs at least one impostor score, a person for each of them, and a place for each genuine score")
+        if not all(np.isfinite(o).all() for o in (self.impostor,self.genuine,self.pairs)):
+            raise ValueError("The scores of a calibration must be finite numbers")
+        if (self.place<1).any(): raise ValueError(f"Places count from 1 on; the smallest here is {self.place.min()}")
+        if not 0<self.level<1: raise ValueError(f"level={self.level} is no confidence: give a share such as 0.95")
         self.wanted()
 
     def wanted(self, far=None): # Rate; None: the calibration's own
         "`far` after a check"
         far = self.far if far is None else far
-        if not 0<far<1: raise ValueError(f"far={far} is no rate of false accepts: give the share of unknown people's searches that may return anybody, e.g. 0.01")
+        if not 0<far<1:
+            raise ValueError(f"far={far} is no rate of false accepts: give the share of unknown people's searches that may return anybody, e.g. 0.01")
         return far
+
+    def allowed(self, far=None): # Wanted rate; None: the calibration's own
+        "How many of the impostor searches may return anybody; 0 if the rate is out of reach"
+        far,n = self.wanted(far),len(self.impostor)
+        k = round(far*n)
+        return k - (k/n>far)
 
     def threshold(self, far=None): # Wanted rate of false accepts per search; None: the calibration's own
         "The score from which on a match is returned. Raises `ValueError` if there are too few impostor searches for so small a rate"
-        far,n = self.wanted(far),len(self.impostor)
-        k = round(far*n)
-        k -= k/n>far
-        if k<1: raise ValueError(f"far={far:g} is out of reach of {n:,} impostor searches: not one of them may return anybody, and then there is no telling where the threshold is. "
-                                 f"At least {math.ceil(1/far-1e-9):,} are needed, and for a narrow interval ten times as many; the smallest rate here is {1/n:.2g}")
+        far,n,k = self.wanted(far),len(self.impostor),self.allowed(far)
+        if k<1: raise ValueError(
+            f"far={far:g} is out of reach of {n:,} impostor searches: not one of them may return anybody, and then there is no telling where the threshold is. "
+            f"At least {math.ceil(1/far-1e-9):,} are needed, and for a narrow interval ten times as many; the smallest rate here is {1/n:.2g}")
         s = np.sort(self.impostor)[::-1]
         above = s[s>s[k]]
         return float(above[-1] if len(above) else np.nextafter(np.float32(s[k]), np.float32(np.inf)))
 
     def far_at(self, threshold): # Score
-        "The rate of false accepts per search at any threshold, and its confidence interval: `(rate, low, high)`"
+        "The rate of false accepts per search at any threshold, and its confidence interval: `(rate, low, high)`. Raises `ValueError` for a NaN"
+        if math.isnan(threshold): raise ValueError("The threshold is NaN: give a score")
         hit = self.impostor>=threshold
-        n = _effective(hit, self.person)
+        n = _effective(hit, self.person, self.level)
         return float(hit.mean()), *binomial_interval(hit.sum()*(n/len(hit)), n, self.level)
 
     def interval(self, far=None): # Wanted rate
@@ -103,7 +124,9 @@ class Calibration:
     def dir_at(self, threshold, # Score
                k=1):            # Places to look at
         "Share of known people's searches with the right person in the first `k` places and at or above the threshold"
-        if not len(self.genuine): raise ValueError("There is no detection rate: no query's person is in the gallery, by another camera where cameras are known")
+        if math.isnan(threshold) or k<1: raise ValueError(f"threshold={threshold}, k={k}: give a score, and a number of places from 1 on")
+        if not len(self.genuine):
+            raise ValueError("There is no detection rate: no query's person is in the gallery, by another camera where cameras are known")
         return float(((self.genuine>=threshold) & (self.place<=k)).mean())
 
     def dir(self, far=None, k=1): # Wanted rate; places to look at
@@ -115,7 +138,8 @@ class Calibration:
 def verification(self:Calibration, far): # Share of pairs of different people
     "Per pair of images, not per search: `(threshold, share of pairs of one person at or above it)`. The pairs share images, so there is no interval"
     some = self.pairs[self.pairs[:,1]<=self.wanted(far)]
-    if not len(some): raise ValueError("There are no pairs of both kinds to verify" if not len(self.pairs) else f"far={far:g} is out of reach: the smallest rate per pair here is {self.pairs[0,1]:.2g}")
+    if not len(self.pairs): raise ValueError("There are no pairs of both kinds to verify")
+    if not len(some): raise ValueError(f"far={far:g} is out of reach: the smallest rate per pair here is {self.pairs[0,1]:.2g}")
     return float(some[-1,0]),float(some[-1,2])
 
 def _no_dir(self, far, k): return self.dir(far, k) if len(self.genuine) else math.nan
@@ -124,7 +148,10 @@ def _no_dir(self, far, k): return self.dir(far, k) if len(self.genuine) else mat
 def table(self:Calibration, fars=(.1,.05,.01,.001)): # Wanted rates; those out of reach are left empty
     "A data frame: for each wanted rate the threshold, the rate on these searches, its interval, and DIR at ranks 1 and 5"
     cols = ['threshold','FAR','low','high','DIR rank-1','DIR rank-5']
-    row = lambda f: [self.threshold(f), *self.far_at(self.threshold(f)), _no_dir(self, f, 1), _no_dir(self, f, 5)] if f*len(self.impostor)>=1 else [math.nan]*6
+    def row(f):
+        if not self.allowed(f): return [math.nan]*6
+        t = self.threshold(f)
+        return [t, *self.far_at(t), _no_dir(self, f, 1), _no_dir(self, f, 5)]
     return pd.DataFrame([row(self.wanted(f)) for f in fars], index=pd.Index(fars, name='FAR wanted'), columns=cols)
 
 @patch
@@ -132,8 +159,11 @@ def card(self:Calibration):
     "A data frame of the thresholds and of every choice"
     fars = sorted({.1,.05,.01,.001,self.far}, reverse=True)
     n,people = len(self.impostor),len(np.unique(self.person))
-    rows = {f'FAR {f:.3g}':f'threshold {r.threshold:.4f}, {self.level:.0%} sure of {r.low:.2%} to {r.high:.2%}' + (f'; DIR {r["DIR rank-1"]:.1%} at rank 1' if len(self.genuine) else '') if r.threshold==r.threshold else
-            f'too few impostor searches, at least {math.ceil(1/f-1e-9):,} are needed' for f,r in self.table(fars).iterrows()}
+    def says(f, r):
+        if math.isnan(r.threshold): return f'too few impostor searches, at least {math.ceil(1/f-1e-9):,} are needed'
+        found = f'; DIR {r["DIR rank-1"]:.1%} at rank 1' if len(self.genuine) else ''
+        return f'threshold {r.threshold:.4f}, {self.level:.0%} sure of {r.low:.2%} to {r.high:.2%}{found}'
+    rows = {f'FAR {f:.3g}':says(f, r) for f,r in self.table(fars).iterrows()}
     how = 'own images hidden' if self.unknown=='hide' else 'not in the gallery'
     rows |= {'impostor searches':f'{n:,} by {people:,} people, {how}', 'known searches':f'{len(self.genuine):,}',
              'gallery searched':f'{self.n_gallery:,} images of {self.n_ids:,} people', 'distance':self.distance,
@@ -153,7 +183,8 @@ def _repr_html_(self:Calibration): return self.card().to_html(header=False)
 def to_json(self:Calibration, path=None): # Also write it there, whole or not at all
     "As JSON text"
     plain = {f.name:getattr(self, f.name) for f in fields(self)}
-    res = json.dumps({'card':'Calibration', **{k:v.tolist() if isinstance(v, np.ndarray) else v for k,v in plain.items()}}, ensure_ascii=False, allow_nan=False, default=str)
+    plain = {k:v.tolist() if isinstance(v, np.ndarray) else v for k,v in plain.items()}
+    res = json.dumps({'card':'Calibration', **plain}, ensure_ascii=False, allow_nan=False, default=str)
     if path is not None:
         with whole_file(path) as f: f.write_text(res, encoding='utf-8')
     return res
@@ -177,7 +208,7 @@ def _axes(ax, **kwargs):
     ax.grid(alpha=.3)
     return ax
 
-def _reachable(self, far): return self.wanted(far)*len(self.impostor)>=1
+def _reachable(self, far): return self.allowed(far)>0
 
 @patch
 def plot_scores(self:Calibration, far=None, # Rate whose threshold is drawn; None: the calibration's own. None is drawn if it is out of reach
@@ -185,10 +216,13 @@ def plot_scores(self:Calibration, far=None, # Rate whose threshold is drawn; Non
     "Histograms of the best score of unknown people's searches and of the nearest true match of known people's; returns the axes"
     ax = _axes(ax, xlabel='similarity' if self.distance=='cosine' else 'score', ylabel='share of searches')
     edges = np.histogram_bin_edges(np.concatenate([self.impostor,self.genuine]), bins)
-    if _reachable(self, far): edges = np.append(edges, 2*edges[-1]-edges[-2]) - (edges[1]-edges[0] - (self.threshold(far)-edges[0])%(edges[1]-edges[0]))
+    if _reachable(self, far): # an edge at the threshold
+        wide = edges[1]-edges[0]
+        edges = np.append(edges, 2*edges[-1]-edges[-2]) - (wide - (self.threshold(far)-edges[0])%wide)
     for x,name,color in ((self.impostor,'unknown: best of anyone','tab:blue'),(self.genuine,'known: nearest true match','tab:orange')):
         if len(x): ax.hist(x, edges, weights=np.full(len(x), 1/len(x)), alpha=.6, color=color, label=f'{name} ({len(x):,})')
-    if _reachable(self, far): ax.axvline(self.threshold(far), color='black', ls='--', label=f'threshold {self.threshold(far):.3f} for FAR {self.wanted(far):.3g}')
+    if _reachable(self, far):
+        ax.axvline(self.threshold(far), color='black', ls='--', label=f'threshold {self.threshold(far):.3f} for FAR {self.wanted(far):.3g}')
     ax.legend(fontsize=8)
     return ax
 
@@ -205,8 +239,9 @@ def plot_dir(self:Calibration, far=None, # Rate that is marked; None: the calibr
     if _reachable(self, far):
         at,low,high = self.far_at(self.threshold(far))
         y = self.dir(far, ks[0])
-        if at>0: ax.errorbar([at], [y], xerr=[[at-low],[high-at]], fmt='o', color='black', capsize=3, label=f'FAR {at:.3g}, {self.level:.0%} interval\nDIR {y:.3g} at rank {ks[0]}')
-    ax.legend(fontsize=8, loc='lower right')
+        if at>0: ax.errorbar([at], [y], xerr=[[at-low],[high-at]], fmt='o', color='black', capsize=3,
+                             label=f'FAR {at:.3g}, {self.level:.0%} interval\nDIR {y:.3g} at rank {ks[0]}')
+    ax.legend(fontsize=8)
     return ax
 
 # %% ../nbs/09d_openset.ipynb #30a11e19

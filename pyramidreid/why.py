@@ -18,12 +18,14 @@ def _branches(emb, n, what):
     "The `n` branches of one embedding, of length one as a whole: (n, E) float64"
     x = torch.as_tensor(emb).detach().cpu().double()
     if x.ndim!=1: raise ValueError(f"{what} has shape {tuple(x.shape)}: give the embedding of one image, (D,)")
-    if not len(x) or len(x)%n: raise ValueError(f"{what} has {len(x)} numbers, which are not {n} branches of equal width: check n_parts and levels of the model it comes from")
+    if not len(x) or len(x)%n:
+        raise ValueError(f"{what} has {len(x)} numbers, which are not {n} branches of equal width: check n_parts and levels of the model it comes from")
     if not x.isfinite().all() or not x.any(): raise ValueError(f"{what} is zero or not finite: there is nothing to compare")
     x = (x/x.norm()).view(n, -1)
     lengths = x.norm(dim=1)
     lengths = lengths[lengths>0]
-    if lengths.max()>1.02*lengths.min(): raise ValueError(f"The branches of {what} have lengths from {lengths.min():.3f} to {lengths.max():.3f}. Only where all are equal is the cosine "
+    if lengths.max()>1.02*lengths.min(): raise ValueError(
+        f"The branches of {what} have lengths from {lengths.min():.3f} to {lengths.max():.3f}. Only where all are equal is the cosine "
         "the mean of the branches' cosines: embed with a model of norm='branch' (and if it is, check n_parts and levels)")
     return x
 
@@ -66,7 +68,8 @@ def explain(self:ReIDLearner,
 )->Explanation:
     "Take the cosine of two images apart into the similarities of their branches"
     model = getattr(self.model, 'module', self.model)
-    if model.norm!='branch': raise ValueError(f"This model's embedding is made with norm={model.norm!r}, where branches with long features count for more: its cosine is no mean of branch cosines. "
+    if model.norm!='branch': raise ValueError(
+        f"This model's embedding is made with norm={model.norm!r}, where branches with long features count for more: its cosine is no mean of branch cosines. "
         "Only norm='branch' can be explained; a trained model may be switched by learn.model.norm = 'branch', which changes its rankings")
     dl = self.dls.test_dl([query,match], num_workers=0)
     seen = dl.decode(dl.one_batch())[0].cpu()
@@ -93,8 +96,9 @@ def _draw_pair(ax, images, level, table, lanes, color):
             top,bottom,v = table.loc[b,['top','bottom','similarity']]
             c = color.to_rgba(v)[:3]
             ax.add_patch(Rectangle((x+lane*w/n, top*h), w/n, (bottom-top)*h, facecolor=(*c,.55), edgecolor='white', linewidth=1))
-            if k==0: ax.text(x+(lane+.5)*w/n, (top+bottom)/2*h, f'{v:.2f}'.replace('0.', '.', 1), ha='center', va='center', fontsize=7.5 if n<3 else 6.5,
-                             bbox=dict(boxstyle='round,pad=.12', facecolor=c, edgecolor='none'), color='white' if np.dot(c, [.3,.59,.11])<.5 else 'black')
+            if k>0: continue
+            ax.text(x+(lane+.5)*w/n, (top+bottom)/2*h, f'{v:.2f}'.replace('0.', '.', 1), ha='center', va='center', fontsize=7.5 if n<3 else 6.5,
+                    bbox=dict(boxstyle='round,pad=.12', facecolor=c, edgecolor='none'), color='white' if np.dot(c, [.3,.59,.11])<.5 else 'black')
     ax.set(xlim=(0,2*w+gap), ylim=(h,0), xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
@@ -106,12 +110,14 @@ def plot_explanations(explanations, # One or several `Explanation`s of the same 
     "The two people of each, then level by level with every window in the colour of its similarity; returns the figure"
     tables = [e.table for e in explanations]
     if not tables: raise ValueError("There is nothing to draw: give one explanation or more, as learn.explain makes them")
-    if any(not t.drop(columns='similarity').equals(tables[0].drop(columns='similarity')) for t in tables): raise ValueError("These explanations are of different pyramids: draw one at a time")
+    if any(not t.drop(columns='similarity').equals(tables[0].drop(columns='similarity')) for t in tables):
+        raise ValueError("These explanations are of different pyramids: draw one at a time")
     sims = pd.concat(tables).similarity
     color = plt.cm.ScalarMappable(Normalize(sims.min() if vmin is None else vmin, sims.max() if vmax is None else vmax), 'viridis')
     columns = [None,*tables[0].level.unique()]
     h,w = explanations[0].images[0].shape[:2]
-    fig,axs = plt.subplots(len(tables), len(columns), figsize=(scale*(1.55*len(columns)+.7), scale*(.72*h/w+.5)*len(tables)), squeeze=False, layout='constrained')
+    size = scale*(1.55*len(columns)+.7),scale*(.72*h/w+.5)*len(tables)
+    fig,axs = plt.subplots(len(tables), len(columns), figsize=size, squeeze=False, layout='constrained')
     for row,e in zip(axs, explanations):
         lanes = list(window_lanes(e.table))
         for ax,l in zip(row, columns):

@@ -151,7 +151,7 @@ def test_swapped_labels_come_first():
     got = ReIDInterpretation(emb, items).label_errors(2)
     for sign in ('outlier','neighbour'): assert set(got.index[got.sign==sign])=={20,40}
     o = got[got.sign=='outlier'].loc[20]
-    assert o.pid==items.pid[20] and o.other_pid==items.pid[40] and o.fn=='%s'%items.fn[20] and 'to its own id' in o.why
+    assert o.pid==items.pid[20] and o.other_pid==items.pid[40] and o.fn=='%s'%items.fn[20] and 'in the mean to its own id' in o.why
     assert (got.groupby('sign').score.apply(lambda s: s.is_monotonic_decreasing)).all() and (got.score>0).all()
 
 def test_a_copy_under_another_id_is_the_first_duplicate():
@@ -197,7 +197,7 @@ def test_nobody_to_find():
     got = alone.label_errors(4)
     assert got.empty
     with pytest.raises(ValueError, match='no neighbour'): alone.plot_label_errors()
-    with pytest.raises(ValueError, match='1 people'): ReIDInterpretation(interp.emb, items.assign(label=0)).label_errors()
+    with pytest.raises(ValueError, match='two people or more; these images are of 1'): ReIDInterpretation(interp.emb, items.assign(label=0)).label_errors()
 
 @pytest.mark.parametrize('change,match', [(lambda e,d: (e,d.drop(columns=['label','role'])), "no column 'label', 'role'"), (lambda e,d: (e[:-1],d), '60 images, and embeddings of shape'), (lambda e,d: (e[0],d), 'one embedding per row')])
 def test_what_does_not_fit(change, match):
@@ -208,6 +208,12 @@ def test_nothing_asked_for():
     interp,_ = make()
     for f in (interp.worst,interp.plot_worst):
         for n in (0,-1): pytest.raises(ValueError, f, n).match(f'n={n}: ask for one query or more')
+    for n in (0,-1):
+        pytest.raises(ValueError, interp.confused, n).match(f'n={n}: ask for one pair')
+        for f in (interp.label_errors,interp.plot_label_errors): pytest.raises(ValueError, f, n).match(f'n={n}: ask for one suspect')
+        pytest.raises(ValueError, interp.ranked, [0], n).match(f'k={n}: ask for one match')
+        pytest.raises(ValueError, interp.plot_worst, 2, n).match(f'k={n}: ask for one match')
+        pytest.raises(ValueError, interp.plot_label_errors, k=n).match(f'k={n}: ask for one image')
 
 def test_nan_is_named():
     interp,items = make()
@@ -241,7 +247,7 @@ def test_colours_of_the_plane():
     assert legend(interp.plot_embeddings(ids=[11,21]))==['pid 11','pid 21','others']
     assert legend(interp.plot_embeddings(ids=np.int64(3)))==legend(interp.plot_embeddings(ids=3)) and len(legend(interp.plot_embeddings(ids=3)))==4
     assert legend(interp.plot_embeddings('cam'))==['camera c0','camera c1','camera c2','others']
-    with pytest.raises(ValueError, match='no image of person 12'): interp.plot_embeddings(ids=[12])
+    with pytest.raises(ValueError, match=r'no image of person 12; there are ids such as \d+, \d+'): interp.plot_embeddings(ids=[12])
     with pytest.raises(ValueError, match="'pid' or by 'cam'"): interp.plot_embeddings('camera')
 
 # from a learner

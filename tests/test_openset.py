@@ -1,12 +1,12 @@
 "Open-set searches against loops over images, intervals against scipy, and what a threshold promises"
 import json,math,subprocess,sys
-import numpy as np, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 from pyramidreid.calibrate import *
 from pyramidreid.evaluation import Distances,evaluate_distances
 from pyramidreid.openset import *
-from pyramidreid.openset import _beta_cdf
+from pyramidreid.openset import _beta_cdf,_effective,_t2
 
 def of_scores(impostor, person=None, genuine=(), place=None, **kwargs):
     "A calibration of bare scores"
@@ -115,6 +115,11 @@ def test_errors():
         with pytest.raises(ValueError, match=say): calibrate_distances(d, *ids, **kw)
     for far in (0,1,-.1,1.5,math.nan):
         with pytest.raises(ValueError, match='no rate of false accepts'): of_scores([.1]).threshold(far)
+    for kw,say in ((dict(level=95),'no confidence'),(dict(genuine=[.1], place=[0]),'from 1 on'),(dict(pairs=[[math.nan,.1,.2]]),'finite'),(dict(impostor=[.1,math.nan]),'finite'),(dict(impostor=[]),'at least one')):
+        with pytest.raises(ValueError, match=say): of_scores(**{'impostor':[.1], **kw})
+    c = of_scores([.1], genuine=[.1])
+    for f,say in ((lambda: c.far_at(math.nan),'NaN'),(lambda: c.dir_at(math.nan),'give a score'),(lambda: c.dir_at(.1, k=0),'from 1 on')):
+        with pytest.raises(ValueError, match=say): f()
     with pytest.raises(ValueError, match='5 entries'): calibrate_distances(d, [1]*5, [1,2])
 
 def test_half_a_million_pairs_in_little_memory():
@@ -150,8 +155,49 @@ def test_searches_of_one_person_count_for_less():
     who = np.repeat(range(100), 4)
     alike,apart = np.repeat(np.arange(100)<5, 4).astype(float),(np.arange(400)%20==0).astype(float)
     width = lambda score: np.diff(of_scores(score, who).far_at(.5)[1:])[0]
-    for score,t,k,n in ((alike,.5,5,100),(apart,.5,20,400),(apart,2.,0,100)): assert of_scores(score, who).far_at(t)==pytest.approx((k/n,*binomial_interval(k, n)))
+    few = 400*(stats.t.ppf(.975, 399)/stats.t.ppf(.975, 99))**2
+    for score,t,k,n in ((alike,.5,5,100),(apart,.5,few/20,few),(apart,2.,0,100)): assert of_scores(score, who).far_at(t)==pytest.approx((k/n,*binomial_interval(k, n)))
     assert width(alike)>1.8*width(apart)
+
+@pytest.mark.parametrize('df', [1,2,19,399,50_000])
+def test_quantiles_of_t_are_scipys(df):
+    for level in (.5,.9,.95,.999): assert _t2(df, level)==pytest.approx(stats.t.ppf((1+level)/2, df)**2, rel=1e-6)
+
+def test_effective_number_by_a_plain_loop():
+    "Korn and Graubard (1998): variance of a ratio between clusters over that of a simple sample, and the squared ratio of quantiles of t"
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        people = rng.integers(2,30)
+        who = np.concatenate([np.arange(people),rng.integers(0, people, rng.integers(1,200))])
+        hit = (rng.random(len(who))<rng.random(people)[who]**2).astype(float)
+        n,p = len(who),hit.mean()
+        if p in (0,1): continue
+        z = [sum(hit[i]-p for i in range(n) if who[i]==c)/n for c in range(people)]
+        var = people/(people-1)*sum(o**2 for o in z)
+        design = var/(p*(1-p)/(n-1))
+        want = n/max(1, design) * (stats.t.ppf(.95, n-1)/stats.t.ppf(.95, people-1))**2
+        assert _effective(hit, who, .9)==pytest.approx(max(want, n**2/sum((who==c).sum()**2 for c in range(people))), rel=1e-6)
+        assert _effective(hit, np.arange(n))==n
+
+def test_one_person_is_one_search():
+    "However often they come"
+    for n in (20,500):
+        c = of_scores(np.linspace(0, 1, n), [7]*n, far=.1)
+        rate,low,high = c.far_at(c.threshold())
+        assert rate==pytest.approx(.1) and (low,high)==pytest.approx(binomial_interval(.1, 1)) and high>.95
+    low,high = of_scores(np.linspace(0, 1, 500), [7,8]*250, far=.1).interval()
+    assert high>.35 # as of independent searches it would be .13
+
+@pytest.mark.parametrize('people,each,far,least', [(20,4,.05,.93),(40,4,.1,.93),(100,4,.01,.93),(5,20,.1,.9)])
+def test_coverage_with_several_searches_each(people, each, far, least):
+    "The true rate of the threshold is in the interval, though half of a score's variance is the person's"
+    rng,kept = np.random.default_rng(0),[]
+    for _ in range(200):
+        score = (rng.normal(size=(people,1))+rng.normal(size=(people,each)))/2**.5
+        c = of_scores(score.ravel(), np.repeat(range(people), each))
+        low,high = c.interval(far)
+        kept.append(low<=stats.norm.sf(c.threshold(far))<=high)
+    assert np.mean(kept)>=least
 
 def test_coverage():
     "The true rate of the threshold for drawn scores, of which it is known exactly, is in the interval"
@@ -179,6 +225,15 @@ def test_round_rates_lose_no_search():
     "100·0.29 is 28.999… in floating point"
     c = of_scores(np.arange(100))
     for k in range(1,100): assert c.threshold(k/100)==100-k and (c.impostor>=100-k).mean()==k/100
+
+def test_what_is_out_of_reach_is_so_everywhere():
+    "49·(1/49) is 0.999… in floating point"
+    for n in (49,98,103,200):
+        c = of_scores(np.arange(n))
+        for far,k in ((1/n,1),(np.nextafter(1/n, 0),0),(np.nextafter(1/n, 1),1)):
+            assert c.allowed(far)==k and c.table([far]).threshold.notna().tolist()==[k==1]
+            assert ('threshold' in [t.get_text().split()[0] for t in c.plot_scores(far).get_legend().get_texts()])==(k==1)
+            plt.close('all')
 
 def test_equal_scores():
     c = of_scores([.5]*20)
