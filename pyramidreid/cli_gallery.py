@@ -8,8 +8,8 @@ __all__ = ['model_option', 'folder', 'own_folder', 'typed', 'gallery', 'add', 'r
 # %% ../nbs/17c_cli_gallery.ipynb #08ccca2a
 import click,json,math,os
 from pathlib import Path
-from .cli import (Answer,InOrder,Number,app,command,data_set_option,device_option,existing,held_out_options,new_folder,part_type,
-                             writing)
+from .cli import Answer,InOrder,app,command,data_set_option,device_option,held_out_options,writing
+from .cli_types import Number,existing,new_folder,part_type
 
 # %% ../nbs/17c_cli_gallery.ipynb #370a5c54
 def typed(value,     # As it was typed

@@ -10,8 +10,8 @@ import click,importlib.util,json,shlex
 from contextlib import nullcontext
 from pathlib import Path
 from urllib.error import URLError
-from .cli import (Answer,Number,app,command,data_set_option,device_option,existing,held_out_options,new_file,new_folder,
-                             part_type,writing)
+from .cli import Answer,app,command,data_set_option,device_option,held_out_options,writing
+from .cli_types import Number,existing,new_file,new_folder,part_type
 
 # %% ../nbs/17b_cli_models.ipynb #2de44c4f
 _lr = dict(paper=.1, modern=1e-3) # Of the new layers

@@ -46,7 +46,7 @@ def _check_kind(o, name):
     elif isinstance(o, np.ndarray):
         if o.dtype!=np.uint8 or o.ndim not in (2,3) or o.shape[2:] not in ((),(3,)) or not o.size: raise ValueError(
             f"{name} is an array of {o.dtype}, shape {o.shape}: give bytes (uint8), 0 to 255, of shape (H, W, 3) in RGB, or (H, W)")
-    elif not isinstance(o, Image.Image): raise ValueError(f"{name} is a {type(o).__name__}: give the path of a file, a PIL image, or an array of bytes")
+    elif not isinstance(o, Image.Image): raise ValueError(f"{name} is of type {type(o).__name__}: give the path of a file, a PIL image, or an array of bytes")
     elif not all(o.size): raise ValueError(f"{name} has no pixels ({o.width}×{o.height})")
 
 def rgb(o,          # The path of a file, a PIL image, or an array of bytes, (H, W, 3) in RGB or (H, W) in grey
@@ -75,7 +75,9 @@ def _below(folder, known, above=()):
     "Image files in `folder` and its folders; `above` are the folders it lies in"
     real = os.path.realpath(folder)
     if real in above: return # a link that leads back up
-    for o in os.scandir(folder):
+    try: entries = list(os.scandir(folder))
+    except (FileNotFoundError,NotADirectoryError): return
+    for o in entries:
         if o.name.startswith('.'): continue
         if o.is_dir(): yield from _below(o.path, known, (*above,real))
         elif os.path.splitext(o.name)[1].lower() in known: yield Path(o.path)

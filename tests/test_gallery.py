@@ -212,7 +212,7 @@ def test_all_or_none(gallery, files, tmp_path):
     with pytest.raises(ValueError, match="1 of 2 keys are not in the gallery, 'nobody' the first"): gallery.remove([files.fn[0],'nobody'])
     assert len(gallery)==6
 
-@pytest.mark.parametrize('bad,error,why', [('text',FileNotFoundError,'no image file text'),(np.zeros((4,3), np.float32),ValueError,'wrap embeddings'),(3,ValueError,'int: give a file'),(None,ValueError,'NoneType'),
+@pytest.mark.parametrize('bad,error,why', [('text',FileNotFoundError,'no image file text'),(np.zeros((4,3), np.float32),ValueError,'wrap embeddings'),(3,ValueError,'of type int: give the path'),(None,ValueError,'NoneType'),
     ([Embeddings(np.ones(9), 'a model')],TypeError,'one `Embeddings` of all')])
 def test_what_is_no_query(gallery, bad, error, why):
     with pytest.raises(error, match=why): gallery.search(bad, k=1)

@@ -212,7 +212,7 @@ def test_pictures_that_are_none(file, files, tmp_path):
                                         (np.zeros((3,8,4), np.uint8),r'\(3, 8, 4\)'), (np.zeros((0,4,3), np.uint8),r'\(0, 4, 3\)'), (np.zeros(5, np.uint8),r'\(5,\)')])
 def test_what_is_no_picture_is_numbered(file, files, item, words):
     "The number counts over batches"
-    with pytest.raises(ValueError, match=f'image 5 is an? .*{words}'): Runtime(file, threads=1).embed([*files[:5],item], bs=2)
+    with pytest.raises(ValueError, match=f'image 5 is (an?|of type) .*{words}'): Runtime(file, threads=1).embed([*files[:5],item], bs=2)
 
 def test_an_image_of_pil_that_is_cut_off_is_numbered(file, files, tmp_path):
     (tmp_path/'cut.jpg').write_bytes(files[0].read_bytes()[:-300])
@@ -223,7 +223,7 @@ def test_an_image_of_pil_that_is_cut_off_is_numbered(file, files, tmp_path):
 
 @pytest.mark.parametrize('item,words', [(None,'NoneType'), (3,'int'), (b'bytes','bytes')])
 def test_a_single_thing_that_is_no_picture(file, item, words):
-    with pytest.raises(ValueError, match=f'image 0 is a {words}: give the path'): Runtime(file, threads=1).embed(item)
+    with pytest.raises(ValueError, match=f'image 0 is of type {words}: give the path'): Runtime(file, threads=1).embed(item)
 
 @pytest.mark.parametrize('suffix', ['jpg','png','gif','webp','tif','bmp','jp2','avif'])
 def test_a_damaged_picture_is_an_error_that_names_it_or_none(files, tmp_path, suffix):
@@ -321,3 +321,13 @@ def test_what_computes_is_what_was_asked_for(file, monkeypatch):
     if 'CUDAExecutionProvider' in ort.get_available_providers(): pytest.skip('there may be a GPU')
     with pytest.raises(ValueError, match='finds no CUDAExecutionProvider here, only CPUExecutionProvider'): Runtime(file, providers=[('CUDAExecutionProvider', dict(device_id=0))])
     Runtime(file, providers=['CUDAExecutionProvider','CPUExecutionProvider'])
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    "And not passed over, as if it were empty"
+    real = os.scandir
+    def closed(path):
+        if str(path).endswith('closed'): raise PermissionError(13, 'Permission denied', str(path))
+        return real(path)
+    (tmp_path/'closed').mkdir()
+    monkeypatch.setattr(os, 'scandir', closed) # root may read everything
+    with pytest.raises(PermissionError, match='closed'): find_images(tmp_path)
