@@ -700,6 +700,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'pyramidreid.nearest._best': ('nearest.html#_best', 'pyramidreid/nearest.py'),
                                      'pyramidreid.nearest._bytes': ('nearest.html#_bytes', 'pyramidreid/nearest.py'),
                                      'pyramidreid.nearest._empty': ('nearest.html#_empty', 'pyramidreid/nearest.py'),
+                                     'pyramidreid.nearest._in_groups': ('nearest.html#_in_groups', 'pyramidreid/nearest.py'),
+                                     'pyramidreid.nearest._largest': ('nearest.html#_largest', 'pyramidreid/nearest.py'),
                                      'pyramidreid.nearest._selector': ('nearest.html#_selector', 'pyramidreid/nearest.py'),
                                      'pyramidreid.nearest._top': ('nearest.html#_top', 'pyramidreid/nearest.py'),
                                      'pyramidreid.nearest.build_index': ('nearest.html#build_index', 'pyramidreid/nearest.py'),

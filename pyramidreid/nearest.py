@@ -48,12 +48,22 @@ class Rows:
         return np.where(self.ids[at]==ids, at, -1)
 
 # %% ../nbs/14a_nearest.ipynb #71c41718
+def _largest(sims, k): return np.argpartition(sims, -k, axis=1)[:,-k:]
+
+def _in_groups(sims, k, size=16):
+    "As `_largest`, by way of the maxima of groups of columns: the `k` largest are in the `k` groups of the largest maxima"
+    n = sims.shape[1]//size
+    groups = _largest(sims[:,:size*n].reshape(len(sims), size, n).max(1), k)
+    rest = np.broadcast_to(np.arange(size*n, sims.shape[1]), (len(sims),sims.shape[1]%size))
+    cols = np.hstack([*(groups+n*i for i in range(size)), rest])
+    return np.take_along_axis(cols, _largest(np.take_along_axis(sims, cols, 1), k), 1)
+
 def _top(sims, k):
     "Columns of the `k` largest of each line, in any order; equals as they come"
     if k>=sims.shape[1]: return np.broadcast_to(np.arange(sims.shape[1]), sims.shape)
-    res = np.argpartition(sims, -k, axis=1)[:,-k:]
+    res = (_in_groups if sims.shape[1]>=64*k else _largest)(sims, k)
     least = np.take_along_axis(sims, res, 1).min(1, keepdims=True)
-    tied = (sims>=least).sum(1)>k
+    tied = np.count_nonzero(sims>=least, axis=1)>k
     res[tied] = np.argsort(-sims[tied], 1, kind='stable')[:,:k]
     return res
 
@@ -71,8 +81,10 @@ def exact(q,    # Queries of length one, float32 (Q, D)
     "Similarities and row numbers of the `k` most similar rows, (Q, k); -inf and -1 where there are no more"
     sims,found = np.full((len(q),k), -np.inf, np.float32),np.full((len(q),k), -1)
     few = allowed is not None and 2*np.count_nonzero(allowed)<len(rows)
-    for embs,no in rows.chunks(allowed if few else None, size=np.clip(2**22//max(1, len(q)), 1024, 16384)):
-        s = q@embs.T
+    size = np.clip(2**20//max(1, len(q)), 1024, 16384)
+    room = np.empty(len(q)*size, np.float32) # one for all chunks: new memory takes as long as a fifth of the product
+    for embs,no in rows.chunks(allowed if few else None, size):
+        s = np.matmul(q, embs.T, out=room[:len(q)*len(no)].reshape(len(q), len(no)))
         if allowed is not None and not few: s[:,~allowed[no]] = -np.inf
         at = _top(s, k)
         sims,found = _best(np.hstack([sims,np.take_along_axis(s, at, 1)]), np.hstack([found,no[at]]), k)

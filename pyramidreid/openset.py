@@ -162,7 +162,7 @@ def card(self:Calibration):
     def says(f, r):
         if math.isnan(r.threshold): return f'too few impostor searches, at least {math.ceil(1/f-1e-9):,} are needed'
         found = f'; DIR {r["DIR rank-1"]:.1%} at rank 1' if len(self.genuine) else ''
-        return f'threshold {r.threshold:.4f}, {self.level:.0%} sure of {r.low:.2%} to {r.high:.2%}{found}'
+        return f'threshold {r.threshold:.4f}, {self.level:.0%} interval {r.low:.2%} to {r.high:.2%}{found}'
     rows = {f'FAR {f:.3g}':says(f, r) for f,r in self.table(fars).iterrows()}
     how = 'own images hidden' if self.unknown=='hide' else 'not in the gallery'
     rows |= {'impostor searches':f'{n:,} by {people:,} people, {how}', 'known searches':f'{len(self.genuine):,}',

@@ -2,7 +2,7 @@
 import tracemalloc
 import numpy as np, pytest
 from hypothesis import given,settings,strategies as st
-from pyramidreid.nearest import Rows,exact
+from pyramidreid.nearest import Rows,_top,exact
 
 def plain(q, x, k, ok):
     "Similarities and rows, by a stable sort of float64 products of small whole numbers, which are exact"
@@ -38,3 +38,11 @@ def test_memory_does_not_grow_with_the_gallery(share):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak<120e6, peak
+
+@pytest.mark.parametrize('n', [640,641,655,1000])
+def test_groups_of_columns(n):
+    "The largest of many columns, equals among them, whether or not the groups come out even"
+    rng = np.random.default_rng(n)
+    for few in (True,False):
+        s = rng.integers(0, 50, (40,n)).astype(np.float32) if few else rng.standard_normal((40,n), dtype=np.float32)
+        np.testing.assert_array_equal(np.sort(_top(s, 10), 1), np.sort(np.argsort(-s, 1, kind='stable')[:,:10], 1))
