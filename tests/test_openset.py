@@ -273,7 +273,7 @@ def test_json(tmp_path):
 
 def test_card_and_plots():
     c = of_scores(np.linspace(0, .8, 200), genuine=np.linspace(.3, 1, 50), about={'data':'line'}, far=.02, level=.9)
-    for s in ('FAR 0.02','90% sure','200 by 200 people, not in the gallery','cameras unknown','line'): assert s in repr(c)
+    for s in ('FAR 0.02','90% interval','200 by 200 people, not in the gallery','cameras unknown','line'): assert s in repr(c)
     assert '<table' in c._repr_html_()
     assert c.table([.1]).loc[.1,'DIR rank-1']==c.dir(.1)
     ax = c.plot_dir(.1, ks=(1,3))
