@@ -35,11 +35,11 @@ def _pair_rates(other, match):
     return np.stack([edge,*(o[i] for o in at_least)], 1)[::-1]
 
 def _best(s, same, match):
-    "Of each row of scores: the best of another person; the best match, and its place, ties by gallery order"
+    "Of each row of scores: the best of another person, and where; the best match, and its place, ties by gallery order"
     other,mate = np.where(same, -np.inf, s),np.where(match, s, -np.inf)
     at,top = mate.argmax(1)[:,None],mate.max(1)
     before = (other>top[:,None]) | ((other==top[:,None]) & (np.arange(s.shape[1])<at))
-    return other.max(1),top,1+before.sum(1)
+    return other.max(1),other.argmax(1),top,1+before.sum(1)
 
 # %% ../nbs/11d_calibrate.ipynb #3ae3fcc5
 def calibrate_distances(dist, # (Q, G) distances, smaller is nearer: tensor, array, or an object with `shape` and rows such as `Distances`
@@ -72,19 +72,20 @@ def calibrate_distances(dist, # (Q, G) distances, smaller is nearer: tensor, arr
         a = i.numpy()
         same = q[a][:,None]==g[keep]
         match = same & (cams[0][a][:,None]!=cams[1][keep]) if cams else same
-        best,top,place = _best(s, same, match)
+        best,at,top,place = _best(s, same, match)
         known = match.any(1)
         if not (s<np.inf).all() or np.isneginf(top[known]).any(): raise ValueError(
             f"The distances of a query between positions {i[0]} and {i[-1]} hold NaN or -inf, or a match is infinitely far. Look for a diverged model or overflow in half precision")
-        found.append((best,top,place,known,q[a]))
+        found.append((best,g[keep][at],top,place,known,q[a]))
         bins = [b+_bins(s[o]) for b,o in zip(bins, (~same,match))]
-    best,top,place,known,who = map(np.concatenate, zip(*found))
+    best,other,top,place,known,who = map(np.concatenate, zip(*found))
     stranger = np.isfinite(best) if unknown=='hide' else np.isfinite(best) & ~known
     if not stranger.any(): raise ValueError("There is no search by an unknown person: " + (
         "every query's person is in the gallery. Take unknown='hide', or add queries of people who are not" if unknown=='absent' else
         "the gallery has no one but the person who searches"))
     return Calibration(best[stranger], who[stranger], top[known], place[known], _pair_rates(*bins), len(keep), len(np.unique(g[keep])), unknown,
-        bool(cams), getattr(dist, 'distance', 'as given'), far, level, {**getattr(dist, 'about', {}), **(about or {})})
+        bool(cams), getattr(dist, 'distance', 'as given'), far, level, {**getattr(dist, 'about', {}), **(about or {})},
+        other[stranger] if unknown=='hide' else ())
 
 # %% ../nbs/11d_calibrate.ipynb #7a95ebae
 @patch

@@ -5,8 +5,8 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 from pyramidreid.calibrate import *
 from pyramidreid.evaluation import Distances,evaluate_distances
+from pyramidreid.intervals import _beta_cdf,_t2,binomial_interval
 from pyramidreid.openset import *
-from pyramidreid.openset import _beta_cdf,_effective,_t2
 
 def of_scores(impostor, person=None, genuine=(), place=None, **kwargs):
     "A calibration of bare scores"
@@ -163,21 +163,36 @@ def test_searches_of_one_person_count_for_less():
 def test_quantiles_of_t_are_scipys(df):
     for level in (.5,.9,.95,.999): assert _t2(df, level)==pytest.approx(stats.t.ppf((1+level)/2, df)**2, rel=1e-6)
 
-def test_effective_number_by_a_plain_loop():
-    "Korn and Graubard (1998): variance of a ratio between clusters over that of a simple sample, and the squared ratio of quantiles of t"
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        people = rng.integers(2,30)
-        who = np.concatenate([np.arange(people),rng.integers(0, people, rng.integers(1,200))])
-        hit = (rng.random(len(who))<rng.random(people)[who]**2).astype(float)
-        n,p = len(who),hit.mean()
-        if p in (0,1): continue
-        z = [sum(hit[i]-p for i in range(n) if who[i]==c)/n for c in range(people)]
-        var = people/(people-1)*sum(o**2 for o in z)
-        design = var/(p*(1-p)/(n-1))
-        want = n/max(1, design) * (stats.t.ppf(.95, n-1)/stats.t.ppf(.95, people-1))**2
-        assert _effective(hit, who, .9)==pytest.approx(max(want, n**2/sum((who==c).sum()**2 for c in range(people))), rel=1e-6)
-        assert _effective(hit, np.arange(n))==n
+def plain_effective(score, t, person, found, level):
+    "Searches that share a person, at either end, counted pair by pair"
+    n,people = len(score),len(set(person))
+    sizes = [list(person).count(p) for p in set(person)]
+    least = n**2/sum(o**2 for o in sizes)
+    hits = [float(s>=t) for s in score]
+    if people==1 or len(set(hits))==1: return least
+    def effect(hits, ends):
+        mean = sum(hits)/n
+        rest = [h-mean for h in hits]
+        own = sum(o**2 for o in rest)
+        return sum(rest[i]*rest[j] for i in range(n) for j in range(n) if ends[i] & ends[j])/own if own else 0
+    one = [{p} for p in person]
+    d = max(effect(hits, one), effect([float(s>=np.median(score)) for s in score], one))
+    if found is not None: d = max(d, effect(hits, [{p,f} for p,f in zip(person, found)]))
+    few = (stats.t.ppf((1+level)/2, n-1)/stats.t.ppf((1+level)/2, people-1))**2
+    return min(n, max(n*few/max(1, d*people/(people-1)), least if found is None else least/2))
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(2,30), st.integers(1,8), st.booleans(), st.sampled_from([.8,.95]), st.integers(0,2**32-1))
+def test_effective_number_by_pairs_of_searches(n, people, hide, level, seed):
+    rng = np.random.default_rng(seed)
+    person = rng.integers(0, people, n)*7
+    found = (person//7+rng.integers(1, people+3, n))%(people+3)*7 if hide else None
+    score = rng.integers(0, 6, n)/4
+    c = of_scores(score, person, level=level, found=() if found is None else found)
+    for t in (-1,.25,.5,1.25,2):
+        m = plain_effective(score, t, person, found, level)
+        rate = (score>=t).mean()
+        assert c.far_at(t)==pytest.approx((rate,*binomial_interval(rate*m, m, level)), abs=1e-9)
 
 def test_one_person_is_one_search():
     "However often they come"
@@ -188,16 +203,45 @@ def test_one_person_is_one_search():
     low,high = of_scores(np.linspace(0, 1, 500), [7,8]*250, far=.1).interval()
     assert high>.35 # as of independent searches it would be .13
 
-@pytest.mark.parametrize('people,each,far,least', [(20,4,.05,.93),(40,4,.1,.93),(100,4,.01,.93),(5,20,.1,.9)])
-def test_coverage_with_several_searches_each(people, each, far, least):
-    "The true rate of the threshold is in the interval, though half of a score's variance is the person's"
-    rng,kept = np.random.default_rng(0),[]
+def test_who_found_whom_is_known_where_people_hide():
+    d,pids = [[.1,.3,.2,.9],[.3,.1,.4,.2],[.2,.4,.1,.3]],[10,20,30,-1]
+    c = calibrate_distances(d, pids[:3], pids)
+    codes = dict(zip(pids[:3], c.person))
+    assert c.found.tolist()==[codes[30],codes[10],codes[10]]
+    assert not len(calibrate_distances(d, [10,20,40], pids, unknown='absent').found)
+    with pytest.raises(ValueError, match='the person found'): of_scores([.1,.2], found=[1])
+
+@pytest.mark.parametrize('people,each,alike', [(20,10,.9),(100,4,.9),(100,10,.5),(5,20,.5)])
+@pytest.mark.parametrize('far', [.01,.05,.1])
+def test_coverage_with_several_searches_each(people, each, alike, far):
+    "Scores that people share in part, few and many false alarms: the true rate, known exactly, is in the interval"
+    rng,who = np.random.default_rng(0),np.repeat(range(people), each)
+    seen = []
     for _ in range(200):
-        score = (rng.normal(size=(people,1))+rng.normal(size=(people,each)))/2**.5
-        c = of_scores(score.ravel(), np.repeat(range(people), each))
-        low,high = c.interval(far)
-        kept.append(low<=stats.norm.sf(c.threshold(far))<=high)
-    assert np.mean(kept)>=least
+        c = of_scores(alike**.5*np.repeat(rng.normal(size=people), each)+(1-alike)**.5*rng.normal(size=len(who)), who)
+        t = c.threshold(far)
+        low,high = c.far_at(t)[1:]
+        seen.append(low<=stats.norm.sf(t)<=high)
+    assert np.mean(seen)>=.94
+
+def test_coverage_where_people_hide():
+    "Each person hidden in turn from a gallery of those people: the rate of strangers before other galleries is in the interval"
+    seen = []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        def emb(p):
+            x = p+.4*rng.standard_normal(p.shape, dtype=np.float32)
+            return x/np.linalg.norm(x, axis=1, keepdims=True)
+        centre = 1.5+rng.standard_normal((5600,24), dtype=np.float32)*np.linspace(2, .2, 24, dtype=np.float32)
+        who,strangers,true = np.repeat(range(100), 4),emb(centre[:5000]),[]
+        s = emb(centre[5000+who])@emb(centre[5000+who]).T
+        s[who[:,None]==who] = -1
+        both = [of_scores(s.max(1), who, found=o) for o in (who[s.argmax(1)],())]
+        t = both[0].threshold(.1)
+        true = np.mean([(strangers@emb(centre[5100+100*i+who]).T).max(1)>=t for i in range(5)])
+        seen.append([low<=true<=high for low,high in (c.far_at(t)[1:] for c in both)])
+    now,apart = np.mean(seen, 0)
+    assert now>=.91 and now>apart
 
 def test_coverage():
     "The true rate of the threshold for drawn scores, of which it is known exactly, is in the interval"
