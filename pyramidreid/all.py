@@ -17,6 +17,7 @@ from pyramidreid.fingerprint import *
 from pyramidreid.gallery import Gallery
 from pyramidreid.entries import Embeddings
 from pyramidreid.interpretation import *
+from pyramidreid.intervals import binomial_interval
 from pyramidreid.labels import *
 from pyramidreid.learner import *
 from pyramidreid.losses import *

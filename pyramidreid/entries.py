@@ -31,8 +31,8 @@ class LearnerEmbedder:
     @property
     def fingerprint(self):
         "Of the model as it is now"
-        from pyramidreid.fingerprint import _work,input_stats,learner_fingerprint
-        model = getattr(self.learn.model, 'module', self.learn.model)
+        from pyramidreid.fingerprint import _work,inner_model,input_stats,learner_fingerprint
+        model = inner_model(self.learn.model)
         now = self.learn.dls,input_stats(self.learn),model.norm,model.head.windows,list(_work(model)),_bit_sums(model)
         if self._known[0]!=now: self._known = now,learner_fingerprint(self.learn)
         return self._known[1]
