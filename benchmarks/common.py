@@ -5,7 +5,7 @@ from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 import pandas as pd, torch
-from pyramidreid.core import whole_file
+from pyramidreid.core import atomic_write
 
 results = Path(__file__).parent/'results'
 code = hashlib.sha1(b''.join(f.read_bytes() for f in sorted((Path(__file__).parents[1]/'pyramidreid').glob('*.py')))).hexdigest()[:7] # changes with any module
@@ -123,7 +123,7 @@ def _note(fname, done, settings):
     info,f = circumstances(),results/fname
     for k in ('hardware','date'): info[k] = ', '.join(dict.fromkeys([*(o[k] for o in done if k in o), info[k]]))
     if f.exists(): info['command'] = ' && '.join(dict.fromkeys([*json.loads(f.read_text())['command'].split(' && '), info['command']]))
-    with whole_file(f) as tmp: tmp.write_text(json.dumps(dict(info, **({} if settings is None else dict(settings=settings)), runs=done), indent=1))
+    with atomic_write(f) as tmp: tmp.write_text(json.dumps(dict(info, **({} if settings is None else dict(settings=settings)), runs=done), indent=1))
 
 def write_table(fname, title, table, text=''):
     "Write `table` as Markdown with the circumstances of its figures"

@@ -8,7 +8,7 @@ parser.add_argument('--jobs', type=int, default=2)
 parser.add_argument('--seeds', type=int, default=3)
 
 def schemes():
-    from pyramidreid.dynamic import DynamicLossWeights
+    from pyramidreid.training.dynamic import DynamicLossWeights
     fixed = dict(dynamic=False)
     return {'ID only, random batches': dict(fixed, only='id', mode='random'),
             'triplet only, P×K': dict(fixed, only='triplet'),

@@ -47,7 +47,7 @@ def load(d, *names): return [np.load(Path(d)/f'{o}.npy') for o in names]
 def ids(d): return load(d, 'qp', 'gp', 'qc', 'gc')
 
 def metric_ours(d):
-    from pyramidreid.evaluation import evaluate_distances
+    from pyramidreid.evaluation.retrieval import evaluate_distances
     dist,*who = torch.from_numpy(load(d, 'dist')[0]),*ids(d)
     evaluate_distances(dist[:20], who[0][:20], who[1], who[2][:20], who[3])
     res,m = measured(lambda: evaluate_distances(dist, *who), 7)
@@ -58,7 +58,7 @@ def metric_plain(d):
     dist,(qp,gp,qc,gc) = load(d, 'dist')[0],ids(d)
     n = 100
     res,m = measured(lambda: plain_mAP(dist[:n], qp[:n], gp, qc[:n], gc), 1)
-    from pyramidreid.evaluation import evaluate_distances
+    from pyramidreid.evaluation.retrieval import evaluate_distances
     ours = evaluate_distances(dist[:n], qp[:n], gp, qc[:n], gc).mAP
     return dict(m, first=m['first']*len(qp)/n, seconds=m['seconds']*len(qp)/n, note=f'timed on {n} queries and scaled', mAP_difference_there=abs(res-ours))
 
@@ -70,14 +70,14 @@ def metric_torchreid(d, cython):
     return dict(m, mAP=float(mAP))
 
 def whole_ours(d):
-    from pyramidreid.evaluation import evaluate
+    from pyramidreid.evaluation.retrieval import evaluate
     q,g,*who = load(d, 'q', 'g', 'qp', 'gp', 'qc', 'gc')
     evaluate(q[:20], g[:200], who[0][:20], who[0][:200])
     res,m = measured(lambda: evaluate(q, g, *who), 3)
     return dict(m, mAP=res.mAP)
 
 def large_ours(d):
-    from pyramidreid.evaluation import evaluate
+    from pyramidreid.evaluation.retrieval import evaluate
     q,*who = load(d, 'q', 'qp', 'gp', 'qc', 'gc')
     g = np.load(Path(d)/'g.npy', mmap_mode='r')
     evaluate(q[:20], g[:200], who[0][:20], who[0][:200])
@@ -90,7 +90,7 @@ def large_ours(d):
     return dict(m, mAP=res.mAP, images=len(g), largest_AP_difference_on_10_queries=max(abs(p['ap']-a) for p,a in zip(plain, res.ap[few].tolist())))
 
 def rerank_ours(d):
-    from pyramidreid.rerank import rerank_distances
+    from pyramidreid.evaluation.reranking import rerank_distances
     dist = [torch.from_numpy(o) for o in load(d, 'qg', 'qq', 'gg')]
     rerank_distances(dist[0][:30,:200], dist[1][:30,:30], dist[2][:200,:200]).dense()
     res,m = measured(lambda: rerank_distances(*dist).dense(), 3)
@@ -103,7 +103,7 @@ def rerank_torchreid(d):
     return dict(m, largest_difference=float(np.abs(res-np.load(Path(d)/'ours.npy')).max()))
 
 def rerank_market_ours(d):
-    from pyramidreid.rerank import rerank
+    from pyramidreid.evaluation.reranking import rerank
     q,g = load(d, 'q', 'g')
     rerank(q[:50], g[:500]).dense()
     _,m = measured(lambda: rerank(q, g).dense(), 1)

@@ -4,14 +4,14 @@ import argparse,json,time
 from tempfile import mkdtemp
 import numpy as np, pandas as pd, torch
 from common import circumstances,markdown,results,write_table
-from pyramidreid.core import whole_file
+from pyramidreid.core import atomic_write
 
 models = {'resnet10 at 96×48':('resnet10', (96,48), 64, 512), 'resnet50 at 384×128':('resnet50', (384,128), 8, 16)}
 
 def engines(learn, compiled):
     "By name: a function of the threads that gives a function from pixels to embeddings. The model is exported once"
-    from pyramidreid.export import load_embedder
-    from pyramidreid.runtime import Runtime
+    from pyramidreid.export.files import load_embedder
+    from pyramidreid.export.runtime import Runtime
     program,embedder,onnx_file = torch.export.load(learn.to_exported(learn.path/'m.pt2')).module(),load_embedder(learn.save_model(learn.path/'shared')),learn.to_onnx(learn.path/'m.onnx')
     def in_torch(net):
         def run(x):
@@ -27,14 +27,14 @@ def measure(name, threads, repeats, compiled):
     "Rows of figures of one model"
     import pyramidreid.all as lib
     arch,size,bs,n = models[name]
-    from pyramidreid.runtime import pixels
+    from pyramidreid.images import load_pixels
     people = lib.synth_persons(n_train=8, n_test=6, size=(96,48))
     dls = lib.ReIDDataLoaders.from_market(people, p=4, k=2, size=size, num_workers=0)
     lib.set_seed(0)
     learn = lib.pyramid_learner(dls, getattr(lib, arch), pretrained=False, path=mkdtemp())
     files = (dls.valid.items.fn.tolist()*n)[:n]
     start = time.perf_counter()
-    x = pixels(files, size)
+    x = load_pixels(files, size)
     decoding = n/(time.perf_counter()-start)
     truth,rows,makers = learn.embed(dls.test_dl(files[:bs])).numpy(),[],engines(learn, compiled)
     for t in threads:
@@ -61,7 +61,7 @@ if __name__=='__main__':
     rows = [r for name in list(models)[:1 if args.small else None] for r in measure(name, args.threads, args.repeats, args.compiled)]
     info = dict(circumstances(), threads=args.threads, onnxruntime=onnxruntime.__version__, onnx=onnx.__version__)
     results.mkdir(exist_ok=True)
-    with whole_file(results/'export.json') as f: f.write_text(json.dumps(dict(info, runs=rows), indent=1))
+    with atomic_write(results/'export.json') as f: f.write_text(json.dumps(dict(info, runs=rows), indent=1))
     table = pd.DataFrame([{'model':r['model'], 'threads':r['threads'], 'batch':r['batch'], 'engine':r['engine'], 'embeddings/s':f"{r['per_second']:.1f}",
                            'times PyTorch':f"{r['times_pytorch']:.2f}", 'largest difference to the learner':f"{r['difference']:.0e}"} for r in rows])
     decoding = {r['model']:f"{r['model']}: {r['decoding_per_second']:.0f} images/s" for r in rows}

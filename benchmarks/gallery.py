@@ -48,8 +48,8 @@ def rounds(fs, n):
 
 def exact(args):
     import faiss
-    from pyramidreid.entries import Embeddings
-    from pyramidreid.gallery import Gallery
+    from pyramidreid.gallery.entries import Embeddings
+    from pyramidreid.gallery.gallery import Gallery
     faiss.omp_set_num_threads(THREADS)
     q,g,_,pids,_,cams = people(256, 20000, 2688)
     flat = faiss.IndexFlatIP(2688)
@@ -74,9 +74,9 @@ def exact(args):
 
 def approximate(args, kind):
     import faiss
-    from pyramidreid.entries import Embeddings
-    from pyramidreid.gallery import Gallery
-    from pyramidreid.nearest import exact as search_exactly
+    from pyramidreid.gallery.entries import Embeddings
+    from pyramidreid.gallery.gallery import Gallery
+    from pyramidreid.gallery.nearest import exact as search_exactly
     faiss.omp_set_num_threads(THREADS)
     path,crowd = Path(args.tmp)/f'gallery-{args.n}x{args.dim}',Crowd(args.dim, args.n//20)
     if not (path/'gallery.json').exists():

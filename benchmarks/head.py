@@ -5,8 +5,8 @@ import json,subprocess,sys,time
 import torch
 from torch.nn import functional as F
 from common import Peak,circumstances,markdown,results
-from pyramidreid.losses import PyramidLoss
-from pyramidreid.pyramid import PlainPyramidHead,PyramidHead,fuse_state
+from pyramidreid.models.losses import PyramidLoss
+from pyramidreid.models.pyramid import PlainPyramidHead,PyramidHead,fuse_state
 
 def plain_loss(feats, logits, labels, margin=1.4):
     "Branch by branch; a distance matrix for each, then anchor by anchor"

@@ -7,16 +7,16 @@ from tempfile import mkdtemp
 import numpy as np, pandas as pd, torch
 from common import circumstances,markdown,results,write_table
 from pyramidreid.all import ReIDDataLoaders,calibrate_distances,market_table,pyramid_learner,resnet10,set_seed,synth_persons
-from pyramidreid.core import whole_file
+from pyramidreid.core import atomic_write
 
 def of_data(args):
     "What a model that is there makes of the test people of a data set, distractors left out"
-    from pyramidreid.cli import Talk
-    from pyramidreid.cli_inputs import held_out,open_model,ranked,read_data
-    from pyramidreid.evaluation import evaluate_distances
+    from pyramidreid.cli.frame import Console
+    from pyramidreid.cli.inputs import held_out,open_model,ranked,read_data
+    from pyramidreid.evaluation.retrieval import evaluate_distances
     torch.set_num_threads(args.threads)
     model = open_model(args.model)
-    found = ranked(Talk(), model, *held_out(read_data(args.data)))
+    found = ranked(Console(), model, *held_out(read_data(args.data)))
     about = found['dist'].about
     args.what = f"{Path(args.data).name}: {about['backbone']} at {about['input']}, trained on {about['trained on']}"
     return evaluate_distances(**found).mAP, found['dist'][:], *(found[k] for k in ('query_pids','gallery_pids','query_cams','gallery_cams'))
@@ -80,7 +80,7 @@ if __name__=='__main__':
         'FAR at the door':first.rate.map('{:.3f}'.format), 'its interval':[f'{a:.3f} to {b:.3f}' for a,b in zip(first.own_low, first.own_high)], 'DIR, rank 1':first.dir.map('{:.3f}'.format)}).set_index(first.seed.rename('seed'))
     all_ = d.groupby('far').agg(**{'mean FAR at the door':('rate','mean'), 'its standard deviation':('rate','std'), 'within what was promised':('promised','mean'), 'wanted in the door\'s interval':('asked','mean'),
                                    'intervals overlap':('overlap','mean'), 'DIR, rank 1':('dir','mean')}).round(4).rename_axis('FAR wanted')
-    with whole_file(results/f'{args.out}.json') as f: f.write_text(json.dumps(dict(circumstances(), settings={k:Path(v).name if k in ('model','data') and v else v for k,v in vars(args).items()}, runs=first.drop(columns='split').to_dict('records'), splits=all_.reset_index().to_dict('records')), indent=1, default=bool))
+    with atomic_write(results/f'{args.out}.json') as f: f.write_text(json.dumps(dict(circumstances(), settings={k:Path(v).name if k in ('model','data') and v else v for k,v in vars(args).items()}, runs=first.drop(columns='split').to_dict('records'), splits=all_.reset_index().to_dict('records')), indent=1, default=bool))
     n,r = args.people//3,first.iloc[0]
     write_table(args.out, 'Knowing when nobody matches', markdown(one)+f'\n\nOver {args.splits} ways to deal the same people into three parts, and {args.seeds} seeds:\n\n'+markdown(all_),
         f"{args.what} (mAP on the others {first.mAP.min():.3f} to {first.mAP.max():.3f}, rank-1 at the door {first['rank1'].min():.3f} to {first['rank1'].max():.3f}). "

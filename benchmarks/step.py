@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from common import circumstances,markdown,results
 from head import plain_loss
-from pyramidreid.backbone import create_backbone
-from pyramidreid.losses import PyramidLoss
-from pyramidreid.pyramid import PlainPyramidHead,PyramidHead
+from pyramidreid.models.backbone import create_backbone
+from pyramidreid.models.losses import PyramidLoss
+from pyramidreid.models.pyramid import PlainPyramidHead,PyramidHead
 
 class Mean(nn.Module):
     "The smallest of heads: mean over the map, and one classifier"

@@ -1,5 +1,5 @@
 "`python -m pyramidreid` is the command `pyramidreid`."
 import sys
-from pyramidreid.cli import main
+from pyramidreid.cli.frame import main
 
 if __name__=='__main__': sys.exit(main())

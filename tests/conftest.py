@@ -6,10 +6,10 @@ matplotlib.use('Agg')
 import pytest
 sys.path.append(str(Path(__file__).parents[1]/'benchmarks')) # for the plain versions there
 from fastai.vision.all import set_seed
-from pyramidreid.backbone import resnet10
-from pyramidreid.data import ReIDDataLoaders
-from pyramidreid.learner import pyramid_learner
-from pyramidreid.synth import synth_persons
+from pyramidreid.models.backbone import resnet10
+from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.training.learner import pyramid_learner
+from pyramidreid.synth.dataset import synth_persons
 from toys import quiet
 
 SIZE = (96,48)

@@ -2,8 +2,8 @@
 import json,os,random,signal,sys,time,zlib
 from pathlib import Path
 import numpy as np, pyarrow.parquet
-from pyramidreid.gallery import Gallery
-from pyramidreid.store import Store,read_manifest
+from pyramidreid.gallery.gallery import Gallery
+from pyramidreid.gallery.store import Store,read_manifest
 
 DIM = 512
 

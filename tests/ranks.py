@@ -10,12 +10,12 @@ from fastai.optimizer import SGD
 from fastai.torch_core import num_distrib,rank_distrib
 from fastai.vision.all import Resize,ResizeMethod,model_meta,resnet18,set_seed
 from torchvision.models.resnet import BasicBlock
-from pyramidreid.data import ReIDDataLoaders
-from pyramidreid.datasets import market_table
-from pyramidreid.distributed import distrib_ctx
-from pyramidreid.learner import pyramid_learner
-from pyramidreid.recipes import *
-from pyramidreid.survive import Checkpoints
+from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.data.datasets import market_table
+from pyramidreid.training.distributed import distrib_ctx
+from pyramidreid.training.learner import pyramid_learner
+from pyramidreid.training.recipes import *
+from pyramidreid.training.checkpoints import Checkpoints
 from toys import quiet
 
 SIZE = (48,24)

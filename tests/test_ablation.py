@@ -3,7 +3,7 @@ import json,subprocess,sys
 from pathlib import Path
 import pandas as pd, pytest, torch
 import ablation,common
-from pyramidreid.pyramid import PyramidHead
+from pyramidreid.models.pyramid import PyramidHead
 
 TINY = '--size 48 24 --n-parts 3 --batch 8 8 --steps 1 --seeds 1'.split()
 BASE = dict(n_parts=6)

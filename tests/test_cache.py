@@ -6,13 +6,13 @@ import numpy as np, pytest, torch
 from fastai.vision.all import Callback,Flip,load_learner,set_seed
 from PIL import Image
 from safetensors.numpy import load_file
-import pyramidreid.cache
-from pyramidreid.cache import *
-from pyramidreid.data import CachedDatasets,ReIDDataLoaders
-from pyramidreid.datasets import market_table
-from pyramidreid.sampler import PKDataLoader
-from pyramidreid.survive import Checkpoints
-from pyramidreid.tfms import *
+import pyramidreid.data.cache
+from pyramidreid.data.cache import *
+from pyramidreid.data.loaders import CachedDatasets,ReIDDataLoaders
+from pyramidreid.data.datasets import market_table
+from pyramidreid.data.sampler import PKDataLoader
+from pyramidreid.training.checkpoints import Checkpoints
+from pyramidreid.data.transforms import *
 
 @pytest.fixture(scope='session')
 def files(people): return sorted(people.rglob('*.jpg'))
@@ -87,10 +87,10 @@ def test_pickled(own, tmp_path, on_disk):
 def made(own, where, size=(96,48)):
     "How often a file was decoded"
     n = []
-    real = pyramidreid.cache._pixels
-    pyramidreid.cache._pixels = lambda *a, **kw: (n.append(1), real(*a, **kw))[1]
+    real = pyramidreid.data.cache._pixels
+    pyramidreid.data.cache._pixels = lambda *a, **kw: (n.append(1), real(*a, **kw))[1]
     try: cache = ImageCache(own, size, where)
-    finally: pyramidreid.cache._pixels = real
+    finally: pyramidreid.data.cache._pixels = real
     return len(n),cache
 
 def test_used_again_for_the_same_and_for_fewer(own, tmp_path, capsys):
@@ -164,14 +164,14 @@ def test_a_full_disk(own, where, monkeypatch):
         def write(self, b):
             if self.tell()+memoryview(b).nbytes>20000: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(b)
-    monkeypatch.setattr(pyramidreid.cache, 'open', lambda f, mode: Full(f, mode) if 'w' in mode else open(f, mode), raising=False)
+    monkeypatch.setattr(pyramidreid.data.cache, 'open', lambda f, mode: Full(f, mode) if 'w' in mode else open(f, mode), raising=False)
     spoiled(own, where, OSError, 'no room for 0.1 MB')
 
 def test_a_run_that_is_killed_while_decoding(own, where, monkeypatch):
     def pull_the_plug(fns, size):
         yield np.zeros((2,3,*size), np.uint8)
         raise KeyboardInterrupt
-    monkeypatch.setattr(pyramidreid.cache, 'decoded', pull_the_plug)
+    monkeypatch.setattr(pyramidreid.data.cache, 'decoded', pull_the_plug)
     spoiled(own, where, KeyboardInterrupt, None)
 
 def test_nothing_and_no_files():

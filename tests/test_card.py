@@ -4,10 +4,10 @@ import numpy as np, pytest, torch
 from dataclasses import replace
 from pathlib import Path
 from torch import tensor
-from pyramidreid.card import *
+from pyramidreid.evaluation.card import *
 from pyramidreid.core import Role
-from pyramidreid.evaluation import *
-from pyramidreid.protocols import *
+from pyramidreid.evaluation.retrieval import *
+from pyramidreid.evaluation.protocols import *
 
 D,IDS = [[.1,.2,.3,.4]]*3,([1,2,9],[1,2,2,-1])
 def whole(**kwargs): return evaluate_distances(D, *IDS, **kwargs)

@@ -4,12 +4,12 @@ import numpy as np, pytest
 from importlib.metadata import entry_points,version
 from pathlib import Path
 from PIL import Image
-import pyramidreid.export
-from pyramidreid.cli import main
-from pyramidreid.cli_inputs import held_out,image_files,open_model,read_data
-from pyramidreid.core import whole_file
-from pyramidreid.data import ReIDDataLoaders
-from pyramidreid.datasets import market_table
+import pyramidreid.export.files
+from pyramidreid.cli.frame import main
+from pyramidreid.cli.inputs import held_out,image_files,open_model,read_data
+from pyramidreid.core import atomic_write
+from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.data.datasets import market_table
 from safetensors import safe_open
 
 root = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def test_commands_of_page_and_readme(desk):
 
 def test_page_covers_every_command():
     import click
-    from pyramidreid.cli import app
+    from pyramidreid.cli.frame import app
     def names(group, before=''):
         for k,c in group.commands.items(): yield from names(c, f'{before}{k} ') if isinstance(c, click.Group) else [f'{before}{k}']
     typed = [o.removeprefix('pyramidreid ') for o,_ in page()]
@@ -79,7 +79,7 @@ def test_help_imports_nothing_heavy():
     code = '''
 import click,io,sys
 from contextlib import redirect_stdout
-from pyramidreid.cli import app,main
+from pyramidreid.cli.frame import app,main
 def walk(group, before):
     for k,c in group.commands.items():
         if isinstance(c, click.Group): yield from walk(c, [*before,k])
@@ -94,7 +94,7 @@ assert not heavy, heavy
     subprocess.run([sys.executable,'-c',code], env=env, check=True)
 
 def test_entry_point_and_module(tmp_path):
-    assert [o.value for o in entry_points(group='console_scripts', name='pyramidreid')][:1]==['pyramidreid.cli:main']
+    assert [o.value for o in entry_points(group='console_scripts', name='pyramidreid')][:1]==['pyramidreid.cli.frame:main']
     for line in ('pyramidreid --version', f'{shlex.quote(sys.executable)} -m pyramidreid --version'):
         assert version('pyramidreid') in sh(line, tmp_path).stdout
 
@@ -298,7 +298,7 @@ def test_gallery(desk, capfd, tmp_path):
     assert json.loads(run(capfd, 'gallery', 'info', street, '--json')[1])['entries']==7
 
 def keys(street): # of a gallery in a folder
-    from pyramidreid.gallery import Gallery
+    from pyramidreid.gallery.gallery import Gallery
     return sorted(Gallery.load(street).table.key)
 
 def test_keys_are_text(desk, capfd, tmp_path):
@@ -354,7 +354,7 @@ def test_what_cannot_be_added_is_said_before_anything_is_embedded(desk, capfd, t
     (tmp_path/'seen.csv').write_text('fn,pid,coat\n'+''.join(f'{f},{i},red\n' for i,f in enumerate(files[:2])))
     assert run(capfd, 'gallery', 'add', street, '--csv', tmp_path/'seen.csv', *model)[0]==0
     def never(*args): raise AssertionError('embedded')
-    monkeypatch.setattr('pyramidreid.cli_inputs.embed_files', never)
+    monkeypatch.setattr('pyramidreid.cli.inputs.embed_files', never)
     table = lambda head,*rows: (tmp_path/'new.csv').write_text('\n'.join([head,*rows])+'\n') and ['--csv',tmp_path/'new.csv']
     for args,words in ((lambda: [files[2],'--pid','ann'],'--pid ann: this column of the gallery holds numbers'), (lambda: [files[2],'--time','tomorrow'],"'time'"),
                        (lambda: table('fn,pid,coat', f'{files[2]},7,3'),"'coat' held text"), (lambda: table('fn,pid', f'{files[2]},ann'),"'pid' held number"),
@@ -375,7 +375,7 @@ def test_a_name_that_is_not_utf8(desk, tmp_path):
 
 def test_another_command_was_quicker(desk, capfd, tmp_path, monkeypatch):
     "Two that make one folder, and two that add to it: the second is told to begin again, and then all are there"
-    import pyramidreid.cli_inputs as m
+    import pyramidreid.cli.inputs as m
     d,_ = desk
     files,embed = image_files([d/'people'/'query'])[:3],m.embed_files
     add = lambda f: run(capfd, 'gallery', 'add', tmp_path/'street', f, '--model', d/'person.onnx', '-q')
@@ -399,7 +399,7 @@ def test_our_own_warnings_are_said_and_no_others(desk, capfd, tmp_path, monkeypa
     said = [o for o in err.splitlines() if o.startswith('Warning: ')]
     assert code==0 and len(said)==1 and 'The calibration searched' in said[0] and isinstance(json.loads(out), dict)
     ask = ['gallery','search',street,df.fn.iloc[0],*model,'--far',.3]
-    from pyramidreid.gallery import Gallery
+    from pyramidreid.gallery.gallery import Gallery
     real = Gallery.search
     def noisy(*args, **kwargs):
         warnings.warn('of the tests')
@@ -440,7 +440,7 @@ class Forbid:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in ('torch','torchvision','fastai'): raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 sys.meta_path.insert(0, Forbid())
-from pyramidreid.cli import main
+from pyramidreid.cli.frame import main
 sys.exit(main())"""
     alone = lambda *args: subprocess.run([sys.executable,'-W','ignore','-c',code,*map(str, args)], cwd=d, env=env, capture_output=True, text=True)
     query = image_files([d/'people'/'query'])[0]
@@ -495,7 +495,7 @@ def test_numbers_that_are_none(desk, people, capfd, tmp_path):
 def test_a_rate_out_of_reach_is_refused_before_anything_is_embedded(desk, capfd, monkeypatch):
     d,_ = desk
     def never(*args): raise AssertionError('embedded')
-    monkeypatch.setattr('pyramidreid.cli_inputs.embed_files', never)
+    monkeypatch.setattr('pyramidreid.cli.inputs.embed_files', never)
     code,_,err = run(capfd, 'gallery', 'calibrate', d/'street', d/'people', '--model', d/'person.onnx', '--far', '.001')
     assert code==2 and '48 queries' in err and 'at least 1,000' in err
     code,_,err = run(capfd, 'gallery', 'calibrate', d/'street', d/'people', '--model', d/'person.onnx', '--far', 1/48)
@@ -533,7 +533,7 @@ def test_a_first_add_that_failed_leaves_the_folder_free(desk, shared, capfd, tmp
     def full(*args): raise OSError(28, 'No space left on device')
     add = lambda model: run(capfd, 'gallery', 'add', tmp_path/'street', image_files([d/'people'/'query'])[0], '--model', model)
     with monkeypatch.context() as m:
-        m.setattr('pyramidreid.store.write_embeddings', full)
+        m.setattr('pyramidreid.gallery.store.write_embeddings', full)
         code,_,err = add(d/'person.onnx')
         assert code==2 and err==f"Error: {tmp_path/'street'} could not be written: No space left on device\n"
     assert add(shared)[0]==0 and len(keys(tmp_path/'street'))==1
@@ -575,7 +575,7 @@ def test_errors_of_a_training(people, capfd, tmp_path, monkeypatch):
     code,_,err = run(capfd, *base, '--arch', 'resnet19')
     assert code==2 and '--arch resnet19: neither torchvision nor timm' in err
     def no_way(*args): raise URLError('no route to host')
-    monkeypatch.setattr('pyramidreid.backbone._new_model', no_way)
+    monkeypatch.setattr('pyramidreid.models.backbone._new_model', no_way)
     code,_,err = run(capfd, *base, '--arch', 'resnet18')
     assert code==2 and 'resnet18 could not be downloaded (no route to host)' in err and '--weights FILE' in err and '--weights none' in err
     assert not tmp_path.joinpath('run').exists()
@@ -628,7 +628,7 @@ def test_bad_input(desk, shared, people, capfd, tmp_path):
 
 def test_faults_of_ours(monkeypatch, people, capfd):
     def broken(*args, **kwargs): raise KeyError('x')
-    monkeypatch.setattr('pyramidreid.doctor.doctor', broken)
+    monkeypatch.setattr('pyramidreid.data.health.doctor', broken)
     code,_,err = run(capfd, 'doctor', people)
     assert code==3 and 'Traceback' not in err and '--debug' in err
     code,_,err = run(capfd, 'doctor', people, '--debug')

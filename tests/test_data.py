@@ -6,10 +6,10 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastai.vision.all import Flip,Normalize,Resize,ResizeMethod,TensorImage,imagenet_stats,set_seed
 from pyramidreid.core import Role
-from pyramidreid.data import *
-from pyramidreid.datasets import *
-from pyramidreid.tables import *
-from pyramidreid.tfms import *
+from pyramidreid.data.loaders import *
+from pyramidreid.data.datasets import *
+from pyramidreid.data.tables import *
+from pyramidreid.data.transforms import *
 
 KW = dict(p=2, k=2, size=(32,16), num_workers=0)
 MARKET = ('bounding_box_train','query','bounding_box_test')

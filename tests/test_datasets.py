@@ -3,12 +3,12 @@ import errno,inspect,re,sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-import pyramidreid.cuhk03 as cuhk03
-from pyramidreid.cuhk03 import *
-from pyramidreid.data import ReIDDataLoaders
-from pyramidreid.datasets import *
-from pyramidreid.datasets import _finish
-from pyramidreid.tables import encode_table,join_tables,train_on_all
+import pyramidreid.data.cuhk03 as cuhk03
+from pyramidreid.data.cuhk03 import *
+from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.data.datasets import *
+from pyramidreid.data.datasets import _finish
+from pyramidreid.data.tables import encode_table,join_tables,train_on_all
 
 h5py,sio = pytest.importorskip('h5py'),pytest.importorskip('scipy.io')
 BOXES = dict(train='bounding_box_train', query='query', gallery='bounding_box_test')

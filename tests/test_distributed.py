@@ -3,7 +3,7 @@ import multiprocessing,os,socket,subprocess,sys,time
 from pathlib import Path
 import pytest,torch
 import ranks
-from pyramidreid.distributed import distrib_ctx
+from pyramidreid.training.distributed import distrib_ctx
 
 pytest.importorskip('accelerate')
 root = Path(__file__).resolve().parent.parent

@@ -4,7 +4,7 @@ import numpy as np, pandas as pd
 from pathlib import Path
 from PIL import Image
 import pytest
-from pyramidreid.doctor import DataReport,doctor
+from pyramidreid.data.health import DataReport,doctor
 
 def table(*rows, **attrs):
     "`fn pid cam split` of each image, from text; '-' is missing, numbers are numbers"
@@ -178,7 +178,7 @@ def test_published_counts():
     assert 'gallery: 0 images of 0 people' in repr(r)
 
 def test_counts_of_another_variant():
-    from pyramidreid.datasets import reid_sets
+    from pyramidreid.data.datasets import reid_sets
     detected,labeled = [reid_sets[f'cuhk03_np_{o}'] for o in ('detected','labeled')]
     rows = [(f'{s}{i}', i%ids+1000*(s!='train'), i%3, s) for s,(n,ids) in labeled.counts.items() for i in range(n)]
     df = pd.DataFrame(rows, columns=['fn','pid','cam','split'])
@@ -326,7 +326,7 @@ def test_command(market, tmp_path):
     assert Image.open(png).size[0]>500 and [o.name for o in png.parent.iterdir()]==['r.png']
 
 def test_exit_codes(market, tmp_path, capsys):
-    from pyramidreid.cli import main
+    from pyramidreid.cli.frame import main
     assert main(['doctor',str(market)])==0 and 'No findings.' in capsys.readouterr().out
     assert main(['doctor',str(market),'--quick'])==0 and 'not opened' in capsys.readouterr().out
     assert main(['doctor',str(tmp_path/'none')])==2 and str(tmp_path/'none') in capsys.readouterr().err
@@ -334,14 +334,14 @@ def test_exit_codes(market, tmp_path, capsys):
     assert main(['doctor',str(tmp_path/'empty')])==2 and 'No images' in capsys.readouterr().err
 
 def test_bad_usage(market, capsys):
-    from pyramidreid.cli import main
+    from pyramidreid.cli.frame import main
     for args in ([],[str(market),'--plot','x.doc'],[str(market),'--fast']): assert main(['doctor',*args])==2
     assert main(['doctor',str(market),'--quick','--data-set','nothing'])==2 and 'no known data set' in capsys.readouterr().err
     assert main(['doctor',str(market),'--quick','--plot',str(market/'query'/'0003_c1s1_000005_01.jpg'/'r.png')])==2
 
 def test_interrupt(market, monkeypatch, capsys):
-    import pyramidreid.checks as c
-    from pyramidreid.cli import main
+    import pyramidreid.data.checks as c
+    from pyramidreid.cli.frame import main
     seen,number = [],itertools.count()
     def look(fn):
         seen.append(fn); time.sleep(.01)
@@ -351,7 +351,7 @@ def test_interrupt(market, monkeypatch, capsys):
     fns = [market/'query'/'0003_c1s1_000005_01.jpg']*3000
     with pytest.raises(KeyboardInterrupt): c._look_at_all(fns)
     assert len(seen)<1000
-    monkeypatch.setattr('pyramidreid.doctor.inspect_table', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr('pyramidreid.data.health.inspect_table', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(['doctor',str(market)])==130 and 'Interrupted' in capsys.readouterr().err
 
 # the published sets

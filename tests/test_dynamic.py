@@ -11,9 +11,9 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from torch import nn
-from pyramidreid.dynamic import *
-from pyramidreid.learner import ReIDLearner
-from pyramidreid.losses import PyramidLoss
+from pyramidreid.training.dynamic import *
+from pyramidreid.training.learner import ReIDLearner
+from pyramidreid.models.losses import PyramidLoss
 from toys import Branches,Spy,Vectors,quiet,toy_learner
 
 weightings = ['gate','normalized','paper']

@@ -11,10 +11,10 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from plain import plain_scores
 from pyramidreid.core import Role
-from pyramidreid.card import *
-from pyramidreid.evaluation import *
-from pyramidreid.metrics import *
-from pyramidreid.ranking import *
+from pyramidreid.evaluation.card import *
+from pyramidreid.evaluation.retrieval import *
+from pyramidreid.training.metrics import *
+from pyramidreid.evaluation.ranking import *
 
 def check(res, ref, ranks=50):
     valid = [r for r in ref if r]
@@ -307,8 +307,8 @@ def test_embeddings_are_left_alone():
 
 bounded = """
 import sys,threading,numpy as np,torch
-from pyramidreid.evaluation import Distances,evaluate,evaluate_distances
-from pyramidreid.protocols import evaluate_cameras,evaluate_single_shot
+from pyramidreid.evaluation.retrieval import Distances,evaluate,evaluate_distances
+from pyramidreid.evaluation.protocols import evaluate_cameras,evaluate_single_shot
 assert 'fastai' not in sys.modules and not torch.cuda.is_initialized()
 def rss(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))/1024
 def grown(f):
@@ -376,7 +376,7 @@ def direct(learn, x, y):
 @pytest.mark.parametrize('bs', [16,60,64])
 @pytest.mark.parametrize('cams,junk', [(True,False),(False,True)])
 def test_metrics(bs, cams, junk, monkeypatch):
-    import pyramidreid.metrics as ev
+    import pyramidreid.training.metrics as ev
     runs = []
     monkeypatch.setattr(ev, 'evaluate', lambda *a,**k: runs.append(k) or evaluate(*a,**k))
     learn,x,y = tiny(bs=bs, cams=cams, junk=junk)

@@ -5,14 +5,14 @@ from pathlib import Path
 from PIL import Image
 from types import SimpleNamespace
 from fastai.vision.all import Normalize,resnet18,set_seed
-from pyramidreid.backbone import resnet10
-from pyramidreid.data import ReIDDataLoaders
-from pyramidreid.evaluation import evaluate
-from pyramidreid.export import *
-from pyramidreid.fingerprint import fingerprint,input_stats,learner_fingerprint
-from pyramidreid.learner import pyramid_learner
-from pyramidreid.runtime import *
-from pyramidreid.synth import synth_persons
+from pyramidreid.models.backbone import resnet10
+from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.evaluation.retrieval import evaluate
+from pyramidreid.export.files import *
+from pyramidreid.models.fingerprints import fingerprint,input_stats,learner_fingerprint
+from pyramidreid.training.learner import pyramid_learner
+from pyramidreid.export.runtime import *
+from pyramidreid.synth.dataset import synth_persons
 from toys import quiet
 
 onnx = pytest.mark.skipif(any(importlib.util.find_spec(o) is None for o in ('onnx','onnxscript','onnxruntime')), reason='the onnx extra is not installed')
@@ -46,7 +46,7 @@ def learn(make_dls, make_learner):
 def program(file):
     "Of an exported program: a function of files and batch size"
     net = torch.export.load(file).module()
-    def run(files, bs=32): return np.concatenate([net(torch.from_numpy(pixels(files[i:i+bs], SIZE))).numpy() for i in range(0, len(files), bs)])
+    def run(files, bs=32): return np.concatenate([net(torch.from_numpy(load_pixels(files[i:i+bs], SIZE))).numpy() for i in range(0, len(files), bs)])
     return run
 
 @pytest.fixture(scope='session')
@@ -141,7 +141,7 @@ def test_pixels_are_the_learners_for_all_modes(learn, crops, tmp_path, mode):
     im = Image.open(crops[0][1])
     (Image.fromarray(np.asarray(im.convert('L')).astype(np.uint16)*200) if mode=='I;16' else im.convert(mode)).save(f)
     theirs = learn.dls.test_dl([f], num_workers=0).one_batch()[0]
-    ours = BytesNet(learn.model, input_stats(learn)).normalise(torch.from_numpy(pixels([f], SIZE)))
+    ours = BytesNet(learn.model, input_stats(learn)).normalise(torch.from_numpy(load_pixels([f], SIZE)))
     for p in learn.model.parameters(): p.requires_grad_(True)
     assert (ours-theirs).abs().max()<1e-5
 
@@ -159,8 +159,8 @@ def test_another_model_has_another(make_learner, make_dls, learn, tmp_path):
 @onnx
 def test_a_gallery_takes_every_file_of_one_model_and_no_other(exported, make_learner, make_dls, learn, crops, tmp_path):
     "Filled by the learner, asked by the others"
-    for o in ('pyarrow','pyramidreid.gallery'): pytest.importorskip(o, reason='the gallery extra is not installed')
-    from pyramidreid.gallery import Gallery
+    for o in ('pyarrow','pyramidreid.gallery.gallery'): pytest.importorskip(o, reason='the gallery extra is not installed')
+    from pyramidreid.gallery.gallery import Gallery
     files = crops[0][:20]
     Gallery.from_learner(learn, files).save(tmp_path/'gallery')
     tables = [Gallery.load(tmp_path/'gallery', o).search(files[3], k=5) for o in (learn, load_embedder(exported['safetensors'][0]), Runtime(exported['onnx'][0]))]
@@ -226,13 +226,13 @@ def test_the_fingerprint_is_of_timms_batch_norms(make_learner, make_dls):
 
 def test_another_process_finds_the_same_fingerprint(exported):
     folder = exported['safetensors'][0]
-    code = f"from pyramidreid.export import load_embedder\nfrom pyramidreid.fingerprint import fingerprint\nm = load_embedder({str(folder)!r})\nprint(fingerprint(m.model, m.size, m.stats))"
+    code = f"from pyramidreid.export.files import load_embedder\nfrom pyramidreid.models.fingerprints import fingerprint\nm = load_embedder({str(folder)!r})\nprint(fingerprint(m.model, m.size, m.stats))"
     res = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True, env={**os.environ,'PYTHONHASHSEED':'7','OMP_NUM_THREADS':'1'})
     assert res.stdout.strip()==load_embedder(folder).fingerprint, res.stderr
 
 def test_an_exported_program_needs_pytorch_alone(exported, truth, crops, tmp_path):
     "In a process that can import neither this library nor fastai, torchvision or timm"
-    np.save(tmp_path/'x.npy', pixels(crops[0][:3], SIZE))
+    np.save(tmp_path/'x.npy', load_pixels(crops[0][:3], SIZE))
     code = f"""
 import sys
 class Forbid:
@@ -248,7 +248,7 @@ np.save({str(tmp_path/'y.npy')!r}, net(torch.from_numpy(np.load({str(tmp_path/'x
     assert abs(np.load(tmp_path/'y.npy')-truth[:3]).max()<=1e-5
 
 def test_a_batch_of_none(exported, learn):
-    nobody = pixels([], SIZE)
+    nobody = load_pixels([], SIZE)
     assert nobody.shape==(0,*SIZE,3) and nobody.dtype==np.uint8
     models = [load_embedder(exported['safetensors'][0])] + ([Runtime(exported['onnx'][0])] if 'onnx' in exported else [])
     for o in models: assert o.run(nobody).shape==o.embed([]).shape==(0,21*16)
@@ -307,7 +307,7 @@ def test_a_changed_description_is_refused(exported, tmp_path, change, words):
 
 def test_a_description_cannot_fill_the_memory(exported, tmp_path, monkeypatch):
     "A head of 600 GB is refused before it is built, and text that is nested without end when it is read"
-    from pyramidreid import export
+    from pyramidreid.export import files as export
     folder = copied(exported, tmp_path/'m', n_parts=96, levels=list(range(1,97)), emb_sz=16384)
     monkeypatch.setattr(export, '_build', lambda about: pytest.fail('it was built'))
     with pytest.raises(ValueError, match=r'head.reduce.weight is \(21, 512, 16\), not \(4656, channels of the backbone, 16384\)'): load_embedder(folder)
@@ -317,7 +317,7 @@ def test_a_description_cannot_fill_the_memory(exported, tmp_path, monkeypatch):
 def test_weights_that_are_no_numbers_are_refused(exported, make_learner, make_dls, tmp_path):
     "In a file, though its fingerprint is right, and from a learner; a learner that diverged takes a shared model's again"
     from safetensors.torch import load_file,save_file
-    from pyramidreid.export import _build
+    from pyramidreid.export.files import _build
     folder = copied(exported, tmp_path/'m')
     file,about = next(folder.glob('*.safetensors')),json.loads((folder/'model.json').read_text())
     sd = load_file(file)
@@ -376,7 +376,8 @@ def test_loading_runs_no_code(exported, tmp_path):
 @pytest.mark.parametrize('at', range(4))
 def test_a_crash_leaves_the_old_model_whole(make_learner, make_dls, crops, tmp_path, monkeypatch, at):
     "The process dies at the n-th file operation of the second save"
-    from pyramidreid import core, export
+    from pyramidreid import core
+    from pyramidreid.export import files as export
     old,new = make_learner(make_dls(size=SIZE)),make_learner(make_dls(size=SIZE), emb_sz=4)
     old.save_model(tmp_path)
     was,n = load_embedder(tmp_path).embed(crops[0][:3]),[0]
@@ -399,7 +400,7 @@ def test_a_crash_leaves_the_old_model_whole(make_learner, make_dls, crops, tmp_p
 
 @pytest.mark.parametrize('kind', ['save_model','to_exported',pytest.param('to_onnx', marks=onnx)])
 def test_what_does_not_agree_is_not_written(learn, tmp_path, monkeypatch, kind):
-    from pyramidreid import export
+    from pyramidreid.export import files as export
     def off(call): return lambda *args: call(*args)+1e-3
     monkeypatch.setattr(export.Embedder, 'run', off(export.Embedder.run))
     monkeypatch.setattr(export.Runtime, 'run', off(export.Runtime.run))

@@ -6,10 +6,10 @@ from hypothesis import given,settings,strategies as st
 faiss = pytest.importorskip('faiss', reason='needs the extra gallery')
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 from PIL import Image
-from pyramidreid.entries import Embeddings,allowed
-from pyramidreid.gallery import Gallery
-from pyramidreid.nearest import Rows,build_index,exact,nearest,unit
-from pyramidreid.openset import Calibration
+from pyramidreid.gallery.entries import Embeddings,allowed
+from pyramidreid.gallery.gallery import Gallery
+from pyramidreid.gallery.nearest import Rows,build_index,exact,nearest,normalize_rows
+from pyramidreid.evaluation.openset import Calibration
 
 class Model:
     "Mean colour of three bands: not much of a model, but quick"
@@ -32,7 +32,7 @@ def files(tmp_path):
 @pytest.fixture
 def gallery(files): return Gallery.from_learner(Model(), files)
 
-def cosines(q, g): return unit(q)@unit(g).T
+def cosines(q, g): return normalize_rows(q)@normalize_rows(g).T
 
 # Searching
 
@@ -115,7 +115,7 @@ def test_gallery_that_outgrew_its_calibration(gallery):
 
 def test_calibrated_by_the_learner_itself(trained, tmp_path):
     "A search by `far` is the ranking of `evaluate`, cut at the calibration's threshold: as often wrong as the calibration says"
-    import pyramidreid.calibrate
+    import pyramidreid.training.calibration
     items = trained.dls.valid.items
     there,asked = items[items.split=='gallery'],items[items.split=='query']
     gallery = Gallery.from_learner(trained, there[['fn','pid','cam']])
@@ -173,7 +173,7 @@ def test_an_index_that_cannot_be_built(gallery, files, tmp_path):
 
 def test_a_learner_whose_input_changed(trained, files):
     "By other loaders, by another norm, without a step of training"
-    from pyramidreid.data import ReIDDataLoaders
+    from pyramidreid.data.loaders import ReIDDataLoaders
     g = Gallery.from_learner(trained, files[['fn']])
     dls,norm = trained.dls,trained.model.norm
     try:
@@ -271,11 +271,11 @@ def test_without_a_model(gallery, files, tmp_path):
 def test_a_learner(trained, people, tmp_path):
     "Embeddings are the learner's own, and its fingerprint follows its weights"
     import torch
-    from pyramidreid.fingerprint import learner_fingerprint
+    from pyramidreid.models.fingerprints import learner_fingerprint
     files = sorted((people/'bounding_box_test').glob('*.jpg'))[:5]
     g = Gallery.from_learner(trained, files)
     dl = trained.dls.test_dl(files)
-    assert np.allclose(g.store.segments[0].embs, unit(trained.embed(dl).numpy()), atol=1e-6) and g.fingerprint==learner_fingerprint(trained)
+    assert np.allclose(g.store.segments[0].embs, normalize_rows(trained.embed(dl).numpy()), atol=1e-6) and g.fingerprint==learner_fingerprint(trained)
     assert g.search(files[3], k=1).key.tolist()==[str(files[3])]
     g.save(tmp_path/'g')
     assert len(Gallery.load(tmp_path/'g', trained))==5
@@ -288,7 +288,7 @@ def test_a_learner(trained, people, tmp_path):
 
 def test_a_saved_model_asks_the_learners_gallery(trained, people, tmp_path):
     "What the learner filled, its copy on disk may ask: same fingerprint, same ranking"
-    from pyramidreid.export import load_embedder
+    from pyramidreid.export.files import load_embedder
     files = sorted((people/'bounding_box_test').glob('*.jpg'))[:8]
     Gallery.from_learner(trained, files).save(tmp_path/'g')
     g = Gallery.load(tmp_path/'g', load_embedder(trained.save_model(tmp_path/'m')))
@@ -527,9 +527,9 @@ def crowd():
     "12,000 rows around 200 centres, in three blocks of which one is half precision; every tenth id is missing"
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((200,24))
-    x = unit(centres[rng.integers(0, 200, 12000)]+.5*rng.standard_normal((12000,24)))
+    x = normalize_rows(centres[rng.integers(0, 200, 12000)]+.5*rng.standard_normal((12000,24)))
     ids = np.array([i for i in range(14000) if i%10])[:12000]
-    return Rows([(ids[:5000],x[:5000]),(ids[5000:5001],x[5000:5001]),(ids[5001:],x[5001:].astype(np.float16))]),unit(centres[:30])
+    return Rows([(ids[:5000],x[:5000]),(ids[5000:5001],x[5000:5001]),(ids[5001:],x[5001:].astype(np.float16))]),normalize_rows(centres[:30])
 
 def brute(q, rows, k, ok=None):
     sims = q@np.concatenate([np.asarray(o, np.float32) for _,o in rows.blocks]).T
@@ -546,7 +546,7 @@ def test_exact_under_filters(crowd, share):
     assert np.allclose(got[0], want[0], atol=1e-6) and (got[1]==want[1]).mean()>.999
 
 def test_equals_keep_their_order():
-    x = np.tile(unit(np.ones((1,4))), (7,1))
+    x = np.tile(normalize_rows(np.ones((1,4))), (7,1))
     rows = Rows([(np.arange(3),x[:3]),(np.arange(3,7),x[3:])])
     assert exact(x[:1], rows, 5)[1].tolist()==[[0,1,2,3,4]]
 
@@ -570,7 +570,7 @@ def test_index(crowd, kind, capsys):
 def test_index_of_the_gallery(tmp_path, capsys):
     "Built, saved, loaded; entries that came later and entries that went are respected"
     rng = np.random.default_rng(0)
-    x = Embeddings(unit(rng.standard_normal((25000,8))), 'a model')
+    x = Embeddings(normalize_rows(rng.standard_normal((25000,8))), 'a model')
     frame = pd.DataFrame(dict(key=np.arange(25000).astype(str), cam=np.arange(25000)%5))
     g = Gallery(Model(dim=8)).add(frame, embs=x)
     g.build_index('ivf')
@@ -594,7 +594,7 @@ def test_small_galleries_need_no_index(gallery):
 
 def test_light():
     "Neither torch, fastai nor faiss is imported with the gallery, and not faiss with all"
-    code = "import sys,pyramidreid.gallery,pyramidreid.milvus; assert not {'torch','fastai','faiss','pyarrow.parquet','pymilvus'} & set(sys.modules), set(sys.modules) & {'torch','fastai','faiss','pyarrow.parquet','pymilvus'}"
+    code = "import sys,pyramidreid.gallery.gallery,pyramidreid.gallery.milvus; assert not {'torch','fastai','faiss','pyarrow.parquet','pymilvus'} & set(sys.modules), set(sys.modules) & {'torch','fastai','faiss','pyarrow.parquet','pymilvus'}"
     subprocess.run([sys.executable,'-c',code], check=True, capture_output=True)
 
 def test_in_all():

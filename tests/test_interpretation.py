@@ -2,10 +2,10 @@
 import numpy as np, pandas as pd, pytest, torch
 from torch.nn import functional as F
 from pyramidreid.core import Role
-from pyramidreid.evaluation import NoMatchError,evaluate
-from pyramidreid.interpretation import *
-from pyramidreid.labels import *
-from pyramidreid.results import rank_gallery
+from pyramidreid.evaluation.retrieval import NoMatchError,evaluate
+from pyramidreid.explain.interpretation import *
+from pyramidreid.explain.labels import *
+from pyramidreid.evaluation.plots import rank_gallery
 
 def make(n=60, n_ids=6, seed=0, unknown=0, junk=0, roles=True, dim=6):
     "Random embeddings of a table"
@@ -130,7 +130,7 @@ def test_likeness_by_a_plain_loop(mixed):
     torch.manual_seed(0)
     emb,labels = torch.randn(50,5),torch.randint(0,8,(50,))
     labels[7] = 8 # alone in its id
-    got = id_likeness(emb, labels, mixed)
+    got = id_similarity(emb, labels, mixed)
     want = np.array(list(plain_likeness(emb, labels.tolist(), mixed)))
     np.testing.assert_allclose(got.to_numpy(dtype=float), want, atol=1e-6)
     assert got.own_mean.isna().sum()==1+sum((labels==m).sum() for m in mixed)
@@ -265,7 +265,7 @@ def test_from_a_learner(trained):
     assert not torch.allclose(mirrored.emb, interp.emb)
 
 def test_the_worst_are_drawn_with_their_own_rankings(trained, monkeypatch):
-    import pyramidreid.interpretation as m
+    import pyramidreid.explain.interpretation as m
     seen = {}
     monkeypatch.setattr(m, 'plot_ranking', lambda q,r,**k: seen.update(q=q, r=r))
     interp = ReIDInterpretation.from_learner(trained)
@@ -277,7 +277,7 @@ def test_the_worst_are_drawn_with_their_own_rankings(trained, monkeypatch):
         assert (right.index(True)+1 if True in right else 99)==(o.first_right if o.first_right<=4 else 99)
 
 def test_a_training_loader_is_not_augmented(make_learner, make_dls):
-    from pyramidreid.tfms import strong_tfms
+    from pyramidreid.data.transforms import strong_tfms
     for cache in (None,True):
         learn = make_learner(make_dls(tfms=strong_tfms, cache=cache))
         items = learn.dls.train.items

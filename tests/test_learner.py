@@ -8,11 +8,12 @@ from fastai.callback.training import GradientAccumulation
 from fastai.vision.all import (CrossEntropyLossFlat,EarlyStoppingCallback,Normalize,SaveModelCallback,load_learner,
                                resnet18,set_seed)
 from torchvision import models
-from pyramidreid import evaluation, metrics as reid_metrics
-from pyramidreid.backbone import resnet10
-from pyramidreid.dynamic import DynamicLossWeights
-from pyramidreid.learner import *
-from pyramidreid.datasets import market_table
+from pyramidreid.evaluation import retrieval as evaluation
+from pyramidreid.training import metrics as reid_metrics
+from pyramidreid.models.backbone import resnet10
+from pyramidreid.training.dynamic import DynamicLossWeights
+from pyramidreid.training.learner import *
+from pyramidreid.data.datasets import market_table
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
 timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is an extra')
@@ -200,7 +201,7 @@ def test_unknown_cameras_exclude_nobody(trained, test_table):
     dl = trained.dls.test_dl(t, with_labels=True)
     emb,q,g = trained.embed(dl),(t.split=='query').to_numpy(),(t.split=='gallery').to_numpy()
     res = trained.evaluate(dl)
-    from pyramidreid.results import rank_gallery
+    from pyramidreid.evaluation.plots import rank_gallery
     ranked = rank_gallery(emb[q], emb[g], dl.items[q], dl.items[g], 10**4)
     first = ranked[ranked.right].groupby('query')['rank'].min()
     assert [first.get(i, 0) for i in range(q.sum())]==res.first_rank.tolist()

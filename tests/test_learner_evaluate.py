@@ -1,10 +1,10 @@
 "A learner's evaluation: mirrored images, other data sets, re-ranking, and what the cards say"
 import pandas as pd, pytest, torch
 from torch.nn import functional as F
-from pyramidreid.card import Card
-from pyramidreid.datasets import market_table
-from pyramidreid.evaluation import evaluate
-from pyramidreid.learner import *
+from pyramidreid.evaluation.card import Card
+from pyramidreid.data.datasets import market_table
+from pyramidreid.evaluation.retrieval import evaluate
+from pyramidreid.training.learner import *
 
 @pytest.fixture(scope='session')
 def test_table(people):

@@ -3,7 +3,7 @@ import copy,io,math,pickle
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
-from pyramidreid.losses import *
+from pyramidreid.models.losses import *
 
 def plain_sum(feats, labels, margin):
     "The reference, branch by branch"
@@ -67,7 +67,7 @@ def test_duplicates_and_zero_features_stay_finite(margin):
 def test_hardest_is_the_farthest_of_ones_own_and_the_nearest_of_the_others():
     torch.manual_seed(0)
     unit,labels = F.normalize(torch.randn(3,10,4), dim=-1),torch.tensor([0,0,0,1,1,1,2,2,2,3])
-    pos,neg,valid = hardest(unit, labels)
+    pos,neg,valid = hardest_pairs(unit, labels)
     dist = torch.cdist(unit, unit)
     for b in range(3):
         for i in range(9):

@@ -4,10 +4,10 @@ import numpy as np, pandas as pd, pytest
 pytest.importorskip('pymilvus', reason='needs the extra milvus')
 pytest.importorskip('milvus_lite', reason='needs milvus-lite, which the extra milvus brings')
 pytest.importorskip('faiss', reason='compared with the gallery in a folder, which needs the extra gallery')
-from pyramidreid.entries import Embeddings
-from pyramidreid.gallery import Gallery
-from pyramidreid.milvus import MilvusGallery,milvus_filter
-from pyramidreid.openset import Calibration
+from pyramidreid.gallery.entries import Embeddings
+from pyramidreid.gallery.gallery import Gallery
+from pyramidreid.gallery.milvus import MilvusGallery,milvus_filter
+from pyramidreid.evaluation.openset import Calibration
 from test_gallery import KEYS,Model,VALUES,pictures,put,random_filters,random_rows
 
 N = 300

@@ -2,7 +2,7 @@
 import tracemalloc
 import numpy as np, pytest
 from hypothesis import given,settings,strategies as st
-from pyramidreid.nearest import Rows,_top,exact
+from pyramidreid.gallery.nearest import Rows,_top,exact
 
 def plain(q, x, k, ok):
     "Similarities and rows, by a stable sort of float64 products of small whole numbers, which are exact"

@@ -3,10 +3,10 @@ import json,math,subprocess,sys
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy import stats
-from pyramidreid.calibrate import *
-from pyramidreid.evaluation import Distances,evaluate_distances
-from pyramidreid.intervals import _beta_cdf,_t2,binomial_interval
-from pyramidreid.openset import *
+from pyramidreid.training.calibration import *
+from pyramidreid.evaluation.retrieval import Distances,evaluate_distances
+from pyramidreid.evaluation.intervals import _beta_cdf,_t2,binomial_interval
+from pyramidreid.evaluation.openset import *
 
 def of_scores(impostor, person=None, genuine=(), place=None, **kwargs):
     "A calibration of bare scores"
@@ -326,7 +326,7 @@ def test_card_and_plots():
     assert sum(o.get_height() for o in bars)==pytest.approx(2)
 
 def test_needs_neither_torch_nor_fastai():
-    code = "import sys,pyramidreid.openset; assert not {'torch','fastai','matplotlib'} & {*sys.modules}"
+    code = "import sys,pyramidreid.evaluation.openset; assert not {'torch','fastai','matplotlib'} & {*sys.modules}"
     subprocess.run([sys.executable,'-c',code], check=True)
 
 def test_learner(trained):

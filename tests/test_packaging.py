@@ -55,7 +55,7 @@ def test_readme_examples_run(tmp_path, monkeypatch):
 
 def test_help_of_the_demo_is_quick():
     "Nothing heavy is imported for it"
-    code = "import sys\nfrom pyramidreid.cli import main\nmain(['demo','--help'])\nassert 'torch' not in sys.modules"
+    code = "import sys\nfrom pyramidreid.cli.frame import main\nmain(['demo','--help'])\nassert 'torch' not in sys.modules"
     assert 'epochs' in subprocess.run([sys.executable,'-c',code], capture_output=True, text=True, check=True).stdout
 
 def test_no_images_of_a_data_set_are_tracked():

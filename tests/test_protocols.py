@@ -5,8 +5,8 @@ from collections import Counter
 from hypothesis import given, settings, strategies as st
 from torch import tensor
 from plain import plain_scores
-from pyramidreid.evaluation import *
-from pyramidreid.protocols import *
+from pyramidreid.evaluation.retrieval import *
+from pyramidreid.evaluation.protocols import *
 
 @st.composite
 def rankings(draw, max_g=25):

@@ -3,8 +3,8 @@ import itertools,re
 import numpy as np, pytest, torch
 from torch import nn
 from torch.nn import functional as F
-from pyramidreid.pyramid import *
-from pyramidreid.pyramid import _PoolParts
+from pyramidreid.models.pyramid import *
+from pyramidreid.models.pyramid import _PoolParts
 
 N,C,E,IDS = 3,5,4,7
 

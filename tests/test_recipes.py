@@ -4,9 +4,9 @@ import pytest, torch
 from fastai.callback.core import Callback,CancelFitException,CancelStepException,CancelValidException
 from fastai.callback.training import GradientAccumulation,ShortEpochCallback
 from fastai.vision.all import SaveModelCallback,set_seed,trainable_params
-from pyramidreid.recipes import *
-from pyramidreid.recipes import _unlike_paper
-from pyramidreid.tfms import *
+from pyramidreid.training.recipes import *
+from pyramidreid.training.recipes import _unlike_paper
+from pyramidreid.data.transforms import *
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
 

@@ -3,8 +3,8 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from plain import plain_rerank as plain
-from pyramidreid import evaluation
-from pyramidreid.rerank import *
+from pyramidreid.evaluation import retrieval as evaluation
+from pyramidreid.evaluation.reranking import *
 
 def distances(x):
     "Euclidean distances in float64; exact squares for small whole numbers"

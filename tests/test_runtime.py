@@ -2,7 +2,7 @@
 import json,os,struct,subprocess,sys,threading,time
 import numpy as np, pytest
 from PIL import Image
-from pyramidreid.runtime import *
+from pyramidreid.export.runtime import *
 
 ort = pytest.importorskip('onnxruntime', reason='the onnx extra is not installed')
 pytest.importorskip('onnxscript', reason='the onnx extra is not installed')
@@ -15,7 +15,7 @@ def learn(make_learner): return make_learner()
 
 @pytest.fixture(scope='session')
 def file(learn, tmp_path_factory):
-    import pyramidreid.export
+    import pyramidreid.export.files
     return learn.to_onnx(tmp_path_factory.mktemp('runtime')/'m.onnx')
 
 @pytest.fixture(scope='session')
@@ -24,7 +24,7 @@ def files(people): return sorted((people/'query').glob('*.jpg'))
 def python(code): return subprocess.run([sys.executable,'-c',code], capture_output=True, text=True)
 
 def test_imports_nothing_heavy_and_in_under_a_second():
-    code = f"import time; t=time.process_time()\nimport sys,pyramidreid.runtime,onnxruntime\nprint(time.process_time()-t, [o for o in {heavy} if o in sys.modules])"
+    code = f"import time; t=time.process_time()\nimport sys,pyramidreid.export.runtime,onnxruntime\nprint(time.process_time()-t, [o for o in {heavy} if o in sys.modules])"
     runs = [python(code).stdout.split(maxsplit=1) for _ in range(3)]
     assert all(o.strip()=='[]' for _,o in runs) and min(float(t) for t,_ in runs)<1
 
@@ -38,7 +38,7 @@ class Forbid:
         if top not in sys.stdlib_module_names and top not in ('pyramidreid','onnxruntime','numpy','PIL','flatbuffers','google','coloredlogs','humanfriendly','sympy','mpmath','packaging'):
             raise ModuleNotFoundError(f'no {{name}} here')
 sys.meta_path.insert(0, Forbid())
-from pyramidreid.runtime import Runtime
+from pyramidreid.export.runtime import Runtime
 r = Runtime({str(file)!r}, threads=1)
 print(r.embed([{str(files[0])!r}]).shape, r.size, r.fingerprint)
 try: import torch
@@ -53,7 +53,7 @@ def test_without_onnxruntime_the_extra_is_named(file, monkeypatch):
 
 def test_without_onnxruntime_it_is_named_where_there_is_nothing_else(file):
     "Where fastcore, which the rest of the package imports, is not installed either"
-    code = f"import sys\nsys.modules['onnxruntime'] = sys.modules['fastcore'] = None\nfrom pyramidreid.runtime import Runtime\nRuntime({str(file)!r})"
+    code = f"import sys\nsys.modules['onnxruntime'] = sys.modules['fastcore'] = None\nfrom pyramidreid.export.runtime import Runtime\nRuntime({str(file)!r})"
     assert 'ImportError: onnxruntime is not installed' in python(code).stderr
 
 # what it takes
@@ -91,7 +91,7 @@ def test_only_one_batch_of_images_is_in_memory(file):
 
 def test_pixels_of_the_models_size_are_taken_as_they_are():
     x = np.random.default_rng(0).integers(0, 256, (2,*SIZE,3), dtype=np.uint8)
-    assert np.array_equal(pixels(x, SIZE), x)
+    assert np.array_equal(load_pixels(x, SIZE), x)
 
 def test_threads_share_a_runtime(file, files):
     r = Runtime(file, threads=1)
@@ -114,10 +114,10 @@ def test_exif_turns_a_picture_once(tmp_path, suffix):
         exif = Image.Exif()
         exif[0x0112] = turn
         Image.fromarray(stored).save(tmp_path/f'o.{suffix}', exif=exif, **(dict(lossless=True) if suffix=='webp' else dict(quality=100, subsampling=0) if suffix=='jpg' else {}))
-        want,seen = f(stored).astype(int),rgb(tmp_path/f'o.{suffix}')
+        want,seen = f(stored).astype(int),read_rgb(tmp_path/f'o.{suffix}')
         assert np.asarray(seen).shape==want.shape and abs(np.asarray(seen)-want).max()<=(4 if suffix=='jpg' else 0)
         im = Image.open(tmp_path/f'o.{suffix}')
-        for o in (Image.open(tmp_path/f'o.{suffix}'), im.copy(), im.convert('RGB'), seen, rgb(seen)): assert np.array_equal(np.asarray(rgb(o)), np.asarray(seen)), turn
+        for o in (Image.open(tmp_path/f'o.{suffix}'), im.copy(), im.convert('RGB'), seen, read_rgb(seen)): assert np.array_equal(np.asarray(read_rgb(o)), np.asarray(seen)), turn
 
 def exif_jpeg(data, *entries):
     "A JPEG's bytes with an EXIF block of entries `(tag, type, count, value)`"
@@ -128,40 +128,40 @@ def test_other_exif_entries_do_not_matter(files, tmp_path):
     "Entries of every type, with values that fit or not, beside the one that turns the picture"
     data,turn = files[0].read_bytes(),(0x0112,3,1,6)
     (tmp_path/'o.jpg').write_bytes(exif_jpeg(data, turn))
-    want = np.asarray(rgb(tmp_path/'o.jpg'))
+    want = np.asarray(read_rgb(tmp_path/'o.jpg'))
     assert want.shape[:2]==Image.open(files[0]).size and not np.array_equal(want, np.asarray(Image.open(files[0])))
     for tag in (0x010f,0x0131,0x02bc,0x8769,0x8825,0x927c,0xa005):
         for kind in range(14):
             for count,value in ((1,7), (2,40), (9,2**31)):
                 (tmp_path/'o.jpg').write_bytes(exif_jpeg(data, turn, (tag,kind,count,value)))
-                for o in (tmp_path/'o.jpg', Image.open(tmp_path/'o.jpg')): assert np.array_equal(np.asarray(rgb(o)), want), (tag,kind,count)
+                for o in (tmp_path/'o.jpg', Image.open(tmp_path/'o.jpg')): assert np.array_equal(np.asarray(read_rgb(o)), want), (tag,kind,count)
 
 def test_exif_that_cannot_be_read_says_nothing(files, tmp_path):
     data = files[0].read_bytes()
     (tmp_path/'o.jpg').write_bytes(data[:2]+b'\xff\xe1'+(28).to_bytes(2, 'big')+b'Exif\0\0'+b'\xff'*20+data[2:])
-    assert np.array_equal(np.asarray(rgb(tmp_path/'o.jpg')), np.asarray(Image.open(files[0])))
+    assert np.array_equal(np.asarray(read_rgb(tmp_path/'o.jpg')), np.asarray(Image.open(files[0])))
 
 @pytest.mark.parametrize('suffix', ['png','tif','jp2'])
 def test_sixteen_bits_keep_their_upper_eight(tmp_path, suffix):
     deep = np.random.default_rng(0).integers(0, 2**16, (40,20), dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path/f'o.{suffix}')
-    for o in (tmp_path/f'o.{suffix}', Image.open(tmp_path/f'o.{suffix}')): assert np.array_equal(np.asarray(rgb(o)), np.stack([deep//256]*3, -1))
-    assert np.array_equal(np.asarray(rgb(Image.frombytes('I;16B', (20,40), deep.astype('>u2').tobytes())))[...,0], deep//256)
+    for o in (tmp_path/f'o.{suffix}', Image.open(tmp_path/f'o.{suffix}')): assert np.array_equal(np.asarray(read_rgb(o)), np.stack([deep//256]*3, -1))
+    assert np.array_equal(np.asarray(read_rgb(Image.frombytes('I;16B', (20,40), deep.astype('>u2').tobytes())))[...,0], deep//256)
 
 @pytest.mark.parametrize('kind,mode', [('int32','I'),('float32','F')])
 def test_thirty_two_bits_are_refused(tmp_path, kind, mode):
-    from pyramidreid.data import open_image
-    from pyramidreid.tables import unreadable
+    from pyramidreid.data.loaders import open_image
+    from pyramidreid.data.tables import unreadable
     Image.fromarray(np.ones((40,20), kind)).save(tmp_path/'o.tif')
-    for f in (rgb,open_image):
+    for f in (read_rgb,open_image):
         with pytest.raises(ValueError, match=rf'o.tif has 32 bits a pixel \(mode {mode}\)'): f(tmp_path/'o.tif')
-    with pytest.raises(ValueError, match=rf'image 3 has 32 bits a pixel \(mode {mode}\)'): pixels([Image.new('RGB', (3,5))]*3+[Image.open(tmp_path/'o.tif')], SIZE)
+    with pytest.raises(ValueError, match=rf'image 3 has 32 bits a pixel \(mode {mode}\)'): load_pixels([Image.new('RGB', (3,5))]*3+[Image.open(tmp_path/'o.tif')], SIZE)
     assert '32 bits' in unreadable([tmp_path/'o.tif'])[tmp_path/'o.tif'] # so that on_bad='skip' leaves it out
 
 def test_a_bomb_is_named(files, monkeypatch):
-    from pyramidreid.cache import kept_size,open_image
+    from pyramidreid.data.cache import kept_size,open_image
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
-    for f in (rgb,open_image,lambda o: kept_size([o], SIZE)):
+    for f in (read_rgb,open_image,lambda o: kept_size([o], SIZE)):
         with pytest.raises(OSError, match=f'{files[0].name} .*decompression bomb'): f(files[0])
 
 def test_learner_and_runtime_agree_on_odd_pictures(file, learn, files, tmp_path):
@@ -219,7 +219,7 @@ def test_an_image_of_pil_that_is_cut_off_is_numbered(file, files, tmp_path):
     (closed := Image.open(files[0])).close()
     for o in (Image.open(tmp_path/'cut.jpg'), closed):
         with pytest.raises(OSError, match='image 1 is no image or is cut off'): Runtime(file, threads=1).embed([files[0],o])
-    with pytest.raises(ValueError, match=r'image 0 has no pixels \(0×5\)'): pixels([Image.new('RGB', (0,5))], SIZE)
+    with pytest.raises(ValueError, match=r'image 0 has no pixels \(0×5\)'): load_pixels([Image.new('RGB', (0,5))], SIZE)
 
 @pytest.mark.parametrize('item,words', [(None,'NoneType'), (3,'int'), (b'bytes','bytes')])
 def test_a_single_thing_that_is_no_picture(file, item, words):
@@ -236,7 +236,7 @@ def test_a_damaged_picture_is_an_error_that_names_it_or_none(files, tmp_path, su
         hurt = bytearray(data if i%3 else data[:rng.integers(len(data))])
         for at in rng.integers(0, max(1, min(len(hurt), 300 if i%2 else len(hurt))), 3): hurt[at:at+1] = bytes(rng.integers(0, 256, 1, dtype=np.uint8))
         f.write_bytes(hurt)
-        try: assert rgb(f).mode=='RGB'
+        try: assert read_rgb(f).mode=='RGB'
         except (OSError,ValueError) as e: assert str(f) in str(e)
 
 def test_no_batches_of_none(file):
@@ -273,8 +273,8 @@ def test_a_later_format(file, tmp_path):
     model = onnx.load(file)
     for o in model.metadata_props:
         if o.key=='pyramidreid': o.value = json.dumps({**json.loads(o.value), 'format':2})
-        else: o.value = blank_seal
-    (tmp_path/'later.onnx').write_bytes(seal(model.SerializeToString()))
+        else: o.value = BLANK_CHECKSUM
+    (tmp_path/'later.onnx').write_bytes(add_checksum(model.SerializeToString()))
     with pytest.raises(ValueError, match='later version'): Runtime(tmp_path/'later.onnx')
 
 def changed(file, dest, about=None, model=None):
@@ -282,8 +282,8 @@ def changed(file, dest, about=None, model=None):
     import onnx
     proto = onnx.load(file)
     if model: model(proto)
-    for o in proto.metadata_props: o.value = blank_seal if o.key=='seal' else o.value if about is None else about(json.loads(o.value))
-    dest.write_bytes(seal(proto.SerializeToString()))
+    for o in proto.metadata_props: o.value = BLANK_CHECKSUM if o.key=='seal' else o.value if about is None else about(json.loads(o.value))
+    dest.write_bytes(add_checksum(proto.SerializeToString()))
     return dest
 
 @pytest.mark.parametrize('about,words', [

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings, strategies as st
 from fastai.vision.all import set_seed
-from pyramidreid.sampler import *
+from pyramidreid.data.sampler import *
 from toys import Toy
 
 labelled = st.lists(st.integers(-1,9), min_size=2, max_size=60).filter(lambda ls: len({l for l in ls if l>=0})>=2)
@@ -51,7 +51,7 @@ def test_even_coverage_when_everything_divides(p, k, people_in_p, images_in_k, s
 @given(st.lists(st.integers(), min_size=1, max_size=12, unique=True), st.lists(st.integers(1,15), min_size=1, max_size=20), st.integers(0,99))
 def test_turns(items, takes, seed):
     "What is taken together is distinct, as far as there is enough; short takes use up the pile"
-    turns = Turns(items, random.Random(seed))
+    turns = ShuffledDeck(items, random.Random(seed))
     for k in takes:
         res = turns.take(k)
         c = Counter(res)

@@ -3,9 +3,9 @@ import json,os,subprocess,sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
-from pyramidreid import store as module
-from pyramidreid.segments import read_embeddings,write_embeddings
-from pyramidreid.store import Store,read_manifest
+from pyramidreid.gallery import store as module
+from pyramidreid.gallery.segments import read_embeddings,write_embeddings
+from pyramidreid.gallery.store import Store,read_manifest
 
 def embs(n, seed=0): return np.random.default_rng(seed).standard_normal((n,6)).astype(np.float32)
 def frame(*keys, **columns): return pd.DataFrame(dict(key=list(keys), **columns))
@@ -191,8 +191,8 @@ def test_three_writers_and_two_readers(path, tmp_path):
     writer = """
 import sys
 import numpy as np, pandas as pd
-from pyramidreid.store import Store
-from pyramidreid import store as module
+from pyramidreid.gallery.store import Store
+from pyramidreid.gallery import store as module
 import time
 path,me = sys.argv[1:]
 real = module._write_manifest
@@ -209,7 +209,7 @@ while n<12:
 """
     reader = """
 import sys
-from pyramidreid.store import Store
+from pyramidreid.gallery.store import Store
 seen = set()
 while len(seen)<37:
     keys = set(Store.load(sys.argv[1]).table.key)
@@ -307,7 +307,7 @@ def test_files_that_may_not_grow(tmp_path):
     code = """
 import resource,signal,sys
 import numpy as np, pandas as pd
-from pyramidreid.store import Store
+from pyramidreid.gallery.store import Store
 s = Store('a model')
 x = np.random.default_rng(0).standard_normal((5000,8)).astype(np.float32)
 s.add(x[:10], pd.DataFrame(dict(key=[str(i) for i in range(10)])))

@@ -5,11 +5,11 @@ from pathlib import Path
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.vision.all import EarlyStoppingCallback,SaveModelCallback,set_seed
-from pyramidreid.core import whole_file
-from pyramidreid.data import ReIDDataLoaders
-from pyramidreid.datasets import market_table
-from pyramidreid.recipes import torch_opt
-from pyramidreid.survive import *
+from pyramidreid.core import atomic_write
+from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.data.datasets import market_table
+from pyramidreid.training.recipes import torch_opt
+from pyramidreid.training.checkpoints import *
 
 SCRIPT = '''
 import os,random,signal,sys,torch,warnings
@@ -17,10 +17,10 @@ warnings.filterwarnings('ignore')
 from pathlib import Path
 from fastai.callback.core import Callback
 from fastai.vision.all import set_seed
-from pyramidreid.backbone import resnet10
-from pyramidreid.data import ReIDDataLoaders
-from pyramidreid.learner import pyramid_learner
-from pyramidreid.survive import Checkpoints
+from pyramidreid.models.backbone import resnet10
+from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.training.learner import pyramid_learner
+from pyramidreid.training.checkpoints import Checkpoints
 
 class Mark(Callback):
     "Say each step aloud, and pull the plug after a random one of the second or third epoch"
@@ -297,6 +297,6 @@ def test_whole_file_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
     log,fsync,replace = [],os.fsync,os.replace
     monkeypatch.setattr(os, 'fsync', lambda fd: (log.append('folder' if os.path.isdir(f'/proc/self/fd/{fd}') else 'file') if os.path.isdir('/proc/self/fd') else None, fsync(fd)))
     monkeypatch.setattr(os, 'replace', lambda *a: (log.append('name'), replace(*a)))
-    with whole_file(tmp_path/'a') as f: f.write_text('all of it')
+    with atomic_write(tmp_path/'a') as f: f.write_text('all of it')
     if os.path.isdir('/proc/self/fd'): assert log==['file','name','folder']
     assert (tmp_path/'a').read_text()=='all of it'

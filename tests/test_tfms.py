@@ -4,8 +4,8 @@ import numpy as np, pytest, torch, torchvision
 import torchvision.transforms.functional as TF
 from fastai.vision.all import IntToFloatTensor,Pipeline,PILImage,TensorImage,ToTensor,set_seed
 from PIL import Image
-from pyramidreid.tfms import *
-from pyramidreid.tfms import _in_two_passes
+from pyramidreid.data.transforms import *
+from pyramidreid.data.transforms import _in_two_passes
 
 def picture(h, w, seed=0):
     "Soft blobs of colour with a little noise"

@@ -2,8 +2,8 @@
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from torch.nn import functional as F
-from pyramidreid.pyramid import embedding,pyramid_windows
-from pyramidreid.why import *
+from pyramidreid.models.pyramid import embedding,pyramid_windows
+from pyramidreid.explain.bands import *
 
 PYRAMIDS = [(6,None),(6,[1]),(6,[6]),(4,[1,3]),(1,None),(3,None)]
 

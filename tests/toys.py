@@ -8,8 +8,8 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD
-from pyramidreid.losses import PyramidLoss
-from pyramidreid.sampler import PKDataLoader
+from pyramidreid.models.losses import PyramidLoss
+from pyramidreid.data.sampler import PKDataLoader
 
 class Toy:
     "Items that are their own index, and a table of labels"
