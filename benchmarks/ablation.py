@@ -2,10 +2,13 @@
 which loss, and how the two are joined. Synthetic people and a small network from scratch, or any data set in a folder:
 `python benchmarks/ablation.py`; `python benchmarks/ablation.py --data DIR --arch resnet50 --weights FILE --size 384 128 --epochs 60 --out market1501-ablation`
 A run that is noted is not repeated: a script that was killed, or stopped by --minutes, goes on where it was."""
-import argparse,json,sys
+import argparse
+import json
+import sys
 from pathlib import Path
+
 import pandas as pd
-from common import markdown,mean_std,noted,results,run_grid,train_folder,train_synthetic,write_table
+from common import markdown, mean_std, noted, results, run_grid, train_folder, train_synthetic, write_table
 
 titles = dict(levels='Levels of the pyramid', parts='Basic parts', width="Width of a branch's feature", loss='Which loss', dynamic='How both losses are joined')
 AGAIN = {f'default, trained again ({i})':dict(shift=1000*i) for i in (1,2)} # with other training seeds on the same people: what chance alone does
@@ -141,7 +144,9 @@ def describe(args, df, device):
 
 def main(argv=None):
     args = parse(argv)
-    import torch,pyramidreid.all as lib
+    import torch
+
+    import pyramidreid.all as lib
     cuda = torch.cuda.is_available()
     device = 'GPU, bf16' if cuda else 'CPU'
     rows = lib.map_height(lib.create_backbone(getattr(lib, args.arch, args.arch), pretrained=False), args.size[0])

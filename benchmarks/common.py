@@ -1,14 +1,26 @@
 "What the benchmarks share: one training on synthetic people or a folder, a grid of them over seeds, and a table with its circumstances."
-import gc,hashlib,json,math,os,platform,sys,threading,time
-from concurrent.futures import BrokenExecutor,Executor,FIRST_COMPLETED,Future,ProcessPoolExecutor,wait
+import gc
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
-import pandas as pd, torch
+
+import pandas as pd
+import torch
+
 from pyramidreid.core import atomic_write
 
 results = Path(__file__).parent/'results'
-code = hashlib.sha1(b''.join(f.read_bytes() for f in sorted((Path(__file__).parents[1]/'pyramidreid').glob('*.py')))).hexdigest()[:7] # changes with any module
+sys.path.append(str(Path(__file__).parents[1]/'tests')) # for the plain versions in reference.py
+code = hashlib.sha1(b''.join(f.read_bytes() for f in sorted((Path(__file__).parents[1]/'pyramidreid').rglob('*.py')))).hexdigest()[:7] # changes with any module
 
 def hardware():
     "Processor or GPU, and cores"
@@ -19,13 +31,14 @@ def hardware():
 
 def circumstances():
     "Command (without folders of this machine), hardware, date and versions, as they belong beside every figure"
-    import fastai,torchvision
+    import fastai
+    import torchvision
     command = ' '.join(['python',f'benchmarks/{Path(sys.argv[0]).name}',*(Path(a).name for a in sys.argv[1:])])
     return dict(command=command, hardware=hardware(), threads=torch.get_num_threads(), date=str(date.today()), torch=torch.__version__, torchvision=torchvision.__version__, fastai=fastai.__version__)
 
 def train_synthetic(name, seed, misalign=0.5, n_train=80, n_test=40, size=(96,48), **kwargs):
     "Draw people and `train` a small network on them; a dict of figures"
-    from pyramidreid.all import market_table,synth_persons
+    from pyramidreid.all import market_table, synth_persons
     people = synth_persons(n_train=n_train, n_test=n_test, size=size, misalign=misalign, seed=seed)
     return dict(train(name, seed, market_table(people), size=size, **kwargs), misalign=misalign)
 
@@ -41,9 +54,10 @@ def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=
     if only=='triplet' and mode!='pk': raise ValueError("The triplet loss alone needs P×K batches: a random batch has hardly a positive pair")
     gc.collect()
     torch.set_num_threads(1)
-    import pyramidreid.all as lib
     from fastai.callback.core import CancelValidException
-    from pyramidreid.all import Callback,DynamicLossWeights,PyramidLoss,ReIDDataLoaders,pyramid_learner,set_seed
+
+    import pyramidreid.all as lib
+    from pyramidreid.all import Callback, DynamicLossWeights, PyramidLoss, ReIDDataLoaders, pyramid_learner, set_seed
 
     class SkipValidation(Callback):
         def before_validate(self):

@@ -1,7 +1,8 @@
 """The paper's second claim: dynamic training of the two losses against each alone and a fixed sum.
 Synthetic people, a small network from scratch, same steps; `python benchmarks/dynamic.py [--jobs 2] [--seeds 3]`"""
 import argparse
-from common import markdown,mean_std,run_grid,write_table
+
+from common import markdown, mean_std, run_grid, write_table
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument('--jobs', type=int, default=2)

@@ -2,11 +2,19 @@
 
 Against the plain versions of `plain.py`, and against torchreid where it is installed (its Cython evaluation too, where that was built).
 `--only metric large` runs some of the parts; 500,000 images take 2.7 GB of disk in `--tmp`."""
-import argparse,json,subprocess,sys,tempfile,time
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Peak,circumstances,markdown,results,write_table
+from common import Peak, circumstances, markdown, results, write_table
 
 DIM = 2688
 
@@ -54,7 +62,7 @@ def metric_ours(d):
     return dict(m, mAP=res.mAP)
 
 def metric_plain(d):
-    from plain import plain_mAP
+    from reference import plain_mAP
     dist,(qp,gp,qc,gc) = load(d, 'dist')[0],ids(d)
     n = 100
     res,m = measured(lambda: plain_mAP(dist[:n], qp[:n], gp, qc[:n], gc), 1)
@@ -63,7 +71,7 @@ def metric_plain(d):
     return dict(m, first=m['first']*len(qp)/n, seconds=m['seconds']*len(qp)/n, note=f'timed on {n} queries and scaled', mAP_difference_there=abs(res-ours))
 
 def metric_torchreid(d, cython):
-    from torchreid.metrics.rank import IS_CYTHON_AVAI,evaluate_rank
+    from torchreid.metrics.rank import IS_CYTHON_AVAI, evaluate_rank
     if cython and not IS_CYTHON_AVAI: raise ImportError('torchreid without its Cython evaluation')
     dist,who = load(d, 'dist')[0],ids(d)
     (_,mAP),m = measured(lambda: evaluate_rank(dist, *who, use_cython=cython), 3 if cython else 1)
@@ -85,7 +93,7 @@ def large_ours(d):
     few = np.arange(0, len(q), 20)
     dist = np.concatenate([1-q[few].astype(np.float64) @ (b/np.linalg.norm(b, axis=1, keepdims=True)).T
                            for b in (g[i:i+20000].astype(np.float64) for i in range(0, len(g), 20000))], axis=1)
-    from plain import plain_scores
+    from reference import plain_scores
     plain = plain_scores(dist, who[0][few], who[1], who[2][few], who[3])
     return dict(m, mAP=res.mAP, images=len(g), largest_AP_difference_on_10_queries=max(abs(p['ap']-a) for p,a in zip(plain, res.ap[few].tolist())))
 

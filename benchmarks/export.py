@@ -1,9 +1,15 @@
 """Embeddings per second: the learner's model in PyTorch, eager and exported, beside onnxruntime, on pixels of the model's size; and how far each is from the learner.
 `python benchmarks/export.py`; all in one run, alternating, best of several. `--small` leaves the ResNet-50 out, `--compiled` takes torch.compile in."""
-import argparse,json,time
+import argparse
+import json
+import time
 from tempfile import mkdtemp
-import numpy as np, pandas as pd, torch
-from common import circumstances,markdown,results,write_table
+
+import numpy as np
+import pandas as pd
+import torch
+from common import circumstances, markdown, results, write_table
+
 from pyramidreid.core import atomic_write
 
 models = {'resnet10 at 96×48':('resnet10', (96,48), 64, 512), 'resnet50 at 384×128':('resnet50', (384,128), 8, 16)}
@@ -57,7 +63,8 @@ if __name__=='__main__':
     parser.add_argument('--threads', type=int, nargs='+', default=[1,2])
     parser.add_argument('--repeats', type=int, default=3)
     args = parser.parse_args()
-    import onnx,onnxruntime
+    import onnx
+    import onnxruntime
     rows = [r for name in list(models)[:1 if args.small else None] for r in measure(name, args.threads, args.repeats, args.compiled)]
     info = dict(circumstances(), threads=args.threads, onnxruntime=onnxruntime.__version__, onnx=onnx.__version__)
     results.mkdir(exist_ok=True)

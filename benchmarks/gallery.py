@@ -3,12 +3,21 @@
 `--only exact ivf hnsw` runs some of the parts. `exact` is 20,000 embeddings of the full pyramid, two threads; the others `--n` embeddings of `--dim` numbers in half precision,
 saved in `--tmp` and mapped from there (2 bytes a number). Every part is a process of its own. Embeddings are drawn: for `exact` people around centres of their own, shifted by camera;
 for the others, whose recall depends on it, with the spectrum of real ones (`Crowd`)."""
-import argparse,json,os,subprocess,sys,tempfile,time
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 sys.path.insert(0, str(Path(__file__).parent))
-from evaluation import Peak,people
-from common import circumstances,markdown,results,write_table
+from common import circumstances, markdown, results, write_table
+from evaluation import Peak, people
 
 THREADS = 2
 
@@ -48,6 +57,7 @@ def rounds(fs, n):
 
 def exact(args):
     import faiss
+
     from pyramidreid.gallery.entries import Embeddings
     from pyramidreid.gallery.gallery import Gallery
     faiss.omp_set_num_threads(THREADS)
@@ -74,6 +84,7 @@ def exact(args):
 
 def approximate(args, kind):
     import faiss
+
     from pyramidreid.gallery.entries import Embeddings
     from pyramidreid.gallery.gallery import Gallery
     from pyramidreid.gallery.nearest import exact as search_exactly

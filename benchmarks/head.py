@@ -1,12 +1,18 @@
 """Head and losses, forward and backward: fused against branch by branch with a loop over anchors, as one would first write it.
 `python benchmarks/head.py`; both in one run, alternating, best of several. The peak of memory of one step, beyond the map and the weights, is taken
 in a process of its own for each."""
-import json,subprocess,sys,time
+import json
+import subprocess
+import sys
+import time
+
 import torch
+from common import Peak, circumstances, markdown, results
 from torch.nn import functional as F
-from common import Peak,circumstances,markdown,results
+
 from pyramidreid.models.losses import PyramidLoss
-from pyramidreid.models.pyramid import PlainPyramidHead,PyramidHead,fuse_state
+from pyramidreid.models.pyramid import PlainPyramidHead, PyramidHead, fuse_state
+
 
 def plain_loss(feats, logits, labels, margin=1.4):
     "Branch by branch; a distance matrix for each, then anchor by anchor"

@@ -1,11 +1,16 @@
 """How fast one processor core makes training batches: a plain torchvision `Dataset` in torch's `DataLoader`, pyramidreid's plain path, and its image cache,
 all with the paper's transforms (resize, flip, normalise, erase) and in turns. On a GPU also the cache with everything after the fetch done there.
 `python benchmarks/loading.py`; `--data` takes a folder in Market-1501's layout in place of drawn people."""
-import argparse,json,sys,tempfile,time
+import argparse
+import json
+import sys
+import tempfile
+import time
 from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from common import circumstances,markdown,results,write_table
+from common import circumstances, markdown, results, write_table
 
 PLAIN,CACHED = 'pyramidreid, plain path','pyramidreid, cached'
 
@@ -26,7 +31,7 @@ def forever(dl):
 
 def contenders(df, size, args, folder):
     "`{name: (endless batches, images a turn)}`"
-    from pyramidreid.all import Normalize,ReIDDataLoaders,imagenet_stats
+    from pyramidreid.all import Normalize, ReIDDataLoaders, imagenet_stats
     def loaders(device='cpu', **kwargs):
         dls = ReIDDataLoaders.from_table(df, size=size, p=args.p, k=args.k, num_workers=0, device=torch.device(device), **kwargs)
         dls.add_tfms([Normalize.from_stats(*imagenet_stats, cuda=device=='cuda')], 'after_batch')
@@ -62,7 +67,8 @@ def measure(df, size, args, folder):
 
 if __name__=='__main__':
     import pandas as pd
-    from pyramidreid.all import market_table,synth_persons
+
+    from pyramidreid.all import market_table, synth_persons
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', type=Path, help='a folder in the layout of Market-1501; drawn people if it is left out')
     p.add_argument('--sizes', type=int, nargs='+', default=(384,128,256,128), metavar='H W', help='heights and widths of the input, in pairs')

@@ -2,10 +2,17 @@
 `PYRAMIDREID_DATA=DIR python benchmarks/market1501.py --recipe modern --weights FILE`
 By default the evaluation is the full official test, no image of which is looked at before. `--hold-out 0.2` evaluates on held-out training identities
 instead: there, and only there, settings may be chosen. `--curve` follows the test split during the training; nothing is chosen by it either."""
-import argparse,ast,json,os,sys,time
+import argparse
+import ast
+import json
+import os
+import sys
+import time
 from functools import partial
 from pathlib import Path
-from common import circumstances,results
+
+from common import circumstances, results
+
 
 def knob(text):
     "`name=value` as a pair"
@@ -41,9 +48,12 @@ if __name__=='__main__':
     began = time.perf_counter()
     args = parser.parse_args()
     if not args.data: parser.error('say where the data is: --data, or the environment variable PYRAMIDREID_DATA')
-    import torch,torchvision,pyramidreid.all as lib
-    from fastai.callback.core import CancelFitException,CancelValidException
-    from fastai.callback.fp16 import AMPMode,MixedPrecision
+    import torch
+    import torchvision
+    from fastai.callback.core import CancelFitException, CancelValidException
+    from fastai.callback.fp16 import AMPMode, MixedPrecision
+
+    import pyramidreid.all as lib
     cuda = torch.cuda.is_available()
     torch.backends.cudnn.benchmark = cuda
 

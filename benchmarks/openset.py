@@ -1,18 +1,32 @@
 """What a threshold promises and what comes of it: calibrated on some people, used at a door where a third of the queries show people who are not in the gallery.
 Synthetic people and a small network from scratch; `python benchmarks/openset.py [--seeds 3]`. `--people 90 --epochs 1 --splits 5` is a quick try.
 `--model FOLDER --data DIR` takes a trained model and the test people of a known data set instead."""
-import argparse,json
+import argparse
+import json
 from pathlib import Path
 from tempfile import mkdtemp
-import numpy as np, pandas as pd, torch
-from common import circumstances,markdown,results,write_table
-from pyramidreid.all import ReIDDataLoaders,calibrate_distances,market_table,pyramid_learner,resnet10,set_seed,synth_persons
+
+import numpy as np
+import pandas as pd
+import torch
+from common import circumstances, markdown, results, write_table
+
+from pyramidreid.all import (
+    ReIDDataLoaders,
+    calibrate_distances,
+    market_table,
+    pyramid_learner,
+    resnet10,
+    set_seed,
+    synth_persons,
+)
 from pyramidreid.core import atomic_write
+
 
 def of_data(args):
     "What a model that is there makes of the test people of a data set, distractors left out"
     from pyramidreid.cli.frame import Console
-    from pyramidreid.cli.inputs import held_out,open_model,ranked,read_data
+    from pyramidreid.cli.inputs import held_out, open_model, ranked, read_data
     from pyramidreid.evaluation.retrieval import evaluate_distances
     torch.set_num_threads(args.threads)
     model = open_model(args.model)

@@ -1,17 +1,23 @@
 """One training step taken apart: backbone, head, losses, backward through each, optimizer; pyramidreid's, and the head and losses as one would
 first write them (branch by branch, a loop over anchors), in one run on the same images. And the backbone's own step, with the smallest of heads.
 `python benchmarks/step.py`; on a GPU both in float32 and under bf16 autocast, on a CPU in float32."""
-import argparse,json,sys,time
+import argparse
+import json
+import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from torch import nn
-from common import circumstances,markdown,results
+from common import circumstances, markdown, results
 from head import plain_loss
+from torch import nn
+
 from pyramidreid.models.backbone import create_backbone
 from pyramidreid.models.losses import PyramidLoss
-from pyramidreid.models.pyramid import PlainPyramidHead,PyramidHead
+from pyramidreid.models.pyramid import PlainPyramidHead, PyramidHead
+
 
 class Mean(nn.Module):
     "The smallest of heads: mean over the map, and one classifier"
@@ -69,7 +75,8 @@ def measure(kind, args, device, amp, compiled=False):
     return {**res, 'step':sum(res.values()), **({'peak_mb':torch.cuda.max_memory_allocated()/2**20} if device=='cuda' else {})}
 
 if __name__=='__main__':
-    import pandas as pd, torchvision
+    import pandas as pd
+    import torchvision
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--arch', default='resnet50', help='a torchvision ResNet, or the name of a timm model')
     p.add_argument('--size', type=int, nargs=2, default=(384,128), metavar=('H','W'))

@@ -1,6 +1,8 @@
 "Write README.md from nbs/index.ipynb, or with --check exit with an error unless it is fresh."
-import re,sys
+import re
+import sys
 from pathlib import Path
+
 from nbconvert import MarkdownExporter
 
 root = Path(__file__).resolve().parent.parent
@@ -8,7 +10,7 @@ root = Path(__file__).resolve().parent.parent
 def readme():
     "The notebook as Markdown, its links seen from the top folder"
     text,_ = MarkdownExporter().from_filename(str(root/'nbs'/'index.ipynb'))
-    text = re.sub(r'\]\((?=images/|\w+\.ipynb)', '](nbs/', text)
+    text = re.sub(r'\]\((?=images/|[\w/]+\.ipynb)', '](nbs/', text)
     return text.replace('](../', '](').strip()+'\n'
 
 if __name__=='__main__':

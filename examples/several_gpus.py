@@ -9,6 +9,7 @@ Without --data, people are drawn. All machines need the same files, and --out on
 import argparse
 from pathlib import Path
 
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add,flag = parser.add_argument,argparse.BooleanOptionalAction

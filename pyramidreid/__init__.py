@@ -1,4 +1,30 @@
 "Pyramidal person re-identification with multi-loss dynamic training, as a fastai library."
-from importlib.metadata import version
+from importlib import import_module
 
-__version__ = version("pyramidreid")
+# The names of the README's first page. Each is imported when it is asked for, so that `import pyramidreid` needs no torch.
+_HOMES = {
+    'pyramid_learner':    'all', # brings all methods of a learner, from every room
+    'ReIDDataLoaders':    'data.loaders',
+    'market_table':       'data.datasets',
+    'doctor':             'data.health',
+    'evaluate':           'evaluation.retrieval',
+    'rerank':             'evaluation.reranking',
+    'bootstrap':          'evaluation.card',
+    'compare_cards':      'evaluation.card',
+    'Checkpoints':        'training.checkpoints',
+    'ReIDInterpretation': 'explain.interpretation',
+    'Gallery':            'gallery.gallery',
+    'Runtime':            'export.runtime',
+    'synth_persons':      'synth.dataset',
+}
+__all__ = list(_HOMES)
+
+def __getattr__(name):
+    if name in _HOMES: return getattr(import_module(f'pyramidreid.{_HOMES[name]}'), name)
+    if name=='__version__':
+        from importlib.metadata import version
+        return version('pyramidreid')
+    raise AttributeError(f"module 'pyramidreid' has no attribute {name!r}; other names are imported from their room, "
+                         "e.g. from pyramidreid.data.tables import hold_out")
+
+def __dir__(): return sorted([*globals(), *_HOMES, '__version__'])

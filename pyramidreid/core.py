@@ -6,12 +6,15 @@
 __all__ = ['Role', 'require_extra', 'ReIDWarning', 'flush_to_disk', 'atomic_write', 'with_progress']
 
 # %% ../nbs/00_core.ipynb #dbbdcbeb
-import importlib,os,sys
+import importlib
+import os
+import sys
 from contextlib import contextmanager
 from enum import IntEnum
-from fastcore.imports import in_jupyter
 from pathlib import Path
 from tempfile import mkdtemp
+
+from fastcore.imports import in_jupyter
 
 # %% ../nbs/00_core.ipynb #bc537d36
 class Role(IntEnum):

@@ -6,9 +6,11 @@
 __all__ = ['UNREADABLE', 'is_rotated', 'read_rgb', 'load_pixels', 'find_images']
 
 # %% ../nbs/01_images.ipynb #1a6e0003
-import os,struct
-import numpy as np
+import os
+import struct
 from pathlib import Path
+
+import numpy as np
 from PIL import Image
 
 # %% ../nbs/01_images.ipynb #4f97ab04

@@ -1,16 +1,19 @@
 "What several test files share: a few synthetic people, and a small learner trained on them"
-import signal,sys
+import signal
+import sys
 from pathlib import Path
+
 import matplotlib
+
 matplotlib.use('Agg')
 import pytest
-sys.path.append(str(Path(__file__).parents[1]/'benchmarks')) # for the plain versions there
 from fastai.vision.all import set_seed
-from pyramidreid.models.backbone import resnet10
-from pyramidreid.data.loaders import ReIDDataLoaders
-from pyramidreid.training.learner import pyramid_learner
-from pyramidreid.synth.dataset import synth_persons
 from toys import quiet
+
+from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.models.backbone import resnet10
+from pyramidreid.synth.dataset import synth_persons
+from pyramidreid.training.learner import pyramid_learner
 
 SIZE = (96,48)
 

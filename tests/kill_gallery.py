@@ -1,9 +1,18 @@
 "Fifty children add to a gallery, remove, and save, and each is killed at a random moment. Run by test_store.py; imports neither torch nor fastai"
-import json,os,random,signal,sys,time,zlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import zlib
 from pathlib import Path
-import numpy as np, pyarrow.parquet
+
+import numpy as np
+import pyarrow.parquet
+
 from pyramidreid.gallery.gallery import Gallery
-from pyramidreid.gallery.store import Store,read_manifest
+from pyramidreid.gallery.store import Store, read_manifest
 
 DIM = 512
 

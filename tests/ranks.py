@@ -2,21 +2,23 @@
 import os
 from functools import partial
 from pathlib import Path
+
 import torch
-from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.optimizer import SGD
-from fastai.torch_core import num_distrib,rank_distrib
-from fastai.vision.all import Resize,ResizeMethod,model_meta,resnet18,set_seed
+from fastai.torch_core import num_distrib, rank_distrib
+from fastai.vision.all import Resize, ResizeMethod, model_meta, resnet18, set_seed
+from torch import nn
 from torchvision.models.resnet import BasicBlock
-from pyramidreid.data.loaders import ReIDDataLoaders
+from toys import quiet
+
 from pyramidreid.data.datasets import market_table
+from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.training.checkpoints import Checkpoints
 from pyramidreid.training.distributed import distrib_ctx
 from pyramidreid.training.learner import pyramid_learner
 from pyramidreid.training.recipes import *
-from pyramidreid.training.checkpoints import Checkpoints
-from toys import quiet
 
 SIZE = (48,24)
 

@@ -1,8 +1,15 @@
 "The grid of ablations: what is in it, that a killed script goes on, and that runs of another configuration are never mixed in"
-import json,subprocess,sys
+import json
+import subprocess
+import sys
 from pathlib import Path
-import pandas as pd, pytest, torch
-import ablation,common
+
+import ablation
+import common
+import pandas as pd
+import pytest
+import torch
+
 from pyramidreid.models.pyramid import PyramidHead
 
 TINY = '--size 48 24 --n-parts 3 --batch 8 8 --steps 1 --seeds 1'.split()

@@ -1,14 +1,29 @@
 "Bodies of many makers: the last stride, misfit and broken weights, models without a map, and parameter groups"
-import importlib.util,re
-import pytest, torch
+import importlib.util
+import re
+
+import pytest
+import torch
+from fastai.vision.all import (
+    SGD,
+    DataLoader,
+    DataLoaders,
+    Learner,
+    densenet121,
+    resnet18,
+    resnet50,
+    vgg11_bn,
+    vgg16_bn,
+    xresnet18,
+)
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
-from fastai.vision.all import Learner,DataLoaders,DataLoader,SGD,densenet121,resnet18,resnet50,vgg11_bn,vgg16_bn,xresnet18
+
 from pyramidreid import core
 from pyramidreid.models import backbone
 from pyramidreid.models.backbone import *
-from pyramidreid.models.pyramid import PyramidNet,pyramid_split
+from pyramidreid.models.pyramid import PyramidNet, pyramid_split
 
 timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is an extra')
 T = lambda name: pytest.param(name, marks=timm)

@@ -1,18 +1,28 @@
 "Decoded once or every time: the same pixels, the same batches, the same figures; and what can be wrong with a file of images"
-import errno,io,os,pickle,random,shutil
+import errno
+import io
+import os
+import pickle
+import random
+import shutil
 from functools import partial
 from pathlib import Path
-import numpy as np, pytest, torch
-from fastai.vision.all import Callback,Flip,load_learner,set_seed
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import Callback, Flip, load_learner, set_seed
 from PIL import Image
 from safetensors.numpy import load_file
+
 import pyramidreid.data.cache
 from pyramidreid.data.cache import *
-from pyramidreid.data.loaders import CachedDatasets,ReIDDataLoaders
 from pyramidreid.data.datasets import market_table
+from pyramidreid.data.loaders import CachedDatasets, ReIDDataLoaders
 from pyramidreid.data.sampler import PKDataLoader
-from pyramidreid.training.checkpoints import Checkpoints
 from pyramidreid.data.transforms import *
+from pyramidreid.training.checkpoints import Checkpoints
+
 
 @pytest.fixture(scope='session')
 def files(people): return sorted(people.rglob('*.jpg'))

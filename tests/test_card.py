@@ -1,13 +1,18 @@
 "What is on the cards, what a file keeps of it, cards side by side, and whether the intervals of the bootstrap hold what they should"
-import json,math
-import numpy as np, pytest, torch
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
 from torch import tensor
-from pyramidreid.evaluation.card import *
+
 from pyramidreid.core import Role
-from pyramidreid.evaluation.retrieval import *
+from pyramidreid.evaluation.card import *
 from pyramidreid.evaluation.protocols import *
+from pyramidreid.evaluation.retrieval import *
 
 D,IDS = [[.1,.2,.3,.4]]*3,([1,2,9],[1,2,2,-1])
 def whole(**kwargs): return evaluate_distances(D, *IDS, **kwargs)

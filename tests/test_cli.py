@@ -1,16 +1,28 @@
 "The command line as a person or a program meets it: in a shell, in a terminal, in a pipe, interrupted"
-import json,os,re,shlex,shutil,signal,subprocess,sys,sysconfig,time
-import numpy as np, pytest
-from importlib.metadata import entry_points,version
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from importlib.metadata import entry_points, version
 from pathlib import Path
+
+import numpy as np
+import pytest
 from PIL import Image
+from safetensors import safe_open
+
 import pyramidreid.export.files
 from pyramidreid.cli.frame import main
-from pyramidreid.cli.inputs import held_out,image_files,open_model,read_data
+from pyramidreid.cli.inputs import held_out, image_files, open_model, read_data
 from pyramidreid.core import atomic_write
-from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.data.datasets import market_table
-from safetensors import safe_open
+from pyramidreid.data.loaders import ReIDDataLoaders
 
 root = Path(__file__).resolve().parent.parent
 env = {**os.environ, 'PATH':os.pathsep.join([sysconfig.get_path('scripts'), os.environ.get('PATH','')]), 'OMP_NUM_THREADS':'1', 'COLUMNS':'100', 'TERM':'xterm'}
@@ -60,6 +72,7 @@ def test_commands_of_page_and_readme(desk):
 
 def test_page_covers_every_command():
     import click
+
     from pyramidreid.cli.frame import app
     def names(group, before=''):
         for k,c in group.commands.items(): yield from names(c, f'{before}{k} ') if isinstance(c, click.Group) else [f'{before}{k}']
@@ -106,7 +119,8 @@ def test_completion(tmp_path):
 
 def in_terminal(line, cwd, until=None, timeout=300):
     "Type `line`, and Ctrl-C once `until()` holds; what the terminal showed, and the exit code"
-    import pty,select
+    import pty
+    import select
     pid,fd = pty.fork()
     if not pid:
         os.chdir(cwd)

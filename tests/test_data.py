@@ -1,13 +1,19 @@
 "Loaders from folders and tables: bad input is named, held-out people are new people, and what fastai can do still works"
-import re,shutil
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.vision.all import Flip, Normalize, Resize, ResizeMethod, TensorImage, imagenet_stats, set_seed
 from PIL import Image
-from fastai.vision.all import Flip,Normalize,Resize,ResizeMethod,TensorImage,imagenet_stats,set_seed
+
 from pyramidreid.core import Role
-from pyramidreid.data.loaders import *
 from pyramidreid.data.datasets import *
+from pyramidreid.data.loaders import *
 from pyramidreid.data.tables import *
 from pyramidreid.data.transforms import *
 

@@ -1,14 +1,21 @@
 "The published sets: each read from a tiny folder in its exact layout, and what goes wrong with real folders"
-import errno,inspect,re,sys
+import errno
+import inspect
+import re
+import sys
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
 from PIL import Image
+
 import pyramidreid.data.cuhk03 as cuhk03
 from pyramidreid.data.cuhk03 import *
-from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.data.datasets import *
 from pyramidreid.data.datasets import _finish
-from pyramidreid.data.tables import encode_table,join_tables,train_on_all
+from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.data.tables import encode_table, join_tables, train_on_all
 
 h5py,sio = pytest.importorskip('h5py'),pytest.importorskip('scipy.io')
 BOXES = dict(train='bounding_box_train', query='query', gallery='bounding_box_test')

@@ -1,8 +1,16 @@
 "Two processes (gloo, on the CPU) against one: the same batches, losses, decisions, weights and figures"
-import multiprocessing,os,socket,subprocess,sys,time
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
-import pytest,torch
+
+import pytest
 import ranks
+import torch
+
 from pyramidreid.training.distributed import distrib_ctx
 
 pytest.importorskip('accelerate')

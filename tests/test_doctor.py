@@ -1,10 +1,24 @@
 "The data doctor: each finding on tables and files made for it, the report, and the command line"
-import itertools,json,math,os,random,re,shutil,signal,subprocess,sys,time
-import numpy as np, pandas as pd
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-from PIL import Image
+
+import numpy as np
+import pandas as pd
 import pytest
-from pyramidreid.data.health import DataReport,doctor
+from PIL import Image
+
+from pyramidreid.data.health import DataReport, doctor
+
 
 def table(*rows, **attrs):
     "`fn pid cam split` of each image, from text; '-' is missing, numbers are numbers"

@@ -1,20 +1,28 @@
 "The rule of dynamic training against a plain second one, and a callback that really does what the rule says"
-import json,math,pickle,random
+import json
+import math
+import pickle
+import random
 from collections import Counter
-import numpy as np, pytest, torch
-from hypothesis import given, settings, strategies as st
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback import fp16, schedule  # noqa: to_fp16, lr_find
 from fastai.callback.core import Callback
-from fastai.callback import fp16,schedule # noqa: to_fp16, lr_find
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import Adam
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from toys import Branches, Spy, Vectors, quiet, toy_learner
+
+from pyramidreid.models.losses import PyramidLoss
 from pyramidreid.training.dynamic import *
 from pyramidreid.training.learner import ReIDLearner
-from pyramidreid.models.losses import PyramidLoss
-from toys import Branches,Spy,Vectors,quiet,toy_learner
 
 weightings = ['gate','normalized','paper']
 

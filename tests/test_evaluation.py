@@ -1,20 +1,32 @@
 "`evaluate` against plain scores written for reading, its memory, and the metrics in fastai's training loop"
-import json,math,os,pickle,subprocess,sys
-import numpy as np, pandas as pd, pytest, torch
-from hypothesis import given, settings, strategies as st
-from torch import nn, tensor
-from torch.utils.data import TensorDataset
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
-from plain import plain_scores
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import plain_scores
+from torch import nn, tensor
+from torch.utils.data import TensorDataset
+
 from pyramidreid.core import Role
 from pyramidreid.evaluation.card import *
+from pyramidreid.evaluation.ranking import *
 from pyramidreid.evaluation.retrieval import *
 from pyramidreid.training.metrics import *
-from pyramidreid.evaluation.ranking import *
+
 
 def check(res, ref, ranks=50):
     valid = [r for r in ref if r]

@@ -1,19 +1,30 @@
 "One model as safetensors, ONNX and exported program: the same embeddings as the learner's on 500 crops, and files that are whole or refused"
-import copy,importlib.util,json,os,random,shutil,subprocess,sys
-import numpy as np, pytest, torch
+import copy
+import importlib.util
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-from PIL import Image
 from types import SimpleNamespace
-from fastai.vision.all import Normalize,resnet18,set_seed
-from pyramidreid.models.backbone import resnet10
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import Normalize, resnet18, set_seed
+from PIL import Image
+from toys import quiet
+
 from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.evaluation.retrieval import evaluate
 from pyramidreid.export.files import *
-from pyramidreid.models.fingerprints import fingerprint,input_stats,learner_fingerprint
-from pyramidreid.training.learner import pyramid_learner
 from pyramidreid.export.runtime import *
+from pyramidreid.models.backbone import resnet10
+from pyramidreid.models.fingerprints import fingerprint, input_stats, learner_fingerprint
 from pyramidreid.synth.dataset import synth_persons
-from toys import quiet
+from pyramidreid.training.learner import pyramid_learner
 
 onnx = pytest.mark.skipif(any(importlib.util.find_spec(o) is None for o in ('onnx','onnxscript','onnxruntime')), reason='the onnx extra is not installed')
 timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is an extra')
@@ -316,7 +327,8 @@ def test_a_description_cannot_fill_the_memory(exported, tmp_path, monkeypatch):
 
 def test_weights_that_are_no_numbers_are_refused(exported, make_learner, make_dls, tmp_path):
     "In a file, though its fingerprint is right, and from a learner; a learner that diverged takes a shared model's again"
-    from safetensors.torch import load_file,save_file
+    from safetensors.torch import load_file, save_file
+
     from pyramidreid.export.files import _build
     folder = copied(exported, tmp_path/'m')
     file,about = next(folder.glob('*.safetensors')),json.loads((folder/'model.json').read_text())
@@ -410,7 +422,7 @@ def test_what_does_not_agree_is_not_written(learn, tmp_path, monkeypatch, kind):
     assert not [o for o in tmp_path.rglob('*') if o.is_file()]
 
 def test_transforms_that_no_file_would_do_are_refused(people, tmp_path):
-    from fastai.vision.all import Resize,ResizeMethod
+    from fastai.vision.all import Resize, ResizeMethod
     for item in (Resize(SIZE), Resize(SIZE, method=ResizeMethod.Squish)): # a crop, and PIL's bilinear filter
         dls = ReIDDataLoaders.from_market(people, p=4, k=4, size=SIZE, num_workers=0, item_tfms=item)
         learn = quiet(pyramid_learner(dls, resnet10, pretrained=False, n_parts=3, emb_sz=8, path=tmp_path))

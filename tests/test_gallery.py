@@ -1,15 +1,25 @@
 "The gallery: searches against brute force, filters, whose embedding, and what the errors say"
-import os,random,subprocess,sys
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
-from hypothesis import given,settings,strategies as st
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 faiss = pytest.importorskip('faiss', reason='needs the extra gallery')
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 from PIL import Image
-from pyramidreid.gallery.entries import Embeddings,allowed
-from pyramidreid.gallery.gallery import Gallery
-from pyramidreid.gallery.nearest import Rows,build_index,exact,nearest,normalize_rows
+
 from pyramidreid.evaluation.openset import Calibration
+from pyramidreid.gallery.entries import Embeddings, allowed
+from pyramidreid.gallery.gallery import Gallery
+from pyramidreid.gallery.nearest import Rows, build_index, exact, nearest, normalize_rows
+
 
 class Model:
     "Mean colour of three bands: not much of a model, but quick"
@@ -271,6 +281,7 @@ def test_without_a_model(gallery, files, tmp_path):
 def test_a_learner(trained, people, tmp_path):
     "Embeddings are the learner's own, and its fingerprint follows its weights"
     import torch
+
     from pyramidreid.models.fingerprints import learner_fingerprint
     files = sorted((people/'bounding_box_test').glob('*.jpg'))[:5]
     g = Gallery.from_learner(trained, files)

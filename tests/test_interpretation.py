@@ -1,11 +1,16 @@
 "Worst queries, confused people, cameras, label errors and the plane: against plain loops, by hand, and with what real tables lack"
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from torch.nn import functional as F
+
 from pyramidreid.core import Role
-from pyramidreid.evaluation.retrieval import NoMatchError,evaluate
+from pyramidreid.evaluation.plots import rank_gallery
+from pyramidreid.evaluation.retrieval import NoMatchError, evaluate
 from pyramidreid.explain.interpretation import *
 from pyramidreid.explain.labels import *
-from pyramidreid.evaluation.plots import rank_gallery
+
 
 def make(n=60, n_ids=6, seed=0, unknown=0, junk=0, roles=True, dim=6):
     "Random embeddings of a table"

@@ -1,19 +1,33 @@
 "Everything one does with a learner: train, show, predict, evaluate, save, stop and go on"
-import importlib.util,math,os
+import importlib.util
+import math
+import os
+
 import matplotlib.pyplot as plt
-import numpy as np, pandas as pd, pytest, torch
-from PIL import Image
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
-from fastai.vision.all import (CrossEntropyLossFlat,EarlyStoppingCallback,Normalize,SaveModelCallback,load_learner,
-                               resnet18,set_seed)
+from fastai.vision.all import (
+    CrossEntropyLossFlat,
+    EarlyStoppingCallback,
+    Normalize,
+    SaveModelCallback,
+    load_learner,
+    resnet18,
+    set_seed,
+)
+from PIL import Image
 from torchvision import models
+
+from pyramidreid.data.datasets import market_table
 from pyramidreid.evaluation import retrieval as evaluation
-from pyramidreid.training import metrics as reid_metrics
 from pyramidreid.models.backbone import resnet10
+from pyramidreid.training import metrics as reid_metrics
 from pyramidreid.training.dynamic import DynamicLossWeights
 from pyramidreid.training.learner import *
-from pyramidreid.data.datasets import market_table
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
 timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is an extra')

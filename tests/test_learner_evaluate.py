@@ -1,10 +1,14 @@
 "A learner's evaluation: mirrored images, other data sets, re-ranking, and what the cards say"
-import pandas as pd, pytest, torch
+import pandas as pd
+import pytest
+import torch
 from torch.nn import functional as F
-from pyramidreid.evaluation.card import Card
+
 from pyramidreid.data.datasets import market_table
+from pyramidreid.evaluation.card import Card
 from pyramidreid.evaluation.retrieval import evaluate
 from pyramidreid.training.learner import *
+
 
 @pytest.fixture(scope='session')
 def test_table(people):

@@ -1,9 +1,17 @@
 "Batch-hard triplet loss against a loop over anchors, the ID loss by hand, and what must not become NaN"
-import copy,io,math,pickle
-import pytest, torch
-from hypothesis import given, settings, strategies as st
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
+
 from pyramidreid.models.losses import *
+
 
 def plain_sum(feats, labels, margin):
     "The reference, branch by branch"

@@ -1,14 +1,21 @@
 "The gallery on Milvus, tested against Milvus Lite and against the gallery in a folder"
-import os,random,sys
-import numpy as np, pandas as pd, pytest
+import os
+import random
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
 pytest.importorskip('pymilvus', reason='needs the extra milvus')
 pytest.importorskip('milvus_lite', reason='needs milvus-lite, which the extra milvus brings')
 pytest.importorskip('faiss', reason='compared with the gallery in a folder, which needs the extra gallery')
+from test_gallery import KEYS, VALUES, Model, pictures, put, random_filters, random_rows
+
+from pyramidreid.evaluation.openset import Calibration
 from pyramidreid.gallery.entries import Embeddings
 from pyramidreid.gallery.gallery import Gallery
-from pyramidreid.gallery.milvus import MilvusGallery,milvus_filter
-from pyramidreid.evaluation.openset import Calibration
-from test_gallery import KEYS,Model,VALUES,pictures,put,random_filters,random_rows
+from pyramidreid.gallery.milvus import MilvusGallery, milvus_filter
 
 N = 300
 

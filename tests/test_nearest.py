@@ -1,8 +1,13 @@
 "The exact search against sorting everything: ties, filters, blocks of all sizes, memory"
 import tracemalloc
-import numpy as np, pytest
-from hypothesis import given,settings,strategies as st
-from pyramidreid.gallery.nearest import Rows,_top,exact
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyramidreid.gallery.nearest import Rows, _top, exact
+
 
 def plain(q, x, k, ok):
     "Similarities and rows, by a stable sort of float64 products of small whole numbers, which are exact"

@@ -1,12 +1,22 @@
 "Open-set searches against loops over images, intervals against scipy, and what a threshold promises"
-import json,math,subprocess,sys
-import matplotlib.pyplot as plt, numpy as np, pytest, torch
-from hypothesis import given, settings, strategies as st
+import json
+import math
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
-from pyramidreid.training.calibration import *
-from pyramidreid.evaluation.retrieval import Distances,evaluate_distances
-from pyramidreid.evaluation.intervals import _beta_cdf,_t2,binomial_interval
+
+from pyramidreid.evaluation.intervals import _beta_cdf, _t2, binomial_interval
 from pyramidreid.evaluation.openset import *
+from pyramidreid.evaluation.retrieval import Distances, evaluate_distances
+from pyramidreid.training.calibration import *
+
 
 def of_scores(impostor, person=None, genuine=(), place=None, **kwargs):
     "A calibration of bare scores"

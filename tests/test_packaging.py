@@ -1,8 +1,11 @@
 "The repository: modules and notebooks, README, metadata."
-import re,subprocess,sys
+import re
+import subprocess
+import sys
 from configparser import ConfigParser
-from importlib.metadata import metadata,requires,version
+from importlib.metadata import metadata, requires, version
 from pathlib import Path
+
 import pytest
 
 root = Path(__file__).resolve().parent.parent
@@ -65,5 +68,7 @@ def test_no_images_of_a_data_set_are_tracked():
 
 def test_names_of_fastai_are_left_alone():
     "`from pyramidreid.all import *` gives all that `from fastai.vision.all import *` gives"
-    import fastai.vision.all as theirs, pyramidreid.all as ours
+    import fastai.vision.all as theirs
+
+    import pyramidreid.all as ours
     assert [n for n,o in vars(theirs).items() if not n.startswith('_') and getattr(ours, n, None) is not o]==[]

@@ -1,12 +1,19 @@
 "Pairs of cameras against `plain_scores` of each part, and single gallery shots against every gallery that could be drawn"
 import itertools
-import numpy as np, pandas as pd, pytest, torch
 from collections import Counter
-from hypothesis import given, settings, strategies as st
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import plain_scores
 from torch import tensor
-from plain import plain_scores
-from pyramidreid.evaluation.retrieval import *
+
 from pyramidreid.evaluation.protocols import *
+from pyramidreid.evaluation.retrieval import *
+
 
 @st.composite
 def rankings(draw, max_g=25):

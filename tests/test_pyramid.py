@@ -1,8 +1,13 @@
 "`PyramidHead` against `PlainPyramidHead`, branch by branch: features, logits, gradients, running statistics, ties"
-import itertools,re
-import numpy as np, pytest, torch
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
 from torch import nn
 from torch.nn import functional as F
+
 from pyramidreid.models.pyramid import *
 from pyramidreid.models.pyramid import _PoolParts
 

@@ -1,6 +1,7 @@
 "Market-1501 and CUHK03-NP as published. Reads the folder that PYRAMIDREID_DATA names, and skips without it."
 import os
 from pathlib import Path
+
 import pytest
 
 data = os.environ.get('PYRAMIDREID_DATA')
@@ -26,7 +27,7 @@ def test_published_counts(market, capsys):
 
 @pytest.mark.parametrize('boxes,train,gallery', [('detected',7365,5332), ('labeled',7368,5328)])
 def test_published_counts_of_cuhk03_np(boxes, train, gallery, capsys):
-    from pyramidreid.data.datasets import cuhk03_np_table,dataset_table
+    from pyramidreid.data.datasets import cuhk03_np_table, dataset_table
     path = Path(data)/'cuhk03-np'
     if not (path/boxes).exists(): pytest.skip(f'no {path/boxes}')
     df = cuhk03_np_table(path, boxes)
@@ -36,13 +37,13 @@ def test_published_counts_of_cuhk03_np(boxes, train, gallery, capsys):
     assert dataset_table(path).attrs['name'].startswith('CUHK03-NP')
 
 def test_market_is_recognised(market):
-    from pyramidreid.data.datasets import dataset_table,market_table
+    from pyramidreid.data.datasets import dataset_table, market_table
     assert dataset_table(market).equals(market_table(market))
     with pytest.raises(FileNotFoundError, match='is market1501: pass that path'): dataset_table(market.parent)
 
 def test_every_image_of_two_sets_trains_together(market):
-    from pyramidreid.data.datasets import cuhk03_np_table,market_table
-    from pyramidreid.data.tables import join_tables,train_on_all
+    from pyramidreid.data.datasets import cuhk03_np_table, market_table
+    from pyramidreid.data.tables import join_tables, train_on_all
     if not (market.parent/'cuhk03-np'/'detected').exists(): pytest.skip('no CUHK03-NP')
     every = train_on_all(market_table(market))
     assert (len(every),every.pid.nunique())==(12936+3368+15913-2798,1501)
@@ -57,8 +58,9 @@ def test_loaders(market):
 
 def test_every_query_has_a_match_under_the_protocol(market):
     import torch
-    from pyramidreid.evaluation.retrieval import evaluate
+
     from pyramidreid.data.datasets import market_table
+    from pyramidreid.evaluation.retrieval import evaluate
     df = market_table(market)
     q,g = df[df.split=='query'],df[df.split=='gallery']
     gen = torch.Generator().manual_seed(0)

@@ -1,12 +1,15 @@
 "The two recipes against the paper's table, optimizers and a moving average by hand; and what they leave behind"
 import copy
-import pytest, torch
-from fastai.callback.core import Callback,CancelFitException,CancelStepException,CancelValidException
-from fastai.callback.training import GradientAccumulation,ShortEpochCallback
-from fastai.vision.all import SaveModelCallback,set_seed,trainable_params
+
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelFitException, CancelStepException, CancelValidException
+from fastai.callback.training import GradientAccumulation, ShortEpochCallback
+from fastai.vision.all import SaveModelCallback, set_seed, trainable_params
+
+from pyramidreid.data.transforms import *
 from pyramidreid.training.recipes import *
 from pyramidreid.training.recipes import _unlike_paper
-from pyramidreid.data.transforms import *
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
 
@@ -341,8 +344,8 @@ def test_every_training_image_has_its_own_draw(make_dls):
     assert images.shape==(8,3,48,24) and len(images.flatten(1).unique(dim=0))==8
 
 def test_crop_moves_by_up_to_the_padding():
-    from PIL import Image
     from fastai.vision.all import PILImage
+    from PIL import Image
     im = PILImage.create(Image.new('RGB', (24,48), 'white'))
     seen,crop = set(),PadCrop(3)
     for _ in range(400):

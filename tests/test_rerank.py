@@ -1,10 +1,15 @@
 "Re-ranking against the published algorithm written plainly on dense matrices, and what must not break it"
-import numpy as np, pytest, torch
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import plain_rerank as plain
 from torch.utils._python_dispatch import TorchDispatchMode
-from plain import plain_rerank as plain
+
 from pyramidreid.evaluation import retrieval as evaluation
 from pyramidreid.evaluation.reranking import *
+
 
 def distances(x):
     "Euclidean distances in float64; exact squares for small whole numbers"

@@ -1,7 +1,16 @@
 "The runtime alone: what it imports, what it takes, and what it refuses"
-import json,os,struct,subprocess,sys,threading,time
-import numpy as np, pytest
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
 from PIL import Image
+
 from pyramidreid.export.runtime import *
 
 ort = pytest.importorskip('onnxruntime', reason='the onnx extra is not installed')
@@ -159,7 +168,7 @@ def test_thirty_two_bits_are_refused(tmp_path, kind, mode):
     assert '32 bits' in unreadable([tmp_path/'o.tif'])[tmp_path/'o.tif'] # so that on_bad='skip' leaves it out
 
 def test_a_bomb_is_named(files, monkeypatch):
-    from pyramidreid.data.cache import kept_size,open_image
+    from pyramidreid.data.cache import kept_size, open_image
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
     for f in (read_rgb,open_image,lambda o: kept_size([o], SIZE)):
         with pytest.raises(OSError, match=f'{files[0].name} .*decompression bomb'): f(files[0])
@@ -262,14 +271,16 @@ def test_damaged_models(file, tmp_path):
     with pytest.raises(FileNotFoundError, match='no model'): Runtime(tmp_path)
 
 def test_somebody_elses_onnx_file(tmp_path):
-    from onnx import TensorProto,helper
+    from onnx import TensorProto, helper
     x,y = (helper.make_tensor_value_info(o, TensorProto.FLOAT, [1]) for o in 'xy')
     model = helper.make_model(helper.make_graph([helper.make_node('Relu', ['x'], ['y'])], 'g', [x], [y]), opset_imports=[helper.make_opsetid('', 17)], ir_version=9)
     (tmp_path/'relu.onnx').write_bytes(model.SerializeToString())
     with pytest.raises(ValueError, match='relu.onnx is an ONNX model, but none of pyramidreid'): Runtime(tmp_path/'relu.onnx')
 
 def test_a_later_format(file, tmp_path):
-    import json,onnx
+    import json
+
+    import onnx
     model = onnx.load(file)
     for o in model.metadata_props:
         if o.key=='pyramidreid': o.value = json.dumps({**json.loads(o.value), 'format':2})

@@ -1,11 +1,14 @@
 "P×K batches for any labels, and a mode that acts on the very next batch, with and without workers"
 import random
 from collections import Counter
+
 import pytest
-from hypothesis import given, settings, strategies as st
 from fastai.vision.all import set_seed
-from pyramidreid.data.sampler import *
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toys import Toy
+
+from pyramidreid.data.sampler import *
 
 labelled = st.lists(st.integers(-1,9), min_size=2, max_size=60).filter(lambda ls: len({l for l in ls if l>=0})>=2)
 

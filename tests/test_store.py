@@ -1,11 +1,19 @@
 "Galleries on disk: every kind of crash, damage and company"
-import json,os,subprocess,sys
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
+
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 from pyramidreid.gallery import store as module
-from pyramidreid.gallery.segments import read_embeddings,write_embeddings
-from pyramidreid.gallery.store import Store,read_manifest
+from pyramidreid.gallery.segments import read_embeddings, write_embeddings
+from pyramidreid.gallery.store import Store, read_manifest
+
 
 def embs(n, seed=0): return np.random.default_rng(seed).standard_normal((n,6)).astype(np.float32)
 def frame(*keys, **columns): return pd.DataFrame(dict(key=list(keys), **columns))
@@ -128,7 +136,7 @@ def test_half_precision(path):
     with pytest.raises(ValueError, match="'float32' or 'float16'"): Store('a model', dtype='int8')
 
 def test_written_in_blocks_equals_safetensors(tmp_path):
-    from safetensors.numpy import load_file,save_file
+    from safetensors.numpy import load_file, save_file
     x,ids = embs(50),np.arange(50)*3
     name,n,crc = write_embeddings(tmp_path/'a.safetensors', ids, [x[:7],x[7:8],x[8:]], 6, 'float32')
     assert (tmp_path/name).stat().st_size==n

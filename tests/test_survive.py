@@ -1,15 +1,26 @@
 "Runs that are killed, run out of disk, meet damaged or foreign checkpoints, or a loss that is no number"
-import errno,math,os,random,re,signal,subprocess,sys,time
-import pytest, torch
+import errno
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+
+import pytest
+import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
-from fastai.vision.all import EarlyStoppingCallback,SaveModelCallback,set_seed
+from fastai.vision.all import EarlyStoppingCallback, SaveModelCallback, set_seed
+
 from pyramidreid.core import atomic_write
-from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.data.datasets import market_table
-from pyramidreid.training.recipes import torch_opt
+from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.training.checkpoints import *
+from pyramidreid.training.recipes import torch_opt
 
 SCRIPT = '''
 import os,random,signal,sys,torch,warnings

@@ -1,10 +1,16 @@
 "Synthetic people: same bytes, Market's layout, nothing half-written"
-import hashlib,json,random,re
-import numpy as np, pytest
+import hashlib
+import json
+import random
+import re
+
+import numpy as np
+import pytest
 from PIL import Image
+
 from pyramidreid.synth import dataset as synth
-from pyramidreid.synth.people import LH,LW,_rng,draw_person,identity
-from pyramidreid.synth.dataset import SH,SW,camera,contact_sheet,detect,scene,synth_persons
+from pyramidreid.synth.dataset import SH, SW, camera, contact_sheet, detect, scene, synth_persons
+from pyramidreid.synth.people import LH, LW, _rng, draw_person, identity
 
 NAME = re.compile(r'(-1|\d{4})_c(\d+)s(\d)_(\d{6})_(\d\d)\.jpg')
 SMALL = dict(n_train=3, n_test=2, n_cams=2, per_cam=3, size=(64,32))

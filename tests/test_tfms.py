@@ -1,11 +1,17 @@
 "Transforms of whole batches do to each image what PIL and torchvision do to one: exactly for a given draw, and as often for a random one"
 import itertools
-import numpy as np, pytest, torch, torchvision
+
+import numpy as np
+import pytest
+import torch
+import torchvision
 import torchvision.transforms.functional as TF
-from fastai.vision.all import IntToFloatTensor,Pipeline,PILImage,TensorImage,ToTensor,set_seed
+from fastai.vision.all import IntToFloatTensor, PILImage, Pipeline, TensorImage, ToTensor, set_seed
 from PIL import Image
+
 from pyramidreid.data.transforms import *
 from pyramidreid.data.transforms import _in_two_passes
+
 
 def picture(h, w, seed=0):
     "Soft blobs of colour with a little noise"

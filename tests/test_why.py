@@ -1,9 +1,13 @@
 "Similarities taken apart by branches: against plain loops, and what is refused"
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from PIL import Image
 from torch.nn import functional as F
-from pyramidreid.models.pyramid import embedding,pyramid_windows
+
 from pyramidreid.explain.bands import *
+from pyramidreid.models.pyramid import embedding, pyramid_windows
 
 PYRAMIDS = [(6,None),(6,[1]),(6,[6]),(4,[1,3]),(1,None),(3,None)]
 

@@ -1,15 +1,19 @@
 "A data set and a network small enough to follow by hand"
 import random
-import pandas as pd, torch
 from functools import partial
-from torch import nn
+
+import pandas as pd
+import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD
-from pyramidreid.models.losses import PyramidLoss
+from torch import nn
+
 from pyramidreid.data.sampler import PKDataLoader
+from pyramidreid.models.losses import PyramidLoss
+
 
 class Toy:
     "Items that are their own index, and a table of labels"

@@ -7,6 +7,7 @@ __all__ = ['chance_mAP', 'demo']
 
 # %% ../../nbs/cli/07_demo.ipynb #3e7cb1d7
 from pathlib import Path
+
 from ..core import atomic_write
 
 # %% ../../nbs/cli/07_demo.ipynb #f7b69e5f
@@ -15,6 +16,7 @@ def chance_mAP(items, # Encoded table of queries and gallery
               ):
     "mAP of random embeddings under the protocol"
     import torch
+
     from pyramidreid.core import Role
     from pyramidreid.evaluation.retrieval import evaluate
     q,g = [items[items.role==r] for r in (Role.QUERY,Role.GALLERY)]
@@ -34,7 +36,8 @@ def demo(out='demo',  # Folder for data and pictures
     import matplotlib
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
-    from pyramidreid.all import ReIDDataLoaders,pyramid_learner,resnet10,set_seed,synth_persons
+
+    from pyramidreid.all import ReIDDataLoaders, pyramid_learner, resnet10, set_seed, synth_persons
     out = Path(out)
     print(f'Drawing {n_train} people to train on and {n_test} to search for …')
     people = synth_persons(n_train=n_train, n_test=n_test, size=(96,48), distractors=2*n_test, junk=20, seed=seed)

@@ -7,12 +7,23 @@ __all__ = ['device_option', 'data_set_option', 'CommandResult', 'Console', 'writ
            'draw', 'demo', 'held_out_options', 'doctor']
 
 # %% ../../nbs/cli/01_frame.ipynb #de2f445c
-import click,json,os,re,signal,sys,threading,time,traceback,warnings
-from contextlib import contextmanager,nullcontext,redirect_stdout
-from fastcore.basics import patch
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import wraps
 from pathlib import Path
-from .options import existing,new_file,new_folder,fraction_type
+
+import click
+from fastcore.basics import patch
+
+from .options import existing, fraction_type, new_file, new_folder
 
 # %% ../../nbs/cli/01_frame.ipynb #9f8e3d76
 class CommandResult:
@@ -184,7 +195,8 @@ def main(argv=None): # Arguments; None: those of the process
     for o in (sys.stdout,sys.stderr):
         if hasattr(o, 'reconfigure'): o.reconfigure(errors='replace')
     try:
-        import pyramidreid.cli.models,pyramidreid.cli.galleries
+        import pyramidreid.cli.galleries
+        import pyramidreid.cli.models
         return app.main(argv, 'pyramidreid', standalone_mode=False, obj=argv) or 0
     except click.ClickException as e: return e.show() or 2
     except SystemExit as e: # of click, if the reader went away while it showed help; or of SIGTERM
@@ -233,8 +245,8 @@ def held_out_options(f):
 def doctor(talk, data, data_set, quick, plot):
     "Look a data set over, and report what is wrong with it. DATA is a known data set, a folder for each person, or a CSV file. Exit code 1: errors were found."
     if plot and plot.suffix not in ('.png','.pdf','.svg','.jpg'): raise click.BadParameter(f'{plot}: name a .png, .pdf, .svg or .jpg file', param_hint='--plot')
-    from pyramidreid.cli.inputs import data_kind,is_csv,read_data,say_which
-    from pyramidreid.data.health import doctor,save_plot
+    from pyramidreid.cli.inputs import data_kind, is_csv, read_data, say_which
+    from pyramidreid.data.health import doctor, save_plot
     with say_which(data, data_set): report = doctor(read_data(data) if is_csv(data) else data, data_kind(data, data_set), files=not quick)
     if plot:
         with writing(plot): save_plot(report, plot)

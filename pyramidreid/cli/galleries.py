@@ -6,10 +6,24 @@
 __all__ = ['model_option', 'folder', 'own_folder', 'typed', 'gallery', 'add', 'remove', 'search', 'calibrate', 'info']
 
 # %% ../../nbs/cli/06_galleries.ipynb #08ccca2a
-import click,json,math,os
+import json
+import math
+import os
 from pathlib import Path
-from .frame import CommandResult,OrderedGroup,app,command,data_set_option,device_option,held_out_options,writing
-from .options import Number,existing,new_folder,fraction_type
+
+import click
+
+from pyramidreid.cli.frame import (
+    CommandResult,
+    OrderedGroup,
+    app,
+    command,
+    data_set_option,
+    device_option,
+    held_out_options,
+    writing,
+)
+from .options import Number, existing, fraction_type, new_folder
 
 # %% ../../nbs/cli/06_galleries.ipynb #370a5c54
 def typed(value,     # As it was typed
@@ -48,7 +62,8 @@ def _absolute(fns):
 def _entries(files, table):
     "Table of the images in FILES and in a CSV table"
     import pandas as pd
-    from pyramidreid.cli.inputs import image_files,read_csv
+
+    from pyramidreid.cli.inputs import image_files, read_csv
     if not files and not table: raise click.UsageError('Nothing to add: give FILES, or a table with --csv')
     parts = [pd.DataFrame(dict(fn=list(dict.fromkeys(_absolute(image_files(files))))))] if files else []
     df = pd.concat(parts+([read_csv(table, text=False)] if table else []), ignore_index=True)
@@ -72,9 +87,9 @@ def add(talk, folder, files, model, table, pid, cam, time, skip_known, device):
     """Add images to GALLERY, a folder that is made if need be. They are FILES, all images in folders among them, and the rows of a table; all are added, or none.
     An entry is called by its key, and where the table gives none, by its file's path."""
     df = _entries(files, table)
-    from pyramidreid.cli.inputs import embed_files,open_model
+    from pyramidreid.cli.inputs import embed_files, open_model
     from pyramidreid.gallery.entries import entry_table
-    from pyramidreid.gallery.gallery import Embeddings,Gallery
+    from pyramidreid.gallery.gallery import Embeddings, Gallery
     from pyramidreid.gallery.store import read_manifest
     model,found = open_model(model, device),read_manifest(folder)
     people = Gallery.load(folder, model) if found and found['generation'] else Gallery(model) # 0: begun, and nothing was ever saved
@@ -167,7 +182,7 @@ def calibrate(talk, folder, data, model, data_set, hold_out, seed, far, device):
     """Learn from which similarity on it is somebody. DATA, as for evaluate, are labelled people whom MODEL was not trained on; GALLERY keeps the thresholds for
     search --far."""
     _there(folder)
-    from pyramidreid.cli.inputs import held_out,open_model,ranked,read_data
+    from pyramidreid.cli.inputs import held_out, open_model, ranked, read_data
     from pyramidreid.gallery.gallery import Gallery
     df,name = held_out(read_data(data, data_set), hold_out, seed)
     n = int((df.split=='query').sum())

@@ -8,10 +8,11 @@ __all__ = ['read_csv', 'is_csv', 'data_kind', 'say_which', 'read_data', 'held_ou
 
 # %% ../../nbs/cli/03_inputs.ipynb #9b949bc0
 import re
-import numpy as np
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 # %% ../../nbs/cli/03_inputs.ipynb #301635b1
 def read_csv(file, text=True): # CSV file with a column `fn`; are all columns text, or `fn` and `key` alone?
@@ -37,7 +38,7 @@ def data_kind(path,     # DATA
               name=None # As it was said with `--data-set`
              ):
     "`name`; 'folder' if `path` has none of the folders of a known data set, or has train, query and gallery; None: to be recognised"
-    from pyramidreid.data.datasets import _around,_recognise,reid_sets
+    from pyramidreid.data.datasets import _around, _recognise, reid_sets
     path = Path(path)
     if path.is_file() and path.suffix.lower() not in ('.csv','.mat'): raise ValueError(
         f"{path} is a file, and not a .csv: DATA is the folder of a known data set, a folder with a folder for each person, or a .csv file")
@@ -111,6 +112,7 @@ def open_model(path,       # Folder with a model.json, or an ONNX file
     if not (path/'model.json').is_file(): raise FileNotFoundError(
         f"There is no model at {path}: neither a folder with a model.json, as pyramidreid train writes, nor an .onnx file")
     import torch
+
     from pyramidreid.export.files import load_embedder
     return load_embedder(path, device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
@@ -132,6 +134,7 @@ def embed_files(talk,  # A `Talk`
 
 def _flipped(model, x):
     import torch
+
     from pyramidreid.models.pyramid import embedding
     both = torch.from_numpy(model.run(x)+model.run(np.ascontiguousarray(x[:,:,::-1])))/2
     return embedding(both.view(len(x), model.n_branches, -1), model.about['norm']).numpy()
@@ -153,10 +156,10 @@ def ranked(talk,  # A `Talk`
           ):
     "Distances from queries to gallery, ids and cameras, a dict"
     from pyramidreid.core import Role
+    from pyramidreid.data.tables import check_match, encode_table
+    from pyramidreid.evaluation.reranking import rerank as k_reciprocal
     from pyramidreid.evaluation.retrieval import Distances
     from pyramidreid.training.learner import _cams
-    from pyramidreid.evaluation.reranking import rerank as k_reciprocal
-    from pyramidreid.data.tables import check_match,encode_table
     items,*_ = encode_table(df)
     check_match(items)
     talk.say(f"{name}: {(items.role==Role.QUERY).sum():,} queries, {(items.role==Role.GALLERY).sum():,} images in the gallery")

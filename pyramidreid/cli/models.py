@@ -6,12 +6,17 @@
 __all__ = ['train', 'evaluate', 'embed', 'export']
 
 # %% ../../nbs/cli/05_models.ipynb #46939ee5
-import click,importlib.util,json,shlex
+import importlib.util
+import json
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from urllib.error import URLError
-from .frame import CommandResult,app,command,data_set_option,device_option,held_out_options,writing
-from .options import Number,existing,new_file,new_folder,fraction_type
+
+import click
+
+from .frame import CommandResult, app, command, data_set_option, device_option, held_out_options, writing
+from .options import Number, existing, fraction_type, new_file, new_folder
 
 # %% ../../nbs/cli/05_models.ipynb #2de44c4f
 _lr = dict(paper=.1, modern=1e-3) # Of the new layers
@@ -19,6 +24,7 @@ _lr = dict(paper=.1, modern=1e-3) # Of the new layers
 def _arch(name):
     "The backbone of a name: ours, torchvision's, or the name as it is for timm's"
     import torchvision
+
     from pyramidreid.models.backbone import resnet10
     if name=='resnet10': return resnet10
     if name in torchvision.models.list_models(torchvision.models): return torchvision.models.get_model_builder(name)
@@ -92,12 +98,13 @@ def _figures(card):
 def train(talk, data, out, data_set, recipe, epochs, arch, weights, size, p, k, lr, hold_out, cache, resume, seed, workers, device):
     "Train a model on DATA. It is a known data set, a folder for each person, or a CSV file with fn, pid and, where known, cam and split."
     _free(out, resume)
-    import pyramidreid.export.files
     from fastai.torch_core import set_seed
+
+    import pyramidreid.export.files
     from pyramidreid.cli.inputs import read_data
     from pyramidreid.data.loaders import ReIDDataLoaders
+    from pyramidreid.data.transforms import person_tfms, strong_tfms
     from pyramidreid.training.checkpoints import Checkpoints
-    from pyramidreid.data.transforms import person_tfms,strong_tfms
     set_seed(seed)
     more = {name:v for name,v in dict(num_workers=workers, device=device).items() if v is not None}
     df = read_data(data, data_set)
@@ -136,7 +143,7 @@ def train(talk, data, out, data_set, recipe, epochs, arch, weights, size, p, k, 
 def evaluate(talk, model, data, data_set, hold_out, seed, flip, rerank, card, device):
     """Measure how well MODEL finds the people of DATA. MODEL is a folder of train or save_model, or an ONNX file. DATA, as for train, has queries and a
     gallery, or else takes --hold-out."""
-    from pyramidreid.cli.inputs import held_out,open_model,ranked,read_data
+    from pyramidreid.cli.inputs import held_out, open_model, ranked, read_data
     model = open_model(model, device)
     found = ranked(talk, model, *held_out(read_data(data, data_set), hold_out, seed), flip, rerank)
     from pyramidreid.evaluation.retrieval import evaluate_distances
@@ -149,8 +156,9 @@ def evaluate(talk, model, data, data_set, hold_out, seed, flip, rerank, card, de
 def _write_embeddings(file, names, emb, fingerprint):
     "Embeddings and the names of their images, in the format that the suffix asks for"
     import numpy as np
-    from pyramidreid.core import atomic_write
     from safetensors import SafetensorError
+
+    from pyramidreid.core import atomic_write
     with writing(file),atomic_write(file) as f:
         if file.suffix=='.npz': np.savez(f, embeddings=emb, names=np.array(names), fingerprint=fingerprint)
         elif file.suffix=='.csv':
@@ -173,7 +181,7 @@ def embed(talk, model, files, out, flip, device):
     "Write the embeddings of images by MODEL to a file. MODEL is a folder of train or save_model, or an ONNX file; FILES are images, and folders of images."
     if out.suffix not in ('.safetensors','.npz','.csv'):
         raise click.BadParameter(f'{out}: name a .safetensors, .npz or .csv file', param_hint='--out')
-    from pyramidreid.cli.inputs import embed_files,image_files,open_model
+    from pyramidreid.cli.inputs import embed_files, image_files, open_model
     files,model = image_files(files),open_model(model, device)
     talk.say(f"Embedding {len(files):,} image{'s'*(len(files)!=1)} …")
     emb = embed_files(talk, model, files, flip)
@@ -192,7 +200,7 @@ def export(talk, model, to, out):
     if out.suffix!=f'.{to}': raise click.BadParameter(f'{out}: a file for {to} ends in .{to}', param_hint='--out')
     if model.suffix=='.onnx': raise ValueError(f"{model} is exported already: give the model's folder")
     from pyramidreid.cli.inputs import open_model
-    from pyramidreid.export.files import write_exported,write_onnx
+    from pyramidreid.export.files import write_exported, write_onnx
     model = open_model(model, 'cpu')
     talk.say(f'Writing {out} …')
     write = dict(onnx=write_onnx, pt2=write_exported)[to]

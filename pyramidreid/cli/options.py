@@ -6,8 +6,11 @@
 __all__ = ['existing', 'new_file', 'new_folder', 'fraction_type', 'Target', 'Number']
 
 # %% ../../nbs/cli/02_options.ipynb #a17d0003
-import click,math,os
+import math
+import os
 from pathlib import Path
+
+import click
 
 # %% ../../nbs/cli/02_options.ipynb #a17d0006
 existing = click.Path(exists=True, path_type=Path) # File or folder

@@ -6,17 +6,22 @@
 __all__ = ['open_image', 'kept_size', 'decoded', 'ImageCache']
 
 # %% ../../nbs/data/07_cache.ipynb #1546d994
-import errno,json,os
-import numpy as np, torch
+import errno
+import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from fastai.vision.core import PILImage
-from fastcore.basics import patch
 from functools import partial
 from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.vision.core import PILImage
+from fastcore.basics import patch
 from PIL import Image
-from ..core import with_progress,atomic_write
-from ..images import is_rotated,UNREADABLE,read_rgb
+
+from ..core import atomic_write, with_progress
+from ..images import UNREADABLE, is_rotated, read_rgb
 
 # %% ../../nbs/data/07_cache.ipynb #d155271b
 _way_out = "or pass on_bad='skip' to check all files first and leave bad ones out"

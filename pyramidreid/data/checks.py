@@ -6,12 +6,15 @@
 __all__ = ['checks', 'plain', 'inspect_table', 'check', 'run_checks', 'people_of', 'UNREADABLE']
 
 # %% ../../nbs/data/09_checks.ipynb #456409c6
-import hashlib,os
-import pandas as pd
+import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pandas as pd
 from PIL import Image
-from ..core import Role,with_progress
+
+from ..core import Role, with_progress
 from ..images import read_rgb
 
 # %% ../../nbs/data/09_checks.ipynb #09845d84

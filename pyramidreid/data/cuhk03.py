@@ -6,12 +6,18 @@
 __all__ = ['extract_cuhk03', 'cuhk03_table']
 
 # %% ../../nbs/data/04_cuhk03.ipynb #ea19a2f9
-import json,shutil,uuid
-import numpy as np, pandas as pd
+import json
+import shutil
+import uuid
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 from PIL import Image
-from ..core import require_extra,with_progress as bar
-from .datasets import _finish,reid_sets
+
+from ..core import require_extra
+from ..core import with_progress as bar
+from .datasets import _finish, reid_sets
 
 # %% ../../nbs/data/04_cuhk03.ipynb #cc23ab4f
 def _mat_error(mat, e): return ValueError(f"{mat} is no cuhk-03.mat, or it is cut off ({e}). Unpack cuhk03_release.zip again")

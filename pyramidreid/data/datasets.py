@@ -7,11 +7,14 @@ __all__ = ['reid_sets', 'ReIDSet', 'market_table', 'duke_table', 'occluded_duke_
            'dataset_table']
 
 # %% ../../nbs/data/03_datasets.ipynb #912b7c59
-import os,re
-import pandas as pd
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from .tables import _images,is_junk
+
+import pandas as pd
+
+from .tables import _images, is_junk
 
 # %% ../../nbs/data/03_datasets.ipynb #f75422bf
 @dataclass(frozen=True)

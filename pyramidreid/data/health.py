@@ -6,15 +6,18 @@
 __all__ = ['DataReport', 'doctor', 'save_plot']
 
 # %% ../../nbs/data/10_health.ipynb #c95e5e21
-import json,re
-import pandas as pd
+import json
+import re
 from contextlib import redirect_stdout
-from fastcore.basics import patch
 from html import escape
 from io import StringIO
 from pathlib import Path
-from .checks import inspect_table,people_of,plain,run_checks
+
+import pandas as pd
+from fastcore.basics import patch
+
 from ..core import atomic_write
+from .checks import inspect_table, people_of, plain, run_checks
 
 # %% ../../nbs/data/10_health.ipynb #e9578d4e
 class DataReport:
@@ -130,7 +133,7 @@ def _as_far_as_known(path, s):
 
 def _table(path, name):
     "The table of a folder, as far as it can be had"
-    from pyramidreid.data.datasets import dataset_table,reid_sets
+    from pyramidreid.data.datasets import dataset_table, reid_sets
     from pyramidreid.data.tables import folder_table
     path = Path(path)
     if name=='folder': return folder_table(path)
@@ -166,7 +169,7 @@ def _plot_cameras(ax, n, color):
     ax.set_xticks(range(len(n)), n.index.map(str), rotation=0 if upright else 90)
 
 def _plot_sizes(ax, images, w, h, color):
-    from matplotlib.colors import LinearSegmentedColormap,LogNorm
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
     size = images[['width','height']].astype(float)
     ax.hist2d(size.width, size.height, bins=25, range=[(0,w),(0,h)], cmin=1, norm=LogNorm(vmin=.5), cmap=LinearSegmentedColormap.from_list('', ['#d8d8d8',color]))
     ax.plot([0,h], [0,h], '--', color='#888888', lw=.8)

@@ -6,18 +6,21 @@
 __all__ = ['ReIDTarget', 'ReIDLabel', 'EncodeTarget', 'show_batch', 'show_results', 'CachedDatasets', 'ReIDDataLoaders']
 
 # %% ../../nbs/data/08_loaders.ipynb #0d5b68d7
-import pandas as pd, torch
+from pathlib import Path
+
+import pandas as pd
+import torch
 from fastai.imports import dispatch
 from fastai.vision.all import *
-from pathlib import Path
 from PIL import Image
-from .cache import ImageCache,open_image
+
 from ..core import Role
-from .sampler import PKDataLoader
+from .cache import ImageCache, open_image
 from .cuhk03 import cuhk03_table
-from .datasets import cuhk03_np_table,duke_table,market_table,msmt17_table,occluded_duke_table
-from .tables import folder_table,hold_out,encode_table,check_match,unreadable
-from .transforms import ResizeEach,person_tfms
+from .datasets import cuhk03_np_table, duke_table, market_table, msmt17_table, occluded_duke_table
+from .sampler import PKDataLoader
+from .tables import check_match, encode_table, folder_table, hold_out, unreadable
+from .transforms import ResizeEach, person_tfms
 
 # %% ../../nbs/data/08_loaders.ipynb #cc5ddde2
 class ReIDTarget(TensorBase):

@@ -7,9 +7,10 @@ __all__ = ['ShuffledDeck', 'pk_idxs', 'rank_share', 'DrawnDataLoader', 'PKDataLo
 
 # %% ../../nbs/data/05_sampler.ipynb #965c6b0e
 import random
+
 from fastai.data.core import TfmdDL
-from fastai.torch_core import apply,to_detach
-from fastcore.basics import store_attr,merge,patch
+from fastai.torch_core import apply, to_detach
+from fastcore.basics import merge, patch, store_attr
 
 # %% ../../nbs/data/05_sampler.ipynb #73532f1c
 class ShuffledDeck:

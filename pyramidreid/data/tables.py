@@ -6,12 +6,16 @@
 __all__ = ['folder_table', 'is_junk', 'hold_out', 'join_tables', 'train_on_all', 'encode_table', 'check_match', 'unreadable']
 
 # %% ../../nbs/data/01_tables.ipynb #0aead328
-import random,re
+import random
+import re
+from pathlib import Path
+
 import pandas as pd
 from fastcore.parallel import parallel
-from pathlib import Path
+
 from ..core import Role
-from ..images import find_images as _images,read_rgb
+from ..images import find_images as _images
+from ..images import read_rgb
 
 # %% ../../nbs/data/01_tables.ipynb #60c18176
 def folder_table(path,         # Folder of folders, one for each identity

@@ -7,8 +7,11 @@ __all__ = ['PadCrop', 'ColourJitter', 'resize_bicubic', 'ResizeEach', 'flip_imag
            'recolour_images', 'ColourEach', 'erase_boxes', 'erase_images', 'EraseEach', 'person_tfms', 'strong_tfms']
 
 # %% ../../nbs/data/06_transforms.ipynb #c9c3bbfc
-import math,random
-import torch,torchvision
+import math
+import random
+
+import torch
+import torchvision
 from fastai.vision.all import *
 from PIL import Image
 

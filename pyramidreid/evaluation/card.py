@@ -6,10 +6,14 @@
 __all__ = ['Card', 'ReIDResult', 'compare_cards', 'bootstrap']
 
 # %% ../../nbs/evaluation/02_card.ipynb #6ef41ddb
-import json,math,torch
-import pandas as pd
-from dataclasses import dataclass,field,fields
+import json
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+import pandas as pd
+import torch
+
 from ..core import atomic_write
 
 # %% ../../nbs/evaluation/02_card.ipynb #e1316704

@@ -7,6 +7,7 @@ __all__ = ['binomial_interval', 'effective_searches']
 
 # %% ../../nbs/evaluation/07_intervals.ipynb #9e1a0003
 import math
+
 import numpy as np
 
 # %% ../../nbs/evaluation/07_intervals.ipynb #93d02963

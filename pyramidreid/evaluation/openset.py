@@ -6,13 +6,17 @@
 __all__ = ['Calibration']
 
 # %% ../../nbs/evaluation/08_openset.ipynb #afa4cf8f
-import json,math
-import numpy as np, pandas as pd
-from dataclasses import dataclass,field,fields
-from fastcore.basics import patch
+import json
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from fastcore.basics import patch
+
 from ..core import atomic_write
-from .intervals import binomial_interval,effective_searches
+from .intervals import binomial_interval, effective_searches
 
 # %% ../../nbs/evaluation/08_openset.ipynb #0d484f9e
 @dataclass(repr=False, eq=False)

@@ -6,8 +6,11 @@
 __all__ = ['rank_gallery', 'plot_ranking']
 
 # %% ../../nbs/evaluation/09_plots.ipynb #da122ce9
-import matplotlib.pyplot as plt, pandas as pd, torch
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
 from torch.nn import functional as F
+
 from ..core import Role
 from ..data.loaders import open_image
 

@@ -6,13 +6,15 @@
 __all__ = ['evaluate_cameras', 'SingleShotResult', 'evaluate_single_shot']
 
 # %% ../../nbs/evaluation/05_protocols.ipynb #b6df4c9d
-import torch
+from dataclasses import dataclass, field
+
 import pandas as pd
-from dataclasses import dataclass,field
-from .card import Card
+import torch
+
 from ..core import with_progress
-from .retrieval import Ranking,distance_matrix,distance_rows
+from .card import Card
 from .ranking import id_codes
+from .retrieval import Ranking, distance_matrix, distance_rows
 
 # %% ../../nbs/evaluation/05_protocols.ipynb #81d7952d
 @torch.no_grad()

@@ -6,9 +6,10 @@
 __all__ = ['ranking_scores', 'id_codes', 'MatchIndex', 'match_ranks']
 
 # %% ../../nbs/evaluation/01_ranking.ipynb #ed21fbea
-import torch
-import numpy as np
 from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
 
 # %% ../../nbs/evaluation/01_ranking.ipynb #9761b248
 def ranking_scores(ranks # (Q, P), places of each query's matches, nearest first, 0 = first place; -1 = no further match

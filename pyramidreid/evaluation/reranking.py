@@ -6,8 +6,11 @@
 __all__ = ['k_nearest', 'Reranked', 'rerank', 'rerank_distances', 'expand_queries']
 
 # %% ../../nbs/evaluation/06_reranking.ipynb #2ce31963
-import torch,warnings
-from .retrieval import Distances,_blocks,_embeddings
+import warnings
+
+import torch
+
+from .retrieval import Distances, _blocks, _embeddings
 
 # %% ../../nbs/evaluation/06_reranking.ipynb #3a6548ae
 def k_nearest(d, # (n, N) distances

@@ -7,11 +7,14 @@ __all__ = ['number_tensor', 'Distances', 'NoMatchError', 'Ranking', 'distance_ro
            'evaluate', 'known_cams']
 
 # %% ../../nbs/evaluation/04_retrieval.ipynb #2b14b21e
-import torch,warnings
+import warnings
+
 import numpy as np
-from .card import ReIDResult
+import torch
+
 from ..core import with_progress
-from .ranking import MatchIndex,id_codes,match_ranks,ranking_scores
+from .card import ReIDResult
+from .ranking import MatchIndex, id_codes, match_ranks, ranking_scores
 
 # %% ../../nbs/evaluation/04_retrieval.ipynb #251950f0
 def number_tensor(x): # An array of numbers, perhaps mapped from a file

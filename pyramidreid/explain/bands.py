@@ -6,12 +6,16 @@
 __all__ = ['branch_similarities', 'Explanation', 'window_lanes', 'plot_explanations']
 
 # %% ../../nbs/explain/01_bands.ipynb #564a9b68
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
 from fastcore.basics import patch
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
-from ..training.learner import ReIDLearner
+
 from ..models.pyramid import pyramid_windows
+from ..training.learner import ReIDLearner
 
 # %% ../../nbs/explain/01_bands.ipynb #0111780d
 def _branches(emb, n, what):

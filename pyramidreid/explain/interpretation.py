@@ -6,18 +6,23 @@
 __all__ = ['ReIDInterpretation', 'principal_plane']
 
 # %% ../../nbs/explain/02_interpretation.ipynb #d3d01594
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from collections import Counter
-from fastcore.basics import patch
 from functools import cached_property
-from matplotlib.offsetbox import AnnotationBbox,OffsetImage
 from numbers import Integral
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from fastcore.basics import patch
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch.nn import functional as F
+
 from ..core import Role
 from ..data.loaders import open_image
-from ..evaluation.retrieval import Distances,NoMatchError,Ranking,evaluate_distances,known_cams
+from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocols import evaluate_cameras
-from ..evaluation.plots import plot_ranking,rank_gallery
+from ..evaluation.retrieval import Distances, NoMatchError, Ranking, evaluate_distances, known_cams
 
 # %% ../../nbs/explain/02_interpretation.ipynb #bb82c8f9
 class ReIDInterpretation:

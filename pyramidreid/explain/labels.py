@@ -6,13 +6,16 @@
 __all__ = ['id_similarity']
 
 # %% ../../nbs/explain/03_labels.ipynb #de6b6aa0
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
+
 from ..core import Role
+from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.retrieval import Distances
 from .interpretation import ReIDInterpretation
-from ..evaluation.plots import plot_ranking,rank_gallery
 
 # %% ../../nbs/explain/03_labels.ipynb #6ee84034
 @torch.no_grad()

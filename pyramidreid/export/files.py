@@ -6,21 +6,43 @@
 __all__ = ['BytesNet', 'model_about', 'read_about', 'Embedder', 'load_embedder', 'learner_from', 'write_exported', 'write_onnx']
 
 # %% ../../nbs/export/02_files.ipynb #233dbfd0
-import copy,io,re
-import fastai,numpy as np,torch,torchvision
-from fastai.vision.learner import Normalize,TimmBody,no_random
-from fastcore.basics import patch
+import copy
+import io
+import re
 from importlib.metadata import version
 from pathlib import Path
+
+import fastai
+import numpy as np
+import torch
+import torchvision
+from fastai.vision.learner import Normalize, TimmBody, no_random
+from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch import nn
-from ..models.backbone import body_shape,create_backbone,read_weights,resnet10
-from ..core import require_extra,atomic_write
-from ..models.fingerprints import fingerprint,inner_model,input_size,input_stats,rounded_stats,shared_weights
-from ..training.learner import ReIDLearner,pyramid_learner
-from ..models.pyramid import PyramidNet,pyramid_windows
+
+from ..core import atomic_write, require_extra
+from pyramidreid.export.runtime import (
+    BLANK_CHECKSUM,
+    FORMAT,
+    BaseEmbedder,
+    Runtime,
+    add_checksum,
+    description_json,
+    parse_description,
+)
 from ..images import load_pixels
-from .runtime import FORMAT,BaseEmbedder,Runtime,description_json,BLANK_CHECKSUM,parse_description,add_checksum
+from ..models.backbone import body_shape, create_backbone, read_weights, resnet10
+from pyramidreid.models.fingerprints import (
+    fingerprint,
+    inner_model,
+    input_size,
+    input_stats,
+    rounded_stats,
+    shared_weights,
+)
+from ..models.pyramid import PyramidNet, pyramid_windows
+from ..training.learner import ReIDLearner, pyramid_learner
 
 # %% ../../nbs/export/02_files.ipynb #9a5643d3
 class BytesNet(nn.Module):

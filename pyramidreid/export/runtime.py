@@ -7,9 +7,14 @@ __all__ = ['BLANK_CHECKSUM', 'FORMAT', 'BaseEmbedder', 'add_checksum', 'checksum
            'Runtime']
 
 # %% ../../nbs/export/01_runtime.ipynb #fc1edf70
-import hashlib,json,os,re
-import numpy as np
+import hashlib
+import json
+import os
+import re
 from pathlib import Path
+
+import numpy as np
+
 from ..images import load_pixels
 
 # %% ../../nbs/export/01_runtime.ipynb #7df0ed7f

@@ -7,9 +7,13 @@ __all__ = ['LearnerEmbedder', 'as_embedder', 'Embeddings', 'open_person', 'as_ti
            'cameras', 'allowed', 'own_calibration']
 
 # %% ../../nbs/gallery/01_entries.ipynb #9a2d470a
-import os,re
-import numpy as np, pandas as pd
+import os
+import re
+
+import numpy as np
+import pandas as pd
 from PIL import Image
+
 from ..evaluation.openset import Calibration
 from ..images import read_rgb
 
@@ -31,7 +35,7 @@ class LearnerEmbedder:
     @property
     def fingerprint(self):
         "Of the model as it is now"
-        from pyramidreid.models.fingerprints import _work,inner_model,input_stats,learner_fingerprint
+        from pyramidreid.models.fingerprints import _work, inner_model, input_stats, learner_fingerprint
         model = inner_model(self.learn.model)
         now = self.learn.dls,input_stats(self.learn),model.norm,model.head.windows,list(_work(model)),_bit_sums(model)
         if self._known[0]!=now: self._known = now,learner_fingerprint(self.learn)

@@ -6,15 +6,28 @@
 __all__ = ['Gallery']
 
 # %% ../../nbs/gallery/06_gallery.ipynb #9cbeb520
-import math,numbers,warnings
-import numpy as np, pandas as pd
+import math
+import numbers
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from fastcore.basics import patch
 from pathlib import Path
-from ..core import ReIDWarning,require_extra,with_progress
-from .entries import Embeddings,allowed,as_embedder,entry_table,open_person,own_calibration,plain_table
-from .nearest import Index,Rows,build_index,nearest,normalize_rows
+
+import numpy as np
+import pandas as pd
+from fastcore.basics import patch
+
+from ..core import ReIDWarning, require_extra, with_progress
 from ..evaluation.openset import Calibration
+from pyramidreid.gallery.entries import (
+    Embeddings,
+    allowed,
+    as_embedder,
+    entry_table,
+    open_person,
+    own_calibration,
+    plain_table,
+)
+from .nearest import Index, Rows, build_index, nearest, normalize_rows
 from .store import Store
 
 # %% ../../nbs/gallery/06_gallery.ipynb #f6155830

@@ -6,14 +6,18 @@
 __all__ = ['MilvusGallery', 'milvus_filter']
 
 # %% ../../nbs/gallery/07_milvus.ipynb #3ef4818f
-import json,re
-import numpy as np, pandas as pd
-from fastcore.basics import patch
+import json
+import re
 from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+from fastcore.basics import patch
+
 from ..core import require_extra
-from .entries import Embeddings,as_embedder,as_moment,cameras,plain_table
-from .gallery import Gallery
 from ..evaluation.openset import Calibration
+from .entries import Embeddings, as_embedder, as_moment, cameras, plain_table
+from .gallery import Gallery
 
 # %% ../../nbs/gallery/07_milvus.ipynb #be38ce1d
 class _Place:

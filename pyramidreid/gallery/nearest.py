@@ -6,8 +6,11 @@
 __all__ = ['normalize_rows', 'Rows', 'exact', 'Index', 'nearest', 'build_index']
 
 # %% ../../nbs/gallery/02_nearest.ipynb #f526c903
-import math,time
+import math
+import time
+
 import numpy as np
+
 from ..core import require_extra
 
 # %% ../../nbs/gallery/02_nearest.ipynb #4a42ee5e

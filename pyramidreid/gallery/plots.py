@@ -7,8 +7,11 @@ __all__ = ['plot_strip']
 
 # %% ../../nbs/gallery/05_plots.ipynb #91c4e003
 import math
-import matplotlib.pyplot as plt, pandas as pd
 from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
 from .entries import open_person
 
 # %% ../../nbs/gallery/05_plots.ipynb #91c4e006

@@ -6,10 +6,15 @@
 __all__ = ['dtypes', 'measured', 'write_embeddings', 'read_embeddings', 'write_table', 'read_table', 'Segment', 'joined']
 
 # %% ../../nbs/gallery/03_segments.ipynb #5a0b1c03
-import json,warnings,zlib
-import numpy as np, pandas as pd
+import json
+import warnings
+import zlib
 from pathlib import Path
-from ..core import require_extra,atomic_write
+
+import numpy as np
+import pandas as pd
+
+from ..core import atomic_write, require_extra
 
 # %% ../../nbs/gallery/03_segments.ipynb #5a0b1c06
 def _write(file, parts):

@@ -6,14 +6,31 @@
 __all__ = ['Store', 'read_manifest']
 
 # %% ../../nbs/gallery/04_store.ipynb #1457c707
-import json,os,re,secrets,shutil,zlib
-import numpy as np, pandas as pd
-from contextlib import contextmanager,suppress
-from fastcore.basics import patch
+import json
+import os
+import re
+import secrets
+import shutil
+import zlib
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from ..core import flush_to_disk,atomic_write
+
+import numpy as np
+import pandas as pd
+from fastcore.basics import patch
+
+from ..core import atomic_write, flush_to_disk
 from .entries import plain_table
-from .segments import Segment,dtypes,joined,measured,read_embeddings,read_table,write_embeddings,write_table
+from pyramidreid.gallery.segments import (
+    Segment,
+    dtypes,
+    joined,
+    measured,
+    read_embeddings,
+    read_table,
+    write_embeddings,
+    write_table,
+)
 
 # %% ../../nbs/gallery/04_store.ipynb #7e3a9b10
 class Store:

@@ -6,13 +6,19 @@
 __all__ = ['SW', 'SH', 'PY', 'VERSION', 'camera', 'scene', 'detect', 'shoot', 'synth_persons', 'contact_sheet']
 
 # %% ../../nbs/synth/02_dataset.ipynb #d6a1b28c
-import hashlib,json,shutil,uuid
+import hashlib
+import json
+import shutil
+import uuid
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-import numpy as np, matplotlib.pyplot as plt
-from PIL import Image,ImageDraw,ImageFilter
-from .people import CLOTH,LH,LW,S,TOP,_dark,_rng,draw_person,identity
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from .people import CLOTH, LH, LW, TOP, S, _dark, _rng, draw_person, identity
 
 # %% ../../nbs/synth/02_dataset.ipynb #b936a699
 SW,SH,PY = 400,600,130 # the scene, and where in it the drawing starts

@@ -6,9 +6,11 @@
 __all__ = ['SKIN', 'HAIR', 'CLOTH', 'LEGS', 'PATTERNS', 'S', 'LW', 'LH', 'TOP', 'identity', 'cloth', 'draw_person']
 
 # %% ../../nbs/synth/01_people.ipynb #0e0d2ba3
-import math,random
+import math
+import random
 from types import SimpleNamespace
-from PIL import Image,ImageChops,ImageDraw,ImageFilter
+
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 # %% ../../nbs/synth/01_people.ipynb #2f8d4aa9
 def _rng(*key): return random.Random('/'.join(map(str, key)))

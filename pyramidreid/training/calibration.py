@@ -6,15 +6,18 @@
 __all__ = ['calibrate_distances']
 
 # %% ../../nbs/training/07_calibration.ipynb #0f266b07
-import math,torch
+import math
+
 import numpy as np
+import torch
 from fastcore.basics import patch
+
 from ..core import with_progress
-from ..evaluation.retrieval import Ranking,distance_matrix,distance_rows
-from ..models.fingerprints import learner_fingerprint
-from .learner import ReIDLearner
 from ..evaluation.openset import Calibration
 from ..evaluation.ranking import id_codes
+from ..evaluation.retrieval import Ranking, distance_matrix, distance_rows
+from ..models.fingerprints import learner_fingerprint
+from .learner import ReIDLearner
 
 # %% ../../nbs/training/07_calibration.ipynb #7cba236d
 _BITS = 12 # of a float32 that are cut off for its bin

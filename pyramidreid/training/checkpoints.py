@@ -7,16 +7,23 @@ __all__ = ['random_state', 'set_random_state', 'run_config', 'run_state', 'set_r
            'Checkpoints']
 
 # %% ../../nbs/training/05_checkpoints.ipynb #2eb99650
-import hashlib,inspect,pickle,random,shutil
-import numpy as np, torch
-from fastai.basics import *
-from fastai.callback.schedule import ParamScheduler
-from fastai.callback.progress import ProgressCallback
+import hashlib
+import inspect
+import pickle
+import random
+import shutil
 from pathlib import Path
-from zipfile import BadZipFile,ZipFile
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import torch
+from fastai.basics import *
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler
+
 from ..core import atomic_write
+from ..data.sampler import DrawnDataLoader, PKDataLoader
 from .learner import load_opt
-from ..data.sampler import DrawnDataLoader,PKDataLoader
 
 # %% ../../nbs/training/05_checkpoints.ipynb #24abcb9c
 def random_state(dl=None): # A loader with an `rng` of its own

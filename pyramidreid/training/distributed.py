@@ -6,15 +6,17 @@
 __all__ = ['gather_rows', 'from_first', 'sync_batchnorm', 'put_back', 'Ranks']
 
 # %% ../../nbs/training/06_distributed.ipynb #32608d94
-import torch
 from contextlib import contextmanager
+
+import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.imports import noop
-from fastai.torch_core import get_model,num_distrib,rank_distrib
+from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
 from ..core import require_extra
 from .learner import ReIDLearner
 

@@ -6,12 +6,16 @@
 __all__ = ['focal_weight', 'LossDynamics', 'DynamicLossWeights']
 
 # %% ../../nbs/training/01_dynamic.ipynb #5b891ee2
-import math,torch
-import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from fastai.learner import *
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
 from fastai.callback.core import Callback
+from fastai.learner import *
 from fastai.torch_core import num_distrib
-from fastcore.basics import patch,store_attr
+from fastcore.basics import patch, store_attr
 
 # %% ../../nbs/training/01_dynamic.ipynb #9a16cc1b
 def focal_weight(p,      # Ratio of the smoothed loss to the one before, 0 < p <= 1

@@ -7,18 +7,20 @@ __all__ = ['LossParts', 'ReIDLearner', 'load_opt', 'pyramid_learner']
 
 # %% ../../nbs/training/03_learner.ipynb #f26a1d5c
 import random
+
 from fastai.vision.all import *
-from ..models.backbone import arch_name,backbone_stats,create_backbone
-from ..evaluation.card import compare_cards
-from ..core import Role,with_progress,atomic_write
+
+from ..core import Role, atomic_write, with_progress
 from ..data.datasets import dataset_table
-from .dynamic import DynamicLossWeights
-from ..evaluation.retrieval import Distances,evaluate_distances,known_cams
-from ..models.losses import PyramidLoss
-from .metrics import mAP,rank1,rank5
-from ..models.pyramid import PyramidNet,embedding,pyramid_split
+from ..evaluation.card import compare_cards
+from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.reranking import rerank as k_reciprocal
-from ..evaluation.plots import plot_ranking,rank_gallery
+from ..evaluation.retrieval import Distances, evaluate_distances, known_cams
+from ..models.backbone import arch_name, backbone_stats, create_backbone
+from ..models.losses import PyramidLoss
+from ..models.pyramid import PyramidNet, embedding, pyramid_split
+from .dynamic import DynamicLossWeights
+from .metrics import mAP, rank1, rank5
 
 # %% ../../nbs/training/03_learner.ipynb #e5bb20e8
 class LossParts(Callback):

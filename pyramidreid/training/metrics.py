@@ -6,11 +6,14 @@
 __all__ = ['ReIDMetric', 'mAP', 'rank1', 'rank5']
 
 # %% ../../nbs/training/02_metrics.ipynb #bab8a2e0
-import torch,warnings
-from fastai.learner import Metric
-from ..core import ReIDWarning,Role
-from ..evaluation.retrieval import NoMatchError,evaluate,known_cams
+import warnings
 from weakref import WeakKeyDictionary
+
+import torch
+from fastai.learner import Metric
+
+from ..core import ReIDWarning, Role
+from ..evaluation.retrieval import NoMatchError, evaluate, known_cams
 
 # %% ../../nbs/training/02_metrics.ipynb #f302b7b5
 class _Pass:

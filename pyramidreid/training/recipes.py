@@ -7,7 +7,9 @@ __all__ = ['paper_sched', 'torch_opt', 'EMA', 'modern_sched', 'FrozenFirst']
 
 # %% ../../nbs/training/04_recipes.ipynb #858ea2c8
 from contextlib import contextmanager
+
 from fastai.vision.all import *
+
 from .learner import ReIDLearner
 
 # %% ../../nbs/training/04_recipes.ipynb #ff577ef5

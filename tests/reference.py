@@ -1,6 +1,7 @@
 "The same as the library's fast parts, written for reading: what tests compare with and benchmarks race against."
 import numpy as np
 
+
 def plain_scores(dist, query_pids, gallery_pids, query_cams=None, gallery_cams=None, junk_pid=-1):
     "Per query a dict of `ap`, `trapezoid`, `inp` and `first`, or None without a match: sort, walk down, count"
     res = []
