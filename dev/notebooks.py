@@ -1,0 +1,63 @@
+"""Run notebooks as tests, several at a time, each in a process of its own: one that fails or hangs takes no other with it.
+`python dev/notebooks.py`, or with notebooks or folders to run; cells marked `#| slow` run with `--slow` only."""
+import argparse
+import multiprocessing as mp
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+LIMIT = 600 # seconds for one notebook
+
+# Imported once, before the processes are forked. No threads have been started by then.
+PRELOAD = ['torch', 'fastai.vision.all', 'nbdev.test', 'matplotlib.pyplot', 'pandas']
+
+def find_notebooks(paths):
+    "The notebooks among `paths` and below them"
+    for path in map(Path, paths): yield from sorted(path.rglob('*.ipynb')) if path.is_dir() else [path]
+
+def run_here(notebook, slow):
+    "Run one notebook in this process; exits with 1 if a cell fails"
+    from nbdev.test import test_nb
+    passed,_ = test_nb(notebook, skip_flags=[] if slow else ['slow'], basepath=root)
+    sys.exit(0 if passed else 1)
+
+def run(notebook, slow, context):
+    "Run one notebook in a process of its own: (notebook, what went wrong or '', seconds)"
+    began = time.perf_counter()
+    process = context.Process(target=run_here, args=(notebook, slow))
+    process.start()
+    process.join(LIMIT)
+    problem = ''
+    if process.is_alive():
+        problem = f'stopped after {LIMIT} s'
+        process.kill()
+        process.join()
+    elif process.exitcode: problem = 'failed' if process.exitcode==1 else f'ended with exit code {process.exitcode}'
+    return notebook,problem,time.perf_counter()-began
+
+def report(result):
+    notebook,problem,seconds = result
+    print(f'{seconds:6.1f} s  {notebook.relative_to(root)}{"  "+problem.upper() if problem else ""}', flush=True)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('paths', nargs='*', default=[root/'nbs'], help='notebooks or folders of them')
+    parser.add_argument('--slow', action='store_true', help='run the cells marked slow too')
+    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='notebooks at a time')
+    args = parser.parse_args()
+    context = mp.get_context('forkserver' if sys.platform=='linux' else 'spawn')
+    if sys.platform=='linux': context.set_forkserver_preload(PRELOAD)
+    notebooks = [o.resolve() for o in find_notebooks(args.paths)]
+    results = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for result in pool.map(lambda o: run(o, args.slow, context), notebooks):
+            results.append(result)
+            report(result)
+    failed = [o for o in results if o[1]]
+    print(f'{len(results)-len(failed)} passed, {len(failed)} failed')
+    if failed: sys.exit('Failed: '+', '.join(str(o[0].relative_to(root)) for o in failed))
+
+if __name__=='__main__': main()
