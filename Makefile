@@ -1,25 +1,42 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+JOBS   ?= 2
 
-.PHONY: demo test export readme clean
+.PHONY: demo test test-slow test-all lint export readme docs clean
 
-demo: $(VENV)/.ready   ## synthetic people, training, evaluation, pictures
+demo: $(VENV)/.ready       ## train on synthetic people, evaluate, save three pictures
 	$(BIN)/pyramidreid demo
 
-test: export OMP_NUM_THREADS = 1
-test: export PYTHONWARNINGS = ignore
-test: $(VENV)/.ready   ## notebooks and modules in sync, README fresh, every notebook run, pytest
+test test-slow: export OMP_NUM_THREADS = 1
+test test-slow: export PYTHONWARNINGS = ignore
+
+test: lint                 ## everything needed to trust a change, in ten minutes
+	$(BIN)/python dev/notebooks.py --jobs $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow'
+
+test-slow: $(VENV)/.ready  ## the rest: slow cells and slow tests
+	$(BIN)/python dev/notebooks.py --jobs $(JOBS) --slow-only
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow
+
+test-all: test test-slow   ## all there is
+
+lint: $(VENV)/.ready       ## notebooks and modules in sync, style, the contract of rooms, README fresh
 	$(BIN)/python dev/check_sync.py
 	$(BIN)/python dev/readme.py --check
-	$(BIN)/nbdev-test nbs --n-workers 2 --timing
-	$(BIN)/python -m pytest -q
+	$(BIN)/ruff check --quiet .
+	$(BIN)/python dev/style.py
+	$(BIN)/lint-imports --quiet
+	$(BIN)/python dev/rooms.py --check
 
-export: $(VENV)/.ready ## modules from notebooks
+export: $(VENV)/.ready     ## modules from notebooks
 	$(BIN)/nbdev-export
 
-readme: $(VENV)/.ready ## README.md from nbs/index.ipynb
+readme: $(VENV)/.ready     ## README.md from nbs/index.ipynb
 	$(BIN)/python dev/readme.py
+
+docs: $(VENV)/.ready       ## the documentation site, in docs/
+	$(BIN)/python dev/docs.py
 
 $(VENV)/.ready: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,4 +45,4 @@ $(VENV)/.ready: settings.ini setup.py pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo docs

@@ -1,5 +1,6 @@
-"""Run notebooks as tests, several at a time, each in a process of its own: one that fails or hangs takes no other with it.
-`python dev/notebooks.py`, or with notebooks or folders to run; cells marked `#| slow` run with `--slow` only."""
+"""Run notebooks as tests, several at a time, each in its own process: one that fails or hangs takes no other with it.
+`python dev/notebooks.py`, or with notebooks or folders to run. Cells marked `#| slow` run with `--slow` only;
+`--slow-only` runs the notebooks that have such cells, whole."""
 import argparse
 import multiprocessing as mp
 import os
@@ -17,6 +18,8 @@ PRELOAD = ['torch', 'fastai.vision.all', 'nbdev.test', 'matplotlib.pyplot', 'pan
 def find_notebooks(paths):
     "The notebooks among `paths` and below them"
     for path in map(Path, paths): yield from sorted(path.rglob('*.ipynb')) if path.is_dir() else [path]
+
+def has_slow_cells(notebook): return '#| slow' in notebook.read_text(encoding='utf-8')
 
 def run_here(notebook, slow):
     "Run one notebook in this process; exits with 1 if a cell fails"
@@ -46,14 +49,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('paths', nargs='*', default=[root/'nbs'], help='notebooks or folders of them')
     parser.add_argument('--slow', action='store_true', help='run the cells marked slow too')
+    parser.add_argument('--slow-only', action='store_true', help='run the notebooks with such cells, with them')
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='notebooks at a time')
     args = parser.parse_args()
     context = mp.get_context('forkserver' if sys.platform=='linux' else 'spawn')
     if sys.platform=='linux': context.set_forkserver_preload(PRELOAD)
     notebooks = [o.resolve() for o in find_notebooks(args.paths)]
+    if args.slow_only: notebooks = [o for o in notebooks if has_slow_cells(o)]
+    slow = args.slow or args.slow_only
     results = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for result in pool.map(lambda o: run(o, args.slow, context), notebooks):
+        for result in pool.map(lambda o: run(o, slow, context), notebooks):
             results.append(result)
             report(result)
     failed = [o for o in results if o[1]]

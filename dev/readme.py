@@ -8,13 +8,20 @@ from nbconvert import MarkdownExporter
 root = Path(__file__).resolve().parent.parent
 
 def readme():
-    "The notebook as Markdown, its links seen from the top folder"
-    text,_ = MarkdownExporter().from_filename(str(root/'nbs'/'index.ipynb'))
+    "The notebook's text and outputs as Markdown, its links seen from the top folder"
+    exporter = MarkdownExporter(exclude_input=True)
+    text,_ = exporter.from_filename(str(root/'nbs'/'index.ipynb'))
     text = re.sub(r'\]\((?=images/|[\w/]+\.ipynb)', '](nbs/', text)
-    return text.replace('](../', '](').strip()+'\n'
+    text = text.replace('](../', '](')
+    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
-if __name__=='__main__':
-    dest = root/'README.md'
-    if '--check' not in sys.argv: dest.write_text(readme())
-    elif not dest.exists() or dest.read_text()!=readme(): sys.exit('README.md is not what nbs/index.ipynb says: run `make readme`')
-    else: print('README.md is fresh.')
+def main():
+    target = root/'README.md'
+    if '--check' not in sys.argv:
+        target.write_text(readme(), encoding='utf-8')
+        return
+    if not target.exists() or target.read_text(encoding='utf-8')!=readme():
+        sys.exit('README.md is not what nbs/index.ipynb says: run `make readme`')
+    print('README.md is fresh.')
+
+if __name__=='__main__': main()

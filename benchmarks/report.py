@@ -1,0 +1,179 @@
+"""Tables of what was measured, as Markdown, from the JSON files in results/. The README's table and the page of results
+(nbs/guides/results.ipynb) are made here, so no number is typed by hand."""
+import json
+from pathlib import Path
+
+import pandas as pd
+
+results = Path(__file__).parent/'results'
+
+def read(name):
+    "The result `name`, a dict"
+    return json.loads((results/f'{name}.json').read_text(encoding='utf-8'))
+
+def source(info):
+    "Command, hardware, date and versions of a result, as a line"
+    known = [name for name in ('torch', 'onnxruntime', 'faiss') if name in info]
+    versions = ', '.join(f'{name} {info[name].split("+")[0]}' for name in known)
+    hardware,threads = info['hardware'],info.get('threads')
+    if isinstance(threads, int): hardware += f', {threads} thread' + 's'*(threads!=1)
+    return ' · '.join([f"`{info['command']}`", hardware, info['date'], versions])
+
+def table(rows):
+    "Dicts of equal keys as a Markdown table"
+    head = list(rows[0])
+    lines = [head, ['---']*len(head)] + [[str(value) for value in row.values()] for row in rows]
+    return '\n'.join(f"| {' | '.join(line)} |" for line in lines)
+
+def percent(x, digits=1): return f'{100*x:.{digits}f} %'
+
+def seconds(x): return f'{x:.3g} s'
+
+def mean_std(values): return f'{values.mean():.3f} ± {values.std():.3f}'
+
+# ---- the README's table
+
+def headline():
+    "Five rows of the README: what, here, and beside what"
+    market = read('market1501-modern-cpu')['card']
+    head = read('head-cpu')
+    metric = read('evaluation')['parts']['metric']['cases']
+    exact = read('gallery')['parts']['exact']
+    batch = exact['rows'][0]
+    ivf = read('gallery')['parts']['ivf']
+    return table([
+        {'': 'Market-1501, EfficientNet-Lite0 at 192×64, 40 minutes on one core',
+         'pyramidreid': f"mAP {percent(market['mAP'])}, rank-1 {percent(market['cmc'][0])}",
+         'beside it': 'the paper, ResNet-50 at 384×128: 88.2 %, 95.7 %'},
+        {'': 'Pyramid head and losses, forward and backward, 64 images',
+         'pyramidreid': f"{seconds(head['seconds']['fused'])}, {head['peak_mb']['fused']:.0f} MB",
+         'beside it': f"branch by branch: {seconds(head['seconds']['plain'])}, {head['peak_mb']['plain']:.0f} MB"},
+        {'': 'mAP and CMC of 3,368 × 15,913 distances, first call',
+         'pyramidreid': f"{seconds(metric['pyramidreid']['first'])}, {metric['pyramidreid']['peak_mb']:.0f} MB",
+         'beside it': f"torchreid, Cython: {seconds(metric['torchreid, Cython']['first'])}, "
+                      f"{metric['torchreid, Cython']['peak_mb']:.0f} MB"},
+        {'': f"Exact search among {exact['n']:,} × {exact['dim']:,}, per query, {batch['queries at once']} at once",
+         'pyramidreid': f"{batch['gallery']:.2f} ms", 'beside it': f"plain FAISS: {batch['plain FAISS']:.2f} ms"},
+        {'': f"IVF search among {ivf['n']:,} × {ivf['dim']:,}, one query",
+         'pyramidreid': f"{ivf['ms_single']:.0f} ms at recall@10 {ivf['recall_at_10']:.3f}",
+         'beside it': f"exact search: {ivf['exact_single_ms']:,.0f} ms"},
+    ])
+
+# ---- the page of results
+
+def market():
+    info = read('market1501-modern-cpu')
+    card = info['card']
+    ours = {'mAP': percent(card['mAP']), 'rank-1': percent(card['cmc'][0]), 'rank-5': percent(card['cmc'][4]),
+            'mINP': percent(card['mINP']), 'training': f"{info['minutes_training']:.0f} min"}
+    paper = {'mAP': '88.2 %', 'rank-1': '95.7 %', 'rank-5': '', 'mINP': '', 'training': ''}
+    rows = [{'': 'pyramidreid, EfficientNet-Lite0, 192×64, 8 epochs', **ours},
+            {'': 'the paper, ResNet-50, 384×128', **paper}]
+    return f'{table(rows)}\n\n{source(info)}'
+
+def head():
+    info = read('head-cpu')
+    names = {'plain': 'branch by branch, with a loop over anchors', 'fused': 'pyramidreid'}
+    rows = [{'': text, 'seconds': f"{info['seconds'][name]:.3f}", 'peak memory': f"{info['peak_mb'][name]:.0f} MB",
+             'loss': f"{info['loss'][name]:.4f}"} for name,text in names.items()]
+    return f"{table(rows)}\n\n{info['ratio']:.1f} times faster. {source(info)}"
+
+def step():
+    info = read('step-cpu')
+    rows = []
+    for name,parts in info['seconds'].items():
+        extra = parts['head'] + parts['losses'] + parts['backward, head and losses']
+        rows.append({'': name, 'whole step, s': f"{parts['step']:.2f}", 'head and losses, s': f'{extra:.2f}',
+                     'fraction': percent(extra/parts['step'])})
+    return f'{table(rows)}\n\n{source(info)}'
+
+def loading():
+    info = read('loading-cpu')
+    names = info['runs'][0]['images_per_second']
+    rows = []
+    for name in names:
+        row = {'images per second, median': name}
+        for run in info['runs']:
+            h,w = run['size']
+            row[f'{h}×{w}'] = f"{pd.Series(run['images_per_second'][name]).median():,.0f}"
+        rows.append(row)
+    return f'{table(rows)}\n\n{info["images"]}. {source(info)}'
+
+def evaluation():
+    rows = []
+    for part in read('evaluation')['parts'].values():
+        for who,case in part['cases'].items():
+            fastest = seconds(case['seconds']) if case['runs']>1 else ''
+            rows.append({'what': part['title'], 'who': who, 'first call': seconds(case['first']), 'fastest': fastest,
+                         'peak memory': f"{case['peak_mb']:.0f} MB", '': case.get('note', '')})
+    return f"{table(rows)}\n\n{source(read('evaluation'))}"
+
+def search():
+    info = read('gallery')
+    exact,ivf = info['parts']['exact'],info['parts']['ivf']
+    times = {'plain FAISS': 'plain FAISS, ms', 'gallery': 'gallery, ms', 'by another camera': 'other cameras only, ms'}
+    rows = [{'queries at once': row['queries at once'], **{title: f'{row[key]:.2f}' for key,title in times.items()}}
+            for row in exact['rows']]
+    by_index = [f"{ivf['ms_single']:.1f}", f"{ivf['ms_batch']:.1f}", f"{ivf['recall_at_10']:.3f}"]
+    exactly = [f"{ivf['exact_single_ms']:,.0f}", f"{ivf['exact_ms']:.0f}", '1']
+    titles = ['', 'one query, ms', '256 at once, ms each', 'recall@10']
+    large = [dict(zip(titles, ['IVF index', *by_index])), dict(zip(titles, ['exact', *exactly]))]
+    small_text = f"Among {exact['n']:,} embeddings of {exact['dim']:,} dimensions, per query:"
+    large_text = (f"Among {ivf['n']:,}, in half precision, mapped from disk. The index takes "
+                  f"{ivf['index_mb']/1000:.1f} GB and {ivf['build_s']:.0f} s to build, with a peak of "
+                  f"{ivf['build_peak_mb']/1000:.1f} GB:")
+    return '\n\n'.join([small_text, table(rows), source({**info, **exact}),
+                        large_text, table(large), source({**info, **ivf})])
+
+def export():
+    info = read('export')
+    rows = [{'model': run['model'], 'threads': run['threads'], 'engine': run['engine'],
+             'embeddings per second': f"{run['per_second']:.1f}", 'times PyTorch': f"{run['times_pytorch']:.2f}",
+             'largest difference': f"{run['difference']:.0e}"} for run in info['runs']]
+    return f'{table(rows)}\n\n{source({**info, "threads": None})}'
+
+# What the columns of an open-set result are called on the page
+SPLIT_TITLES = {
+    'mean FAR at the door': 'mean FAR observed', 'its standard deviation': 'standard deviation',
+    'within what was promised': "observed inside the calibration's interval",
+    "wanted in the door's interval": "wanted inside the observation's interval",
+    'DIR, rank 1': 'known people found at rank 1'}
+
+def openset(name='openset'):
+    info = read(name)
+    runs = pd.DataFrame(info['runs'])
+    rows = [{'seed': int(run.seed), 'FAR wanted': run.far,
+             '95 % interval of the calibration': f'{run.low:.3f} to {run.high:.3f}',
+             'FAR observed': f'{run.rate:.3f}', 'its own interval': f'{run.own_low:.3f} to {run.own_high:.3f}',
+             'known people found at rank 1': percent(run.dir, 0)} for run in runs.itertuples()]
+    splits = [{SPLIT_TITLES.get(k, k): f'{v:.4g}' for k,v in split.items()} for split in info['splits']]
+    splits_text = f"Over {info['settings']['splits']} random splits of the people:"
+    return '\n\n'.join([table(rows), splits_text, table(splits), source(info)])
+
+def by_name(name, columns):
+    "Mean and standard deviation over seeds for each configuration of a result"
+    runs = pd.DataFrame(read(name)['runs'])
+    return [{'': label, **{title: mean_std(group[column]) for title,column in columns.items()}}
+            for label,group in runs.groupby('name', sort=False)]
+
+def dynamic(): return f"{table(by_name('dynamic', {'mAP': 'mAP', 'rank-1': 'rank1'}))}\n\n{source(read('dynamic'))}"
+
+def ablation():
+    info = read('ablation')
+    rows = by_name('ablation', {'mAP': 'mAP', 'rank-1': 'rank1'})
+    return f"{table(rows)}\n\n{source(info)}"
+
+def misalign():
+    runs = pd.DataFrame(read('misalign')['runs'])
+    rows = []
+    for label,group in runs.groupby('name', sort=False):
+        cells = {f'mAP, misalign {strength:g}': mean_std(o.mAP) for strength,o in group.groupby('misalign')}
+        rows.append({'': label, **cells})
+    return f"{table(rows)}\n\n{source(read('misalign'))}"
+
+def recipes():
+    info = read('recipes')
+    rows = [{'': run['name'], 'mAP': percent(run['mAP'], 2), 'rank-1': percent(run['rank1'], 2),
+             'settings': f"`{run['settings']}`"} for run in info['runs']]
+    first = info['runs'][0]
+    return f"{table(rows)}\n\n{source({**first, 'command': info['command']})}"
