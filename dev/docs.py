@@ -145,6 +145,7 @@ project = html_title = 'pyramidreid'
 extensions = ['myst_nb']
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_render_markdown_format = 'myst'
 nb_code_prompt_show = 'Show source'
 nb_code_prompt_hide = 'Hide source'
 html_theme = 'furo'

@@ -152,7 +152,7 @@ def test_pixels_are_the_learners_for_all_modes(learn, crops, tmp_path, mode):
     im = Image.open(crops[0][1])
     (Image.fromarray(np.asarray(im.convert('L')).astype(np.uint16)*200) if mode=='I;16' else im.convert(mode)).save(f)
     theirs = learn.dls.test_dl([f], num_workers=0).one_batch()[0]
-    ours = BytesNet(learn.model, input_stats(learn)).normalise(torch.from_numpy(load_pixels([f], SIZE)))
+    ours = PixelNet(learn.model, input_stats(learn)).normalise(torch.from_numpy(load_pixels([f], SIZE)))
     for p in learn.model.parameters(): p.requires_grad_(True)
     assert (ours-theirs).abs().max()<1e-5
 
@@ -272,7 +272,7 @@ def test_no_person_and_no_path_is_in_the_files(exported, learn):
     for f in files:
         data = f.read_bytes()
         for o in (b'site-packages', str(Path.cwd()).encode(), str(Path(__file__).parents[1]).encode(), str(learn.path).encode()): assert o not in data, (f,o)
-    about = read_about(exported['safetensors'][0])
+    about = read_description(exported['safetensors'][0])
     assert about['n_ids']==12 and 'pids' not in about and 'cams' not in about
     from safetensors import safe_open
     with safe_open(exported['safetensors'][0]/about['weights'], 'pt') as f: assert not [k for k in f.keys() if 'classify' in k]
@@ -309,7 +309,7 @@ def copied(exported, folder, **kwargs):
     (dict(arch='system', arch_from='os'), 'not known here'), (dict(format=2), 'later version'), (dict(format=...), 'does not describe a model'),
     (dict(levels=[1,9]), "'levels' is"), (dict(levels=[2,1]), "'levels' is"), (dict(levels=[]), "'levels' is"), (dict(levels=[1]), 'does not fit'), (dict(emb_sz=8), 'does not fit'), (dict(arch='resnet18', arch_from='torchvision'), 'is missing'),
     (dict(last_stride=2), 'changed or damaged'), (dict(norm='whole'), 'changed or damaged'), (dict(mean=[0,0,0]), 'changed or damaged'), (dict(size=[192,96]), 'changed or damaged'),
-    (dict(mean=[float('nan')]*3), 'NaN is no number'), (dict(card=dict(mAP=float('inf'))), 'Infinity is no number'), (dict(std=[1,1,10**400]), "'std' is"), (dict(size=[10**6,10**6]), "'size' is"),
+    (dict(mean=[float('nan')]*3), 'NaN is not valid in JSON'), (dict(card=dict(mAP=float('inf'))), 'Infinity is not valid in JSON'), (dict(std=[1,1,10**400]), "'std' is"), (dict(size=[10**6,10**6]), "'size' is"),
     (dict(format=0), 'does not describe'), (dict(format=True), 'does not describe'), (dict(fingerprint='abc'), "'fingerprint' is"), (dict(data=7), "'data' is 7"), (dict(n_parts='9'*10**6), "'n_parts' is '9"),
     (dict(weights='/etc/passwd'), "'weights' is"), (dict(weights=None), "'weights' is None"), (dict(weights='model-000000000000.safetensors'), 'no file')])
 def test_a_changed_description_is_refused(exported, tmp_path, change, words):
@@ -320,22 +320,22 @@ def test_a_description_cannot_fill_the_memory(exported, tmp_path, monkeypatch):
     "A head of 600 GB is refused before it is built, and text that is nested without end when it is read"
     from pyramidreid.export import files as export
     folder = copied(exported, tmp_path/'m', n_parts=96, levels=list(range(1,97)), emb_sz=16384)
-    monkeypatch.setattr(export, '_build', lambda about: pytest.fail('it was built'))
+    monkeypatch.setattr(export, '_build_model', lambda about: pytest.fail('it was built'))
     with pytest.raises(ValueError, match=r'head.reduce.weight is \(21, 512, 16\), not \(4656, channels of the backbone, 16384\)'): load_embedder(folder)
     (folder/'model.json').write_text('['*100_000)
-    with pytest.raises(ValueError, match='no JSON'): load_embedder(folder)
+    with pytest.raises(ValueError, match='not valid JSON'): load_embedder(folder)
 
 def test_weights_that_are_no_numbers_are_refused(exported, make_learner, make_dls, tmp_path):
     "In a file, though its fingerprint is right, and from a learner; a learner that diverged takes a shared model's again"
     from safetensors.torch import load_file, save_file
 
-    from pyramidreid.export.files import _build
+    from pyramidreid.export.files import _build_model
     folder = copied(exported, tmp_path/'m')
     file,about = next(folder.glob('*.safetensors')),json.loads((folder/'model.json').read_text())
     sd = load_file(file)
     sd['body.1.running_var'][3] = float('nan')
     save_file(sd, file)
-    (model := _build(about)).load_state_dict(sd, strict=False)
+    (model := _build_model(about)).load_state_dict(sd, strict=False)
     about['fingerprint'] = fingerprint(model, about['size'], [about['mean'],about['std']])
     (folder/'model.json').write_text(json.dumps(about))
     with pytest.raises(ValueError, match='not numbers, in body.1.running_var'): load_embedder(folder)
@@ -349,7 +349,7 @@ def test_weights_that_are_no_numbers_are_refused(exported, make_learner, make_dl
 def test_a_card_that_is_no_json_leaves_nothing(learn, tmp_path):
     card = SimpleNamespace(figures=lambda: dict(mAP=float('nan')), words=lambda: {})
     for call,o in ((learn.save_model,'m'), (learn.to_exported,'m.pt2'), (learn.to_onnx,'m.onnx')):
-        with pytest.raises(ValueError, match='a figure of its card is not a number'): call(tmp_path/'new'/o, card=card)
+        with pytest.raises(ValueError, match='a metric of its card is not a number'): call(tmp_path/'new'/o, card=card)
         with pytest.raises(TypeError, match='card is a str: give the protocol card'): call(tmp_path/'new'/o, card='good')
     assert not [o for o in tmp_path.rglob('*') if o.is_file()]
 
@@ -371,7 +371,7 @@ def test_damaged_files_are_refused(exported, tmp_path):
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=weights.name): load_embedder(folder)
     weights.write_bytes(data)
-    for o,words in ((text[:100],'cut off'), (b'','cut off'), (b'[1]','does not describe'), (b'\xff\xfe','no JSON')):
+    for o,words in ((text[:100],'cut off'), (b'','cut off'), (b'[1]','does not describe'), (b'\xff\xfe','not valid JSON')):
         about.write_bytes(o)
         with pytest.raises(ValueError, match=words): load_embedder(folder)
     with pytest.raises(FileNotFoundError, match='no model.json'): load_embedder(tmp_path)

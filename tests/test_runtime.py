@@ -255,7 +255,7 @@ def test_damaged_models(file, tmp_path):
     bad,data = tmp_path/'bad.onnx',file.read_bytes()
     for n in (0, 1, 100, len(data)//2, len(data)-5000, len(data)-200, len(data)-1):
         bad.write_bytes(data[:n])
-        with pytest.raises(ValueError, match='bad.onnx is (no ONNX model or is cut off|damaged)'): Runtime(bad)
+        with pytest.raises(ValueError, match='bad.onnx is (not an ONNX model or is cut off|damaged)'): Runtime(bad)
     rng = np.random.default_rng(0)
     for i in rng.integers(0, len(data), 40):
         flipped = bytearray(data)
@@ -266,7 +266,7 @@ def test_damaged_models(file, tmp_path):
     with pytest.raises(ValueError, match='damaged'): Runtime(bad)
     for o in (b'hello world', b'\x80\x04\x95'*50, bytes(1000)):
         bad.write_bytes(o)
-        with pytest.raises(ValueError, match='bad.onnx is no ONNX model|none of pyramidreid'): Runtime(bad)
+        with pytest.raises(ValueError, match='bad.onnx is not an ONNX model|not one of pyramidreid'): Runtime(bad)
     with pytest.raises(FileNotFoundError, match='no model'): Runtime(tmp_path/'none.onnx')
     with pytest.raises(FileNotFoundError, match='no model'): Runtime(tmp_path)
 
@@ -275,7 +275,7 @@ def test_somebody_elses_onnx_file(tmp_path):
     x,y = (helper.make_tensor_value_info(o, TensorProto.FLOAT, [1]) for o in 'xy')
     model = helper.make_model(helper.make_graph([helper.make_node('Relu', ['x'], ['y'])], 'g', [x], [y]), opset_imports=[helper.make_opsetid('', 17)], ir_version=9)
     (tmp_path/'relu.onnx').write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match='relu.onnx is an ONNX model, but none of pyramidreid'): Runtime(tmp_path/'relu.onnx')
+    with pytest.raises(ValueError, match='relu.onnx is an ONNX model, but not one of pyramidreid'): Runtime(tmp_path/'relu.onnx')
 
 def test_a_later_format(file, tmp_path):
     import json
@@ -298,7 +298,7 @@ def changed(file, dest, about=None, model=None):
     return dest
 
 @pytest.mark.parametrize('about,words', [
-    (lambda a: '{', 'no JSON'), (lambda a: '['*10**5, 'no JSON'), (lambda a: '[1]', 'does not describe'), (lambda a: json.dumps({**a, 'drop':float('nan')}), 'NaN is no number'),
+    (lambda a: '{', 'not valid JSON'), (lambda a: '['*10**5, 'not valid JSON'), (lambda a: '[1]', 'does not describe'), (lambda a: json.dumps({**a, 'drop':float('nan')}), 'NaN is not valid in JSON'),
     (lambda a: json.dumps({k:v for k,v in a.items() if k!='size'}), "'size' is missing"), (lambda a: json.dumps({**a, 'size':[10**6]*2}), "'size' is"),
     (lambda a: json.dumps({**a, 'size':[96,48]}), 'is not the network that it describes'), (lambda a: json.dumps({**a, 'levels':[1]}), 'is not the network that it describes')])
 def test_a_description_is_read_with_care(file, tmp_path, about, words):
@@ -320,17 +320,17 @@ def test_weights_outside_the_file_are_refused(file, tmp_path, monkeypatch):
         for k,v in dict(location='w.bin', offset='0', length=str(len(w.raw_data))).items(): w.external_data.add(key=k, value=v)
         w.ClearField('raw_data')
         w.data_location = 1
-    with pytest.raises(ValueError, match='odd.onnx is whole, but onnxruntime .* cannot run it .*xternal'): Runtime(changed(file, tmp_path/'odd.onnx', model=outside))
+    with pytest.raises(ValueError, match='odd.onnx is intact, but onnxruntime .* cannot run it .*xternal'): Runtime(changed(file, tmp_path/'odd.onnx', model=outside))
 
 def test_an_operation_of_ones_own_is_refused(file, tmp_path):
     def own(m): m.graph.node[3].op_type,m.graph.node[3].domain = 'Evil','evil'
-    with pytest.raises(ValueError, match='odd.onnx is whole, but onnxruntime'): Runtime(changed(file, tmp_path/'odd.onnx', model=own))
+    with pytest.raises(ValueError, match='odd.onnx is intact, but onnxruntime'): Runtime(changed(file, tmp_path/'odd.onnx', model=own))
 
 def test_what_computes_is_what_was_asked_for(file, monkeypatch):
     assert Runtime(file, providers='CPUExecutionProvider').session.get_providers()==['CPUExecutionProvider']
-    with pytest.raises(ValueError, match="knows no provider 'CudaExecutionProvider'. Here it has .*CPUExecutionProvider"): Runtime(file, providers=['CudaExecutionProvider','CPUExecutionProvider'])
+    with pytest.raises(ValueError, match="does not know the provider 'CudaExecutionProvider'. Available here: .*CPUExecutionProvider"): Runtime(file, providers=['CudaExecutionProvider','CPUExecutionProvider'])
     if 'CUDAExecutionProvider' in ort.get_available_providers(): pytest.skip('there may be a GPU')
-    with pytest.raises(ValueError, match='finds no CUDAExecutionProvider here, only CPUExecutionProvider'): Runtime(file, providers=[('CUDAExecutionProvider', dict(device_id=0))])
+    with pytest.raises(ValueError, match='has no CUDAExecutionProvider here, only CPUExecutionProvider'): Runtime(file, providers=[('CUDAExecutionProvider', dict(device_id=0))])
     Runtime(file, providers=['CUDAExecutionProvider','CPUExecutionProvider'])
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):

@@ -19,153 +19,240 @@ from ..images import load_pixels
 
 # %% ../../nbs/export/01_runtime.ipynb #7df0ed7f
 class BaseEmbedder:
-    "What embeds images: subclasses turn uint8 pixels (N, H, W, 3) into embeddings by `run`"
-    def __init__(self, about): self.about = about # As in `model.json`
+    "Base of what embeds images: subclasses turn uint8 pixels (N, H, W, 3) into embeddings in `run`"
+    def __init__(self,
+        about # Description of the model, a dict as in `model.json`
+    ):
+        self.about = about
+
     @property
     def fingerprint(self): return self.about['fingerprint']
     @property
     def size(self): return tuple(self.about['size'])
     @property
-    def stats(self): return self.about['mean'] and [self.about['mean'],self.about['std']]
+    def stats(self): return self.about['mean'] and [self.about['mean'], self.about['std']]
     @property
-    def n_branches(self): return sum(self.about['n_parts']-l+1 for l in self.about['levels'])
+    def n_branches(self): return sum(self.about['n_parts']-level+1 for level in self.about['levels'])
     @property
     def emb_sz(self): return self.n_branches*self.about['emb_sz']
+
     def __repr__(self):
-        a = self.about
-        what = f"{a['arch']} at {a['size'][0]}×{a['size'][1]}, {self.emb_sz} numbers a person"
-        return f"{type(self).__name__}: {what}, trained on {a['data']} ({a['n_ids']:,} identities), fingerprint {self.fingerprint}"
+        h,w = self.size
+        network = f"{self.about['arch']} at {h}×{w}, {self.emb_sz} dimensions"
+        trained = f"trained on {self.about['data']} ({self.about['n_ids']:,} identities)"
+        return f"{type(self).__name__}: {network}, {trained}, fingerprint {self.fingerprint}"
 
     def embed(self,
-        items,  # Paths of files, PIL images or uint8 RGB arrays; or a single one
-        bs=32   # Images at a time
+        items, # Paths of files, PIL images or uint8 RGB arrays (H, W, 3); or a single one
+        bs=32  # Images per batch
     ):
-        "Embeddings of the images in their order, (N, D), float32. An `OSError` names what cannot be read, a `ValueError` says what is no image"
-        single = isinstance(items, (str,bytes)) or not hasattr(items, '__iter__')
-        if single or isinstance(items, np.ndarray) and items.ndim in (2,3): items = [items]
-        if bs<1: raise ValueError(f"bs={bs}: take one image or more at a time")
-        res,batch = [np.empty((0,self.emb_sz), np.float32)],[]
-        done = 0
-        def flush():
-            res.append(self.run(load_pixels(batch, self.size, done)))
-            batch.clear()
-        for i,o in enumerate(items, 1):
-            batch.append(o)
-            if len(batch)==bs: flush(); done = i
-        if batch: flush()
-        return np.concatenate(res)
+        """Return the embeddings of the images in their order, (N, D), float32. Raises `OSError` for a file that cannot
+        be read, `ValueError` for what is not an image; both name it"""
+        if bs<1: raise ValueError(f"bs={bs}: a batch has one image or more")
+        batches = [self.run(load_pixels(batch, self.size, first)) for first,batch in _batches(_as_images(items), bs)]
+        return np.concatenate([np.empty((0, self.emb_sz), np.float32), *batches])
+
+# %% ../../nbs/export/01_runtime.ipynb #1a6e0006
+def _as_images(items):
+    "`items` as something to iterate over: a single image becomes a list of one"
+    if isinstance(items, (str, bytes)) or not hasattr(items, '__iter__'): return [items]
+    if isinstance(items, np.ndarray) and items.ndim in (2, 3): return [items]
+    return items
+
+def _batches(items, bs):
+    "The items in lists of `bs`, each with the position of its first item"
+    batch,first = [],0
+    for position,item in enumerate(items, 1):
+        batch.append(item)
+        if len(batch)==bs:
+            yield first,batch
+            batch,first = [],position
+    if batch: yield first,batch
 
 # %% ../../nbs/export/01_runtime.ipynb #a5de5929
-_seal = b'pyramidreid-sha256:'
-BLANK_CHECKSUM = _seal.decode()+64*'0' # What is written where the seal will be
+_PREFIX = b'pyramidreid-sha256:'
+BLANK_CHECKSUM = _PREFIX.decode() + 64*'0' # What is written where the checksum will be
 
-def add_checksum(data): # A file's bytes with the `blank_seal` in it
-    "The same with its seal"
-    return data.replace(BLANK_CHECKSUM.encode(), _seal+hashlib.sha256(data).hexdigest().encode())
+def add_checksum(
+    data # Bytes of a file that contain `BLANK_CHECKSUM`
+):
+    "Return `data` with its checksum in place of the blank one"
+    return data.replace(BLANK_CHECKSUM.encode(), _PREFIX + hashlib.sha256(data).hexdigest().encode())
 
-def checksum_ok(data): # A file's bytes
-    "Is the seal whole? None if there is none"
-    i = data.rfind(_seal)+len(_seal)
-    if i<len(_seal): return None
-    return hashlib.sha256(data[:i]+64*b'0'+data[i+64:]).hexdigest().encode()==data[i:i+64]
+def checksum_ok(
+    data # Bytes of a file
+):
+    "Does the checksum in `data` fit? None if there is none"
+    found = data.rfind(_PREFIX)
+    if found<0: return None
+    start = found + len(_PREFIX)
+    blanked = data[:start] + 64*b'0' + data[start+64:]
+    return hashlib.sha256(blanked).hexdigest().encode()==data[start:start+64]
 
 # %% ../../nbs/export/01_runtime.ipynb #5b7be0a2
-FORMAT = 1 # Of `about`: raised when an older library could no longer read it
+FORMAT = 1 # Of the description: raised when an older library can no longer read it
 
-_none = type(None)
-_entries = dict(format=int, arch=str, arch_from=str, last_stride=int, n_parts=int, levels=list, emb_sz=int, norm=(str,_none), drop=(int,float), size=list,
-                mean=(list,_none), std=(list,_none), resize=str, data=str, n_ids=int, fingerprint=str, card=(dict,_none), versions=dict)
+_NONE = type(None)
+_ENTRIES = dict( # of a description, with their types
+    format=int, arch=str, arch_from=str, last_stride=int, n_parts=int, levels=list, emb_sz=int, norm=(str, _NONE),
+    drop=(int, float), size=list, mean=(list, _NONE), std=(list, _NONE), resize=str, data=str, n_ids=int,
+    fingerprint=str, card=(dict, _NONE), versions=dict)
 
-def _is(o, kind): return isinstance(o, kind) and not isinstance(o, bool) # JSON's true is an int to Python
+def _has_type(value, kind): return isinstance(value, kind) and not isinstance(value, bool) # true is an int to Python
 
-def _listed(o, n, kind, least, most): return isinstance(o, list) and len(o)==n and all(_is(v, kind) and least<v<most for v in o)
+def _numbers(value, n, kind, above, below):
+    "Is `value` a list of `n` numbers of type `kind`, all between `above` and `below`?"
+    if not isinstance(value, list) or len(value)!=n: return False
+    return all(_has_type(o, kind) and above<o<below for o in value)
 
-def _bad_values(a):
-    "Names of entries of the right type with values that no model has"
-    ok = dict(last_stride=a['last_stride'] in (1,2), n_parts=1<=a['n_parts']<=96, emb_sz=1<=a['emb_sz']<=16384, drop=0<=a['drop']<1,
-              levels=_listed(a['levels'], len(a['levels']), int, 0, a['n_parts']+1) and a['levels'] and a['levels']==sorted(set(a['levels'])),
-              norm=a['norm'] in ('branch','whole',None), size=_listed(a['size'], 2, int, 0, 8193), resize=a['resize']=='PIL bicubic',
-              mean=a['mean'] is None or _listed(a['mean'], 3, (int,float), -1e6, 1e6),
-              std=(a['std'] is None)==(a['mean'] is None) and (a['std'] is None or _listed(a['std'], 3, (int,float), 0, 1e6)),
-              fingerprint=re.fullmatch('[0-9a-f]{64}', a['fingerprint']) is not None)
-    return [k for k,good in ok.items() if not good]
+def _valid_levels(levels, n_parts):
+    in_range = _numbers(levels, len(levels), int, 0, n_parts+1)
+    return bool(levels) and in_range and levels==sorted(set(levels))
 
-def _no_number(o): raise ValueError(f'{o} is no number of JSON')
+def _valid_stats(mean, std):
+    if mean is None or std is None: return mean is std
+    return _numbers(mean, 3, (int, float), -1e6, 1e6) and _numbers(std, 3, (int, float), 0, 1e6)
 
-def description_json(about,   # What is to be said of a model
-               **kwargs # Passed to `json.dumps`
-              ):
-    "It as JSON; a `ValueError` for what JSON cannot hold"
+# %% ../../nbs/export/01_runtime.ipynb #1a6e0009
+def _bad_values(about):
+    "Names of entries of the right type whose values no model has"
+    mean,std = about['mean'],about['std']
+    mean_ok = mean is None or _numbers(mean, 3, (int, float), -1e6, 1e6)
+    valid = dict(
+        last_stride = about['last_stride'] in (1, 2),
+        n_parts = 1<=about['n_parts']<=96,
+        emb_sz = 1<=about['emb_sz']<=16384,
+        drop = 0<=about['drop']<1,
+        levels = _valid_levels(about['levels'], about['n_parts']),
+        norm = about['norm'] in ('branch', 'whole', None),
+        size = _numbers(about['size'], 2, int, 0, 8193),
+        resize = about['resize']=='PIL bicubic',
+        mean = mean_ok,
+        std = not mean_ok or _valid_stats(mean, std),
+        fingerprint = re.fullmatch('[0-9a-f]{64}', about['fingerprint']) is not None)
+    return [name for name,ok in valid.items() if not ok]
+
+def _faults(about, more):
+    "What is wrong with the entries of a description, in words"
+    known = (*_ENTRIES, *more)
+    missing = [f'{name!r} is missing' for name in known if name not in about]
+    unknown = [f'{name!r:.60} is not known' for name in about if name not in known]
+    bad = [name for name,kind in _ENTRIES.items() if name in about and not _has_type(about[name], kind)]
+    if not (missing or unknown or bad): bad = _bad_values(about)
+    return [*missing, *unknown, *(f'{name!r} is {about[name]!r:.60}' for name in bad)]
+
+# %% ../../nbs/export/01_runtime.ipynb #1a6e000a
+def description_json(
+    about,   # Description of a model, a dict
+    **kwargs # Passed to `json.dumps`
+):
+    "Return the description as JSON. Raises `ValueError` for numbers that JSON cannot hold"
     try: return json.dumps(about, allow_nan=False, **kwargs)
-    except ValueError as e: raise ValueError(f"The description of the model cannot be written as JSON ({e}): a figure of its card is not a number. Nothing was written") from e
+    except ValueError as e:
+        raise ValueError(f"The description of the model cannot be written as JSON ({e}): a metric of its card is not a "
+                         "number. Nothing was written") from e
 
-def parse_description(text,  # JSON
-                where, # The file, for errors
-                more=() # Names of further entries, which the caller checks
-               ):
-    "What a file says of its model, as a dict; a `ValueError` unless every entry is there and has a value that a model can have"
-    try: about = json.loads(text, parse_constant=_no_number)
-    except (ValueError,RecursionError) as e: raise ValueError(f"{where} is no JSON or is cut off ({e}). Copy or save the model again") from e
-    if not isinstance(about, dict) or not _is(about.get('format'), int) or about['format']<1: raise ValueError(f"{where} does not describe a model of pyramidreid")
-    if about['format']>FORMAT: raise ValueError(
-        f"{where} was written by a later version of pyramidreid (format {about['format']}, known here: {FORMAT}). Upgrade: pip install -U pyramidreid")
-    wrong = [f'{k!r} is missing' for k in (*_entries,*more) if k not in about] + [f'{k!r:.60} is not known' for k in about if k not in _entries and k not in more]
-    bad = [k for k,kind in _entries.items() if k in about and not _is(about[k], kind)]
-    wrong += [f'{k!r} is {about[k]!r:.60}' for k in (bad or (wrong==[] and _bad_values(about)) or ())]
-    if wrong: raise ValueError(f"{where} does not describe a model of pyramidreid: {'; '.join(wrong[:3])}")
+def _refuse_constant(text): raise ValueError(f'{text} is not valid in JSON')
+
+def parse_description(
+    text,   # JSON
+    where,  # The file it comes from, for errors
+    more=() # Names of further entries, which the caller checks
+):
+    "Return the description of a model as a dict. Raises `ValueError` unless every entry is there and valid"
+    try: about = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is not valid JSON or is cut off ({e}). Copy or save the model again") from e
+    if not isinstance(about, dict) or not _has_type(about.get('format'), int) or about['format']<1:
+        raise ValueError(f"{where} does not describe a model of pyramidreid")
+    if about['format']>FORMAT:
+        raise ValueError(f"{where} was written by a later version of pyramidreid (format {about['format']}, known "
+                         f"here: {FORMAT}). Upgrade: pip install -U pyramidreid")
+    faults = _faults(about, more)
+    if faults: raise ValueError(f"{where} does not describe a model of pyramidreid: {'; '.join(faults[:3])}")
     return about
 
 # %% ../../nbs/export/01_runtime.ipynb #8cf9d4d8
-def _onnxruntime():
-    try: import onnxruntime
-    except ImportError as e: raise ImportError("onnxruntime is not installed. It comes with an extra: pip install 'pyramidreid[onnx]', or alone: pip install onnxruntime") from e
+def _import_onnxruntime():
+    "Import onnxruntime, or raise an `ImportError` that says how to install it"
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise ImportError("onnxruntime is not installed. It comes with an extra: pip install 'pyramidreid[onnx]', "
+                          "or alone: pip install onnxruntime") from e
     return onnxruntime
 
 def _provider_names(ort, providers):
-    "Names of what computes, or a `ValueError` for one that onnxruntime does not know"
+    "Names of the providers. Raises `ValueError` for one that onnxruntime does not know"
     names = [o if isinstance(o, str) else o[0] for o in providers]
-    for o in names:
-        if o not in ort.get_all_providers(): raise ValueError(f"onnxruntime knows no provider {o!r}. Here it has {', '.join(ort.get_available_providers())}")
+    for name in names:
+        if name in ort.get_all_providers(): continue
+        raise ValueError(f"onnxruntime does not know the provider {name!r}. Available here: "
+                         f"{', '.join(ort.get_available_providers())}")
     return names
 
-def _session(ort, data, threads, providers):
+def _new_session(ort, data, threads, providers):
     "A session of onnxruntime for the bytes of a model"
-    opts = ort.SessionOptions()
-    opts.log_severity_level = 3
-    opts.add_session_config_entry('session.model_external_initializers_file_folder_path', os.devnull) # which holds no weights
-    if threads: opts.intra_op_num_threads = threads
-    return ort.InferenceSession(data, opts, providers=providers)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Weights outside the file are looked for in a folder that has none
+    options.add_session_config_entry('session.model_external_initializers_file_folder_path', os.devnull)
+    if threads: options.intra_op_num_threads = threads
+    return ort.InferenceSession(data, options, providers=providers)
 
 def _interface(session):
     "Name, type and shape of all inputs and outputs, without the number of images"
-    return [(o.name,o.type,list(o.shape[1:])) for o in (*session.get_inputs(),*session.get_outputs())]
+    ports = (*session.get_inputs(), *session.get_outputs())
+    return [(port.name, port.type, list(port.shape[1:])) for port in ports]
 
-# %% ../../nbs/export/01_runtime.ipynb #d0cb958a
+# %% ../../nbs/export/01_runtime.ipynb #1a6e000c
+def _open_session(
+    file,     # ONNX file, a path
+    threads,  # Threads of a batch; None: onnxruntime's choice
+    providers # Names of providers, or pairs of a name and its options
+):
+    "An onnxruntime session for a file of this library. Raises `ValueError` if it is damaged or of another library"
+    ort,data = _import_onnxruntime(),file.read_bytes()
+    intact = checksum_ok(data)
+    if intact is False: raise ValueError(f"{file} is damaged: its checksum does not fit. Copy or export it again")
+    names = _provider_names(ort, providers)
+    try: session = _new_session(ort, data, threads, providers)
+    except Exception as e:
+        reason = "is not an ONNX model or is cut off"
+        if intact: reason = f"is intact, but onnxruntime {ort.__version__} cannot run it"
+        raise ValueError(f"{file} {reason} ({str(e)[:200]})") from e
+    if intact is None:
+        raise ValueError(f"{file} is an ONNX model, but not one of pyramidreid: its input and output are not known. "
+                         "Write one with learn.to_onnx")
+    if not set(names) & set(session.get_providers()):
+        available = ', '.join(session.get_providers())
+        raise ValueError(f"onnxruntime has no {' and no '.join(names)} here, only {available}. "
+                         "A GPU needs its own build, such as onnxruntime-gpu")
+    return session
+
+# %% ../../nbs/export/01_runtime.ipynb #1a6e000e
 class Runtime(BaseEmbedder):
-    "Embeddings by onnxruntime, of a file that `learn.to_onnx` wrote"
+    "Embeds images with onnxruntime, from a file that `learn.to_onnx` wrote"
     def __init__(self,
         file,         # ONNX file
-        threads=None, # Processor threads for a batch; None: as onnxruntime sees fit
-        providers=('CPUExecutionProvider',) # What computes, by onnxruntime's names, the best first, e.g. 'CUDAExecutionProvider'
+        threads=None, # Processor threads for a batch; None: onnxruntime's choice
+        providers=('CPUExecutionProvider',) # onnxruntime's providers, preferred first, e.g. 'CUDAExecutionProvider'
     ):
         file = Path(file)
         if not file.is_file(): raise FileNotFoundError(f"There is no model {file}")
-        ort,data = _onnxruntime(),file.read_bytes()
-        whole = checksum_ok(data)
-        if whole is False: raise ValueError(f"{file} is damaged: it is not what was written. Copy or export it again")
-        providers = [providers] if isinstance(providers, str) else list(providers)
-        names = _provider_names(ort, providers)
-        try: self.session = _session(ort, data, threads, providers)
-        except Exception as e:
-            why = f"is whole, but onnxruntime {ort.__version__} cannot run it" if whole else "is no ONNX model or is cut off"
-            raise ValueError(f"{file} {why} ({str(e)[:200]})") from e
-        if whole is None: raise ValueError(f"{file} is an ONNX model, but none of pyramidreid: its input and its embedding are not known. Write one with learn.to_onnx")
-        super().__init__(parse_description(self.session.get_modelmeta().custom_metadata_map.get('pyramidreid', '{}'), file))
-        if _interface(self.session)!=[('images','tensor(uint8)',[*self.size,3]),('embeddings','tensor(float)',[self.emb_sz])]: raise ValueError(
-            f"{file} is not the network that it describes: it has {_interface(self.session)}. Export it again")
-        if not set(names) & set(self.session.get_providers()): raise ValueError(
-            f"onnxruntime finds no {' and no '.join(names)} here, only {', '.join(self.session.get_providers())}. A GPU needs its own build, such as onnxruntime-gpu")
+        self.session = _open_session(file, threads, [providers] if isinstance(providers, str) else list(providers))
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        super().__init__(parse_description(metadata.get('pyramidreid', '{}'), file))
+        self._check_interface(file)
 
-    def run(self, x): # Pixels, uint8, (N, H, W, 3), of the model's `size`
-        "Their embeddings, (N, D), float32"
-        return self.session.run(None, {'images':x})[0]
+    def _check_interface(self, file):
+        expected = [('images', 'tensor(uint8)', [*self.size, 3]), ('embeddings', 'tensor(float)', [self.emb_sz])]
+        found = _interface(self.session)
+        if found!=expected:
+            raise ValueError(f"{file} is not the network that it describes: it has {found}. Export it again")
+
+    def run(self,
+        x # Pixels, uint8, (N, H, W, 3), of the model's `size`
+    ):
+        "Return the embeddings of a batch, (N, D), float32"
+        return self.session.run(None, {'images': x})[0]
