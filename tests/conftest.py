@@ -58,7 +58,7 @@ def _close_figures():
 
 @pytest.fixture(scope='session', autouse=True)
 def interruptible():
-    "Ctrl-C reaches tests that were started in the background, too, where a process and its children ignore it by default"
+    "Ctrl-C reaches tests started in the background, too, where a process and its children ignore it by default"
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield

@@ -45,16 +45,20 @@ class Spy(Callback):
     order,run_valid = 100,False
     def __init__(self): self.seen = []
     def before_batch(self):
-        self.now = dict(x=self.xb[0].clone(), y=self.yb[0].clone(), state={k:v.clone() for k,v in self.model.state_dict().items()})
+        state = {name: tensor.clone() for name,tensor in self.model.state_dict().items()}
+        self.now = dict(x=self.xb[0].clone(), y=self.yb[0].clone(), state=state)
     def after_backward(self):
         self.now['grads'] = {k:p.grad.clone() for k,p in self.model.named_parameters()}
         self.seen.append(self.now)
 
 def toy_learner(cbs=None, num_workers=0, train=None, seed=1, loss_func=None, lr=0.1, **kwargs):
-    torch.manual_seed(seed); random.seed(seed)
-    train = PKDataLoader(Vectors(64), p=4, k=2, shuffle=True, num_workers=num_workers) if train is None else train
+    "A learner of two branches on `Vectors`; the same seed gives the same weights and batches"
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if train is None: train = PKDataLoader(Vectors(64), p=4, k=2, shuffle=True, num_workers=num_workers)
     dls = DataLoaders(train, PKDataLoader(Vectors(16), num_workers=0))
-    learn = Learner(dls, Branches(), PyramidLoss() if loss_func is None else loss_func, opt_func=partial(SGD, mom=0.), lr=lr, cbs=cbs, **kwargs)
+    if loss_func is None: loss_func = PyramidLoss()
+    learn = Learner(dls, Branches(), loss_func, opt_func=partial(SGD, mom=0.), lr=lr, cbs=cbs, **kwargs)
     return quiet(learn)
 
 def quiet(learn):
