@@ -1,6 +1,6 @@
-"""One training step taken apart: backbone, head, losses, backward through each, optimizer; pyramidreid's, and the head and losses as one would
-first write them (branch by branch, a loop over anchors), in one run on the same images. And the backbone's own step, with the smallest of heads.
-`python benchmarks/step.py`; on a GPU both in float32 and under bf16 autocast, on a CPU in float32."""
+"""One training step taken apart: backbone, head, losses, backward through each, optimizer. pyramidreid's head and losses,
+those one would first write (branch by branch, a loop over anchors), and the backbone with the smallest of heads, in one run
+on the same images. `python benchmarks/step.py`; on a GPU in float32 and under bf16 autocast, on a CPU in float32."""
 import argparse
 import json
 import sys
@@ -19,17 +19,21 @@ from pyramidreid.models.losses import PyramidLoss
 from pyramidreid.models.pyramid import PlainPyramidHead, PyramidHead
 
 
-class Mean(nn.Module):
+class MeanHead(nn.Module):
     "The smallest of heads: mean over the map, and one classifier"
-    def __init__(self, nf, n_ids): super().__init__(); self.fc = nn.Linear(nf, n_ids)
+    def __init__(self, nf, n_ids):
+        super().__init__()
+        self.fc = nn.Linear(nf, n_ids)
     def forward(self, fmap): return (self.fc(fmap.mean((2,3))),)
 
 class Clock:
-    "Seconds since the last `lap`, all work on the device done"
+    "Seconds since the last `lap`, with all work on the device done"
     def __init__(self, device): self.cuda,self.laps = device=='cuda',{}
     def sync(self):
         if self.cuda: torch.cuda.synchronize()
-    def start(self): self.sync(); self.at = time.perf_counter()
+    def start(self):
+        self.sync()
+        self.at = time.perf_counter()
     def lap(self, name):
         self.sync()
         now = time.perf_counter()
@@ -37,6 +41,7 @@ class Clock:
         self.at = now
 
 def step(clock, body, head, loss, opt, x, y, amp):
+    "One training step, with a lap for each of its pieces"
     clock.start()
     with torch.autocast(x.device.type, torch.bfloat16) if amp else nullcontext():
         fmap = body(x)
@@ -54,6 +59,13 @@ def step(clock, body, head, loss, opt, x, y, amp):
     opt.zero_grad(set_to_none=True)
     clock.lap('optimizer')
 
+def head_and_loss(kind, nf, n_ids):
+    "Head and loss of a `kind` of step"
+    if kind=='plain': return PlainPyramidHead(nf, n_ids), plain_loss
+    if kind=='backbone alone': return MeanHead(nf, n_ids), nn.functional.cross_entropy
+    pyramid_loss = PyramidLoss()
+    return PyramidHead(nf, n_ids), lambda feats,logits,y: pyramid_loss((feats, logits), y)
+
 def measure(kind, args, device, amp, compiled=False):
     "Median seconds of each lap, and the peak of GPU memory in MB"
     torch.manual_seed(0)
@@ -61,9 +73,7 @@ def measure(kind, args, device, amp, compiled=False):
     x = torch.randn(args.batch, 3, *args.size, device=device).contiguous(memory_format=torch.channels_last)
     y = (torch.arange(args.batch)//args.k).to(device)
     with torch.no_grad(): nf = body(x[:2]).shape[1]
-    pyramid = PyramidLoss()
-    head,loss = {'pyramidreid':lambda: (PyramidHead(nf, args.ids), lambda f,l,y: pyramid((f,l), y)), 'plain':lambda: (PlainPyramidHead(nf, args.ids), plain_loss),
-                 'backbone alone':lambda: (Mean(nf, args.ids), nn.functional.cross_entropy)}[kind]()
+    head,loss = head_and_loss(kind, nf, args.ids)
     head = head.to(device)
     opt = torch.optim.SGD([*body.parameters(), *head.parameters()], 1e-3, .9)
     if compiled: body,head = torch.compile(body),torch.compile(head)
@@ -71,32 +81,45 @@ def measure(kind, args, device, amp, compiled=False):
     for _ in range(args.warmup): step(Clock(device), body, head, loss, opt, x, y, amp)
     clock = Clock(device)
     for _ in range(args.steps): step(clock, body, head, loss, opt, x, y, amp)
-    res = {k:float(torch.tensor(v).median()) for k,v in clock.laps.items()}
-    return {**res, 'step':sum(res.values()), **({'peak_mb':torch.cuda.max_memory_allocated()/2**20} if device=='cuda' else {})}
+    laps = {name: float(torch.tensor(seconds).median()) for name,seconds in clock.laps.items()}
+    row = {**laps, 'step': sum(laps.values())}
+    if device=='cuda': row['peak_mb'] = torch.cuda.max_memory_allocated()/2**20
+    return row
 
-if __name__=='__main__':
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--arch', default='resnet50', help='a torchvision ResNet, or the name of a timm model')
+    parser.add_argument('--size', type=int, nargs=2, default=(384,128), metavar=('H','W'))
+    parser.add_argument('--batch', type=int, default=64)
+    parser.add_argument('--k', type=int, default=8, help='images of each identity')
+    parser.add_argument('--ids', type=int, default=751)
+    parser.add_argument('--steps', type=int, help='measured steps: 20 on a GPU, 3 on a CPU')
+    parser.add_argument('--warmup', type=int, help='steps before: 5 on a GPU, 1 on a CPU')
+    parser.add_argument('--compile', action='store_true', help='with torch.compile, too')
+    return parser.parse_args()
+
+def cases(device, compiled_too):
+    "Kind, mixed precision and compilation of each case"
+    for amp in (False, True) if device=='cuda' else (False,):
+        for kind in ('backbone alone', 'pyramidreid', 'plain'):
+            yield kind,amp,False
+            if compiled_too and kind!='plain': yield kind,amp,True
+
+def main():
     import pandas as pd
     import torchvision
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--arch', default='resnet50', help='a torchvision ResNet, or the name of a timm model')
-    p.add_argument('--size', type=int, nargs=2, default=(384,128), metavar=('H','W'))
-    p.add_argument('--batch', type=int, default=64)
-    p.add_argument('--k', type=int, default=8, help='images of each identity')
-    p.add_argument('--ids', type=int, default=751)
-    p.add_argument('--steps', type=int, default=None, help='measured steps: 20 on a GPU, 3 on a CPU')
-    p.add_argument('--warmup', type=int, default=None, help='steps before: 5 on a GPU, 1 on a CPU')
-    p.add_argument('--compile', action='store_true', help='also with torch.compile')
-    args = p.parse_args()
+    args = parse()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    args.steps,args.warmup = args.steps or (20 if device=='cuda' else 3),5 if args.warmup is None and device=='cuda' else args.warmup or 1
+    if args.steps is None: args.steps = 20 if device=='cuda' else 3
+    if args.warmup is None: args.warmup = 5 if device=='cuda' else 1
     args.arch = getattr(torchvision.models, args.arch, args.arch)
     rows = {}
-    for amp in (False,True) if device=='cuda' else (False,):
-        for kind in ('backbone alone','pyramidreid','plain'):
-            for compiled in (False,True) if args.compile and kind!='plain' else (False,):
-                name = f"{kind}, {'bf16' if amp else 'fp32'}{', compiled' if compiled else ''}"
-                rows[name] = measure(kind, args, device, amp, compiled)
-                print(name, {k:round(v,4) for k,v in rows[name].items()}, flush=True)
+    for kind,amp,compiled in cases(device, args.compile):
+        name = f"{kind}, {'bf16' if amp else 'fp32'}" + (', compiled' if compiled else '')
+        rows[name] = measure(kind, args, device, amp, compiled)
+        print(name, {k: round(v, 4) for k,v in rows[name].items()}, flush=True)
     results.mkdir(exist_ok=True)
     (results/f'step-{device}.json').write_text(json.dumps(dict(circumstances(), seconds=rows), indent=1))
-    print(markdown(pd.DataFrame(rows).T.map(lambda o: f'{o:.4g}')))
+    print(markdown(pd.DataFrame(rows).T.map(lambda v: f'{v:.4g}')))
+
+if __name__=='__main__': main()
