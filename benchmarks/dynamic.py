@@ -41,8 +41,9 @@ def main():
     args = parser.parse_args()
     configs = [dict(name=name, seed=seed, **kwargs) for seed in range(args.seeds) for name,kwargs in schemes().items()]
     runs = run_grid('dynamic.json', configs, args.jobs)
-    text = (f"Synthetic people, misalign 0.5; resnet10 from scratch at 96×48, pyramid of 6 parts, {runs.steps.iloc[0]} steps "
-            f"of 8×8, Adam one-cycle 3e-3; mean ± standard deviation over {runs.seed.nunique()} seeds of data and training.")
+    text = ("Synthetic people, misalign 0.5; resnet10 from scratch at 96×48, pyramid of 6 parts, "
+            f"{runs.steps.iloc[0]} steps of 8×8, Adam one-cycle 3e-3; mean ± standard deviation over "
+            f"{runs.seed.nunique()} seeds of data and training.")
     write_table('dynamic', 'ID loss, triplet loss, and how they are combined', markdown(make_table(runs)), text)
 
 if __name__=='__main__': main()

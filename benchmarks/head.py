@@ -1,6 +1,6 @@
-"""Head and losses, forward and backward: fused, compared with a loop over branches and anchors, as one would first write it.
-`python benchmarks/head.py`; both in one run, alternating, best of several. The peak memory of one step, beyond the map and
-the weights, is taken in a process of its own for each."""
+"""Head and losses, forward and backward: fused, compared with a loop over branches and anchors, as one first writes it.
+`python benchmarks/head.py`; both in one run, alternating, best of several. The peak memory of one step, beyond the map
+and the weights, is taken in a process of its own for each."""
 import json
 import subprocess
 import sys
@@ -19,10 +19,10 @@ REPEATS = 6
 def plain_loss(feats, logits, labels, margin=1.4):
     "Branch by branch: a distance matrix for each, then anchor by anchor"
     total = 0
-    same = labels[:,None]==labels[None]
     for b in range(feats.shape[1]):
         unit = F.normalize(feats[:,b], dim=1)
         dist = ((unit[:,None]-unit[None])**2).sum(-1).clamp(min=1e-12).sqrt()
+        same = labels[:,None]==labels[None]
         gaps = []
         for i in range(len(unit)):
             farthest_positive,nearest_negative = dist[i][same[i]].max(),dist[i][~same[i]].min()
@@ -54,7 +54,7 @@ def setup():
     return fmap,labels,dict(plain=(plain, plain_loss), fused=(fused, fused_loss))
 
 def peak_mb(kind):
-    "Peak memory of the third step, MB: on a GPU what was allocated for tensors, on a CPU the process's anonymous memory"
+    "Peak memory of the third step, MB: on a GPU what tensors take, on a CPU the process's anonymous memory"
     fmap,labels,kinds = setup()
     head,loss = kinds[kind]
     for _ in range(2): step(head, loss, fmap, labels)

@@ -1,6 +1,7 @@
-"""One training step taken apart: backbone, head, losses, backward through each, optimizer. pyramidreid's head and losses,
-those one would first write (branch by branch, a loop over anchors), and the backbone with the smallest of heads, in one run
-on the same images. `python benchmarks/step.py`; on a GPU in float32 and under bf16 autocast, on a CPU in float32."""
+"""One training step taken apart: backbone, head, losses, backward through each, optimizer. pyramidreid's head and
+losses, those one first writes (branch by branch, a loop over anchors), and the backbone with the smallest of heads, in
+one run on the same images.
+`python benchmarks/step.py`; on a GPU in float32 and under bf16 autocast, on a CPU in float32."""
 import argparse
 import json
 import sys
