@@ -1,4 +1,5 @@
-"What the benchmarks share: one training on synthetic people or a folder, a grid of them over seeds, and a table with its circumstances."
+"""What the benchmarks share: one training on synthetic people or a folder, a grid of trainings over seeds, and a table
+with the circumstances it was measured in."""
 import gc
 import hashlib
 import json
@@ -20,135 +21,222 @@ from pyramidreid.core import atomic_write
 
 results = Path(__file__).parent/'results'
 sys.path.append(str(Path(__file__).parents[1]/'tests')) # for the plain versions in reference.py
-code = hashlib.sha1(b''.join(f.read_bytes() for f in sorted((Path(__file__).parents[1]/'pyramidreid').rglob('*.py')))).hexdigest()[:7] # changes with any module
+
+def code_version():
+    "Short hash of the package's source, which changes with any module"
+    modules = sorted((Path(__file__).parents[1]/'pyramidreid').rglob('*.py'))
+    return hashlib.sha1(b''.join(module.read_bytes() for module in modules)).hexdigest()[:7]
+
+code = code_version()
+
+# ---- circumstances
 
 def hardware():
     "Processor or GPU, and cores"
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
-    lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-    name = next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
-    return f'{name}, {os.cpu_count()} cores'
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
+    return f'{names[0] if names else platform.processor()}, {os.cpu_count()} cores'
 
 def circumstances():
-    "Command (without folders of this machine), hardware, date and versions, as they belong beside every figure"
+    "Command (without folders of this machine), hardware, date and versions, as they belong beside every number"
     import fastai
     import torchvision
-    command = ' '.join(['python',f'benchmarks/{Path(sys.argv[0]).name}',*(Path(a).name for a in sys.argv[1:])])
-    return dict(command=command, hardware=hardware(), threads=torch.get_num_threads(), date=str(date.today()), torch=torch.__version__, torchvision=torchvision.__version__, fastai=fastai.__version__)
+    arguments = [Path(arg).name for arg in sys.argv[1:]]
+    return dict(
+        command=' '.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *arguments]), hardware=hardware(),
+        threads=torch.get_num_threads(), date=str(date.today()), torch=torch.__version__,
+        torchvision=torchvision.__version__, fastai=fastai.__version__)
+
+# ---- one training
 
 def train_synthetic(name, seed, misalign=0.5, n_train=80, n_test=40, size=(96,48), **kwargs):
-    "Draw people and `train` a small network on them; a dict of figures"
+    "Draw people and `train` a small network on them; a dict of results"
     from pyramidreid.all import market_table, synth_persons
     people = synth_persons(n_train=n_train, n_test=n_test, size=size, misalign=misalign, seed=seed)
     return dict(train(name, seed, market_table(people), size=size, **kwargs), misalign=misalign)
 
 def train_folder(name, seed, data, **kwargs):
-    "`train` on the data set in a folder that `dataset_table` knows; a dict of figures"
+    "`train` on the dataset in a folder that `dataset_table` knows; a dict of results"
     from pyramidreid.all import dataset_table
     return train(name, seed, dataset_table(data), **kwargs)
 
-def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=None, recipe='one_cycle', epochs=12, steps=None, lr=3e-3,
-          p=8, k=8, workers=0, cache=None, only=None, mode='pk', dynamic=True, shift=0, **learner_args):
-    "Train on the table `df` and evaluate once, at the end, on its queries and gallery or on people held out of its training set; a dict of figures"
+def check_losses(only, dynamic, mode):
+    "Raise a `ValueError` for losses that cannot be trained so"
     if only and dynamic: raise ValueError(f"only={only!r}: one loss alone leaves nothing to weigh; pass dynamic=False")
-    if only=='triplet' and mode!='pk': raise ValueError("The triplet loss alone needs P×K batches: a random batch has hardly a positive pair")
-    gc.collect()
-    torch.set_num_threads(1)
-    from fastai.callback.core import CancelValidException
+    if only=='triplet' and mode!='pk':
+        raise ValueError("The triplet loss alone needs P×K batches: a random batch has hardly a positive pair")
 
-    import pyramidreid.all as lib
-    from pyramidreid.all import Callback, DynamicLossWeights, PyramidLoss, ReIDDataLoaders, pyramid_learner, set_seed
-
-    class SkipValidation(Callback):
-        def before_validate(self):
-            if not hasattr(self, 'gather_preds'): raise CancelValidException
+def one_loss(only):
+    "A `PyramidLoss` that computes the loss named `only` and no other; None for both"
+    from pyramidreid.all import PyramidLoss
+    if not only: return None
     class OneLoss(PyramidLoss):
         def forward(self, pred, target):
             self.wanted = (only,)
             return super().forward(pred, target)
+    return OneLoss()
 
-    set_seed(seed+shift, reproducible=True)
-    dls = ReIDDataLoaders.from_table(df, p=p, k=k, size=size, mode=mode, valid_pct=hold_out, num_workers=workers, cache=cache,
-                                     tfms=lib.strong_tfms if recipe=='modern' else lib.person_tfms)
+def skip_validation():
+    "A callback that leaves out fastai's validation, but not `get_preds`"
+    from fastai.callback.core import CancelValidException
+
+    from pyramidreid.all import Callback
+    class SkipValidation(Callback):
+        def before_validate(self):
+            if not hasattr(self, 'gather_preds'): raise CancelValidException
+    return SkipValidation()
+
+def fit(learn, recipe, epochs, lr, pretrained):
+    "Train by one of the recipes, without output"
+    with learn.no_bar(), learn.no_logging():
+        if recipe=='one_cycle': learn.fit_one_cycle(epochs, slice(lr/4, lr) if pretrained else lr)
+        elif recipe=='paper': learn.fit_paper(epochs)
+        else: learn.fit_modern(epochs, frozen_epochs=int(pretrained))
+
+def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=None, recipe='one_cycle', epochs=12,
+          steps=None, lr=3e-3, p=8, k=8, workers=0, cache=None, only=None, mode='pk', dynamic=True, shift=0,
+          **learner_args):
+    """Train on the table `df` and evaluate once, at the end, on its queries and gallery or on people held out of its
+    training set; a dict of results"""
+    check_losses(only, dynamic, mode)
+    gc.collect()
+    torch.set_num_threads(1)
+    import pyramidreid.all as lib
+    lib.set_seed(seed+shift, reproducible=True)
+    tfms = lib.strong_tfms if recipe=='modern' else lib.person_tfms
+    dls = lib.ReIDDataLoaders.from_table(
+        df, p=p, k=k, size=size, mode=mode, valid_pct=hold_out, num_workers=workers, cache=cache, tfms=tfms)
     if steps: epochs = math.ceil(steps/len(dls.train))
-    if isinstance(dynamic, str): dynamic = DynamicLossWeights(weighting=dynamic)
-    learn = pyramid_learner(dls, getattr(lib, arch, arch), pretrained=False, weights=weights, loss_func=OneLoss() if only else None, dynamic=dynamic,
-                            metrics=[], cbs=SkipValidation(), **learner_args)
+    if isinstance(dynamic, str): dynamic = lib.DynamicLossWeights(weighting=dynamic)
+    learn = lib.pyramid_learner(
+        dls, getattr(lib, arch, arch), pretrained=False, weights=weights, loss_func=one_loss(only), dynamic=dynamic,
+        metrics=[], cbs=skip_validation(), **learner_args)
     cuda = dls.device.type=='cuda'
     if cuda: learn.to_channelslast(amp_mode='bf16')
-    fit = {'one_cycle':lambda: learn.fit_one_cycle(epochs, slice(lr/4, lr) if weights else lr), 'paper':lambda: learn.fit_paper(epochs),
-           'modern':lambda: learn.fit_modern(epochs, frozen_epochs=int(bool(weights)))}[recipe]
     start = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(): fit()
+    fit(learn, recipe, epochs, lr, bool(weights))
     seconds = time.perf_counter()-start
     card = learn.evaluate(device=dls.device if cuda else None)
-    res = dict(name=name, seed=seed, mAP=card.mAP, rank1=card.rank1, seconds=seconds, steps=epochs*len(dls.train), hardware=hardware(), date=str(date.today()), code=code,
-               embedding=learn.model.head.bn.num_features, branches=len(learn.model.head.windows))
+    row = dict(
+        name=name, seed=seed, mAP=card.mAP, rank1=card.rank1, seconds=seconds, steps=epochs*len(dls.train),
+        hardware=hardware(), date=str(date.today()), code=code, embedding=learn.model.head.bn.num_features,
+        branches=len(learn.model.head.windows))
     if hasattr(learn, 'dynamic_loss_weights'):
-        h = learn.dynamic_loss_weights.history
-        res.update(both=float((h.weight_triplet>0).mean()), random=float((h['mode']=='random').mean()))
-    return res
+        history = learn.dynamic_loss_weights.history
+        row['both'] = float((history.weight_triplet>0).mean())
+        row['random'] = float((history['mode']=='random').mean())
+    return row
+
+# ---- a grid of trainings
 
 def noted(fname, settings=None):
     "The runs that `results/fname` holds; a `ValueError` if they were made with other `settings`"
-    f = results/fname
-    if not f.exists(): return []
-    note = json.loads(f.read_text())
-    if settings is not None and note.get('settings')!=settings:
-        old = note.get('settings') or {}
-        differ = '; '.join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now" for k in {**old,**settings} if old.get(k)!=settings.get(k))
-        raise ValueError(f"{f.name} holds {len(note['runs'])} runs of another configuration ({differ}). Name another file with --out, or delete this one")
-    return note['runs']
+    file = results/fname
+    if not file.exists(): return []
+    note = json.loads(file.read_text())
+    if settings is None or note.get('settings')==settings: return note['runs']
+    old = note.get('settings') or {}
+    changed = [key for key in {**old, **settings} if old.get(key)!=settings.get(key)]
+    differ = [f"{key}: {old.get(key)!r} there, {settings.get(key)!r} now" for key in changed]
+    raise ValueError(f"{file.name} holds {len(note['runs'])} runs of another configuration ({'; '.join(differ)}). "
+                     "Name another file with --out, or delete this one")
 
-class Here(Executor):
+class InProcess(Executor):
     "An executor that works in this process"
     def submit(self, call, **config):
-        res = Future()
-        try: res.set_result(call(**config))
-        except Exception as e: res.set_exception(e)
-        return res
+        future = Future()
+        try: future.set_result(call(**config))
+        except Exception as e: future.set_exception(e)
+        return future
+
+def new_pool(jobs): return ProcessPoolExecutor(jobs, mp_context=get_context('spawn')) if jobs>1 else InProcess()
+
+def run_key(run): return run['name'], run['seed'], run.get('misalign', 0.5)
+
+def shortened(run): return {k: round(v, 4) if isinstance(v, float) else v for k,v in run.items()}
+
+class Grid:
+    "The runs of a grid: those that are done, and those that failed"
+    def __init__(self, fname, settings):
+        self.fname,self.settings = fname,settings
+        self.done,self.failed,self.count = noted(fname, settings),[],0
+
+    def missing(self, configs):
+        known = {run_key(run) for run in self.done}
+        return [config for config in configs if run_key(config) not in known]
+
+    def record(self, config, future):
+        "Note how a run ended; returns what to print"
+        self.count += 1
+        error = future.exception()
+        if isinstance(error, BrokenExecutor): raise error
+        if error:
+            self.failed.append(f"{config['name']}, seed {config['seed']}: {type(error).__name__}: {error}")
+            return self.failed[-1]
+        self.done.append(future.result())
+        write_runs(self.fname, self.done, self.settings)
+        return shortened(self.done[-1])
 
 def run_grid(fname, configs, jobs, call=train_synthetic, settings=None, minutes=None):
-    "Run every config that `results/fname` does not hold yet, `jobs` at a time, noting each as it ends; none is begun after `minutes`. All rows"
-    late = lambda: minutes is not None and time.monotonic()-begin>=60*minutes
-    done,begin,failed,running = noted(fname, settings),time.monotonic(),[],{}
-    key = lambda o: (o['name'],o['seed'],o.get('misalign',0.5))
-    known = {key(o) for o in done}
-    todo = [c for c in configs if key(c) not in known]
-    waiting,n = iter(todo),0
-    with ProcessPoolExecutor(jobs, mp_context=get_context('spawn')) if jobs>1 else Here() as pool:
+    """Run every config that `results/fname` does not hold yet, `jobs` at a time, and note each as it ends; none starts
+    after `minutes`. Returns all rows"""
+    grid,began,running = Grid(fname, settings),time.monotonic(),{}
+    todo = grid.missing(configs)
+    waiting = iter(todo)
+    def late(): return minutes is not None and time.monotonic()-began>=60*minutes
+    with new_pool(jobs) as pool:
         while True:
-            while len(running)<jobs and not late() and (c:=next(waiting, None)): running[pool.submit(call, **c)] = c
+            while len(running)<jobs and not late():
+                config = next(waiting, None)
+                if config is None: break
+                running[pool.submit(call, **config)] = config
             if not running: break
-            for run in wait(running, return_when=FIRST_COMPLETED).done:
-                n,c = n+1,running.pop(run)
-                if isinstance(e:=run.exception(), BrokenExecutor): raise e
-                if e: failed.append(f"{c['name']}, seed {c['seed']}: {type(e).__name__}: {e}")
-                else:
-                    done.append(run.result())
-                    _note(fname, done, settings)
-                print(f'{n}/{len(todo)}', failed[-1] if e else {k:round(v,4) if isinstance(v,float) else v for k,v in done[-1].items()}, flush=True)
-    if n<len(todo): print(f'{minutes} minutes are over, {len(todo)-n} runs are left: the same command goes on with them', flush=True)
-    if failed: raise RuntimeError(f"{len(failed)} of {n} runs failed; the same command tries them again. The first: {failed[0]}")
-    return pd.DataFrame(done)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                text = grid.record(running.pop(future), future)
+                print(f'{grid.count}/{len(todo)}', text, flush=True)
+    if grid.count<len(todo):
+        print(f'{minutes} minutes are over, {len(todo)-grid.count} runs are left: the same command resumes', flush=True)
+    if grid.failed:
+        raise RuntimeError(f"{len(grid.failed)} of {grid.count} runs failed; the same command tries them again. "
+                           f"The first: {grid.failed[0]}")
+    return pd.DataFrame(grid.done)
 
-def _note(fname, done, settings):
+def write_runs(fname, runs, settings):
     "Write all rows with the circumstances of the last, and the commands, machines and days of all"
-    info,f = circumstances(),results/fname
-    for k in ('hardware','date'): info[k] = ', '.join(dict.fromkeys([*(o[k] for o in done if k in o), info[k]]))
-    if f.exists(): info['command'] = ' && '.join(dict.fromkeys([*json.loads(f.read_text())['command'].split(' && '), info['command']]))
-    with atomic_write(f) as tmp: tmp.write_text(json.dumps(dict(info, **({} if settings is None else dict(settings=settings)), runs=done), indent=1))
+    info,file = circumstances(),results/fname
+    for key in ('hardware', 'date'):
+        info[key] = ', '.join(dict.fromkeys([*(run[key] for run in runs if key in run), info[key]]))
+    if file.exists():
+        commands = json.loads(file.read_text())['command'].split(' && ')
+        info['command'] = ' && '.join(dict.fromkeys([*commands, info['command']]))
+    if settings is not None: info['settings'] = settings
+    with atomic_write(file) as partial_file: partial_file.write_text(json.dumps(dict(info, runs=runs), indent=1))
+
+# ---- tables
 
 def write_table(fname, title, table, text=''):
-    "Write `table` as Markdown with the circumstances of its figures"
+    "Write `table` as Markdown with the circumstances of its numbers"
     info = json.loads((results/f'{fname}.json').read_text())
-    head = ' · '.join(f'{k}: {info[k]}' for k in ('hardware','date','torch','torchvision','fastai'))
+    head = ' · '.join(f'{key}: {info[key]}' for key in ('hardware', 'date', 'torch', 'torchvision', 'fastai'))
     (results/f'{fname}.md').write_text(f"# {title}\n\n`{info['command']}`\n\n{head}\n\n{text}\n\n{table}\n")
     print(table)
 
+def mean_std(values): return f'{values.mean():.3f}' + (f' ± {values.std():.3f}' if len(values)>1 else '')
+
+def markdown(df):
+    "A frame as a Markdown table"
+    df = df.reset_index()
+    head = [str(column) for column in df.columns]
+    rows = [head, ['---']*len(head), *([str(v) for v in row] for row in df.itertuples(index=False))]
+    return '\n'.join(f"| {' | '.join(row)} |" for row in rows)
+
 class Peak:
     "Peak of this process's anonymous memory within the block, beyond what it had before, MB"
-    def now(self): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))/1024
+    def now(self):
+        with open('/proc/self/status') as status:
+            return next(int(line.split()[1]) for line in status if line.startswith('RssAnon'))/1024
     def __enter__(self):
         self.start = self.mb = self.now()
         self.stop = threading.Event()
@@ -161,11 +249,3 @@ class Peak:
         self.stop.set()
         self.thread.join()
         self.mb -= self.start
-
-def mean_std(o): return f'{o.mean():.3f}' + (f' ± {o.std():.3f}' if len(o)>1 else '')
-
-def markdown(df):
-    "A frame as a Markdown table"
-    df = df.reset_index()
-    rows = [[str(c) for c in df.columns],['---']*len(df.columns)] + [[str(v) for v in r] for r in df.itertuples(index=False)]
-    return '\n'.join('| '+' | '.join(r)+' |' for r in rows)

@@ -1,8 +1,9 @@
-"""The gallery: time of a search against plain FAISS, and recall, time and memory of the approximate indexes.
+"""The gallery: time of a search compared with plain FAISS, and recall, time and memory of the approximate indexes.
 
-`--only exact ivf hnsw` runs some of the parts. `exact` is 20,000 embeddings of the full pyramid, two threads; the others `--n` embeddings of `--dim` numbers in half precision,
-saved in `--tmp` and mapped from there (2 bytes a number). Every part is a process of its own. Embeddings are drawn: for `exact` people around centres of their own, shifted by camera;
-for the others, whose recall depends on it, with the spectrum of real ones (`Crowd`)."""
+`--only exact ivf hnsw` runs some of the parts. `exact` has 20,000 embeddings of the full pyramid, two threads; the others
+have `--n` embeddings of `--dim` dimensions in half precision, saved in `--tmp` and mapped from there (2 bytes a value).
+Every part is a process of its own. Embeddings are random: for `exact` people around centres of their own, shifted by
+camera; for the others, whose recall depends on it, with the spectrum of real ones (`Crowd`)."""
 import argparse
 import json
 import os
@@ -20,136 +21,227 @@ from common import circumstances, markdown, results, write_table
 from evaluation import Peak, people
 
 THREADS = 2
+EXACT_SIZE = (20000, 2688)
 
-class Nobody:
-    "Stands for the model: all embeddings are drawn"
+class RandomModel:
+    "Stands for the model: all embeddings are random"
     fingerprint = 'drawn'
     def embed(self, images): raise NotImplementedError
 
 class Crowd:
-    """Embeddings drawn with the spectrum of those of Market-1501's test people by the network of results/market1501-modern-cpu.json (2,688-d): 27 % of the energy is their mean,
-    55 % lies between people and falls with the k-th direction as k^-1.7, 18 % between images of one and falls as k^-1.1"""
+    """Random embeddings with the spectrum of those of Market-1501's test people by the network of
+    results/market1501-modern-cpu.json (2,688-d): 27 % of the energy is their mean, 55 % lies between people and falls with the
+    k-th direction as k^-1.7, 18 % lies between images of one person and falls as k^-1.1"""
     def __init__(self, dim, n_pids, seed=0):
         rng,k = np.random.default_rng(seed),np.arange(1, dim+1)
+        def spectrum(energy, slope): return np.sqrt(energy*k**-slope/(k**-slope).sum()).astype(np.float32)
         self.dim,self.n_pids = dim,n_pids
         self.basis = np.linalg.qr(rng.standard_normal((dim,dim), dtype=np.float32))[0]
-        between,within = (np.sqrt(energy*k**-slope/(k**-slope).sum()).astype(np.float32) for energy,slope in ((.55,1.7),(.18,1.1)))
-        self.within,self.between = within,rng.permutation(between)
+        self.within = spectrum(.18, 1.1)
+        self.between = rng.permutation(spectrum(.55, 1.7))
         self.mean = np.sqrt(.27/dim).astype(np.float32)*rng.choice([-1,1], dim).astype(np.float32)
-    def centre(self, pid): # Of each, made when asked for: 50,000 of them would fill half a gigabyte
-        return np.stack([np.random.default_rng([7,p]).standard_normal(self.dim, dtype=np.float32) for p in pid])*self.between
-    def draw(self, n, seed): # (n, dim) of length one, and who they are
-        rng = np.random.default_rng([1,seed])
-        who,inverse = np.unique(rng.integers(0, self.n_pids, n), return_inverse=True)
-        e = (self.mean + self.centre(who)[inverse] + rng.standard_normal((n,self.dim), dtype=np.float32)*self.within) @ self.basis
-        return e/np.linalg.norm(e, axis=1, keepdims=True),who[inverse]
 
-def rounds(fs, n):
-    "The quickest of `n` runs of each, seconds; taken in turns, so that a busy machine is busy for all"
-    best = dict.fromkeys(fs, np.inf)
+    def centres(self, pids):
+        "Of each person, made when asked for: 50,000 of them would fill half a gigabyte"
+        rows = [np.random.default_rng([7,pid]).standard_normal(self.dim, dtype=np.float32) for pid in pids]
+        return np.stack(rows)*self.between
+
+    def draw(self, n, seed):
+        "Normalised embeddings (n, dim), and their person ids"
+        rng = np.random.default_rng([1,seed])
+        pids,inverse = np.unique(rng.integers(0, self.n_pids, n), return_inverse=True)
+        noise = rng.standard_normal((n,self.dim), dtype=np.float32)*self.within
+        embs = (self.mean + self.centres(pids)[inverse] + noise) @ self.basis
+        return embs/np.linalg.norm(embs, axis=1, keepdims=True), pids[inverse]
+
+def best_of(calls, n):
+    "The fastest of `n` runs of each, seconds; they alternate, so that a busy machine is busy for all"
+    best = dict.fromkeys(calls, np.inf)
     for _ in range(n):
-        for k,f in fs.items():
+        for name,call in calls.items():
             time.sleep(.2) # threads of the one before spin for a while
             start = time.perf_counter()
-            f()
-            best[k] = min(best[k], time.perf_counter()-start)
+            call()
+            best[name] = min(best[name], time.perf_counter()-start)
     return best
 
+def seconds(call, n=1):
+    "Mean seconds of `n` runs"
+    start = time.perf_counter()
+    for _ in range(n): call()
+    return (time.perf_counter()-start)/n
+
+def size_mb(folder): return sum(file.stat().st_size for file in folder.iterdir())/1e6
+
+def found_rows(gallery, query, k=10):
+    "Positions of the nearest entries, (Q, k); entries are named by their position"
+    return gallery.search(query, k).key.astype(int).to_numpy().reshape(-1, k)
+
+# ---- exact search
+
+def exact_row(gallery, flat, q):
+    "Milliseconds a query with all of `q` at once"
+    from pyramidreid.gallery.entries import Embeddings
+    n,query = len(q),Embeddings(q, RandomModel.fingerprint)
+    best = best_of({
+        'plain FAISS': lambda: flat.search(q, 10),
+        'gallery': lambda: gallery.search(query, 10),
+        'by another camera': lambda: gallery.search(query, 10, exclude_cam=0),
+        'of one person': lambda: gallery.search(query, 10, where='pid==7')}, 15 if n>1 else 40)
+    times = {name: 1e3*s/n for name,s in best.items()}
+    return {'queries at once': n, **times, 'over plain': best['gallery']/best['plain FAISS']-1}
+
 def exact(args):
+    "Search among 20,000, compared with plain FAISS"
     import faiss
 
     from pyramidreid.gallery.entries import Embeddings
     from pyramidreid.gallery.gallery import Gallery
     faiss.omp_set_num_threads(THREADS)
-    q,g,_,pids,_,cams = people(256, 20000, 2688)
-    flat = faiss.IndexFlatIP(2688)
+    n,dim = EXACT_SIZE
+    q,g,_,pids,_,cams = people(256, n, dim)
+    flat = faiss.IndexFlatIP(dim)
     flat.add(g)
-    gallery = Gallery(Nobody()).add(pd.DataFrame(dict(key=np.arange(len(g)).astype(str), pid=pids, cam=cams)), embs=Embeddings(g, 'drawn'))
-    with tempfile.TemporaryDirectory(dir=args.tmp) as d:
+    table = pd.DataFrame(dict(key=np.arange(n).astype(str), pid=pids, cam=cams))
+    gallery = Gallery(RandomModel()).add(table, embs=Embeddings(g, RandomModel.fingerprint))
+    with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
+        path = Path(folder)/'g'
+        saving = seconds(lambda: gallery.save(path))
         start = time.perf_counter()
-        gallery.save(Path(d)/'g')
-        saving = time.perf_counter()-start
-        start = time.perf_counter()
-        gallery = Gallery.load(Path(d)/'g', Nobody())
-        loading,size,rows = time.perf_counter()-start,sum(o.stat().st_size for o in (Path(d)/'g').iterdir()),[]
-        def same(a, b): return float(np.mean([set(x)==set(y) for x,y in zip(a, b)]))
-        found = gallery.search(Embeddings(q, 'drawn'), 10).key.astype(int).to_numpy().reshape(-1,10)
-        agree = same(found, flat.search(q, 10)[1])
-        for n in (256,32,1):
-            e = Embeddings(q[:n], 'drawn')
-            t = rounds({'plain FAISS':lambda: flat.search(q[:n], 10), 'gallery':lambda: gallery.search(e, 10), 'by another camera':lambda: gallery.search(e, 10, exclude_cam=0),
-                        'of one person':lambda: gallery.search(e, 10, where='pid==7')}, 15 if n>1 else 40)
-            rows.append({'queries at once':n, **{k:1e3*v/n for k,v in t.items()}, 'over plain':t['gallery']/t['plain FAISS']-1})
-    return dict(part='exact', n=20000, dim=2688, threads=THREADS, agree=agree, save_s=saving, load_s=loading, disk_mb=size/1e6, rows=rows)
+        gallery = Gallery.load(path, RandomModel())
+        loading = time.perf_counter()-start
+        found,expected = found_rows(gallery, Embeddings(q, RandomModel.fingerprint)),flat.search(q, 10)[1]
+        agree = np.mean([set(a)==set(b) for a,b in zip(found, expected)])
+        rows = [exact_row(gallery, flat, q[:at_once]) for at_once in (256,32,1)]
+        disk_mb = size_mb(path)
+    return dict(part='exact', n=n, dim=dim, threads=THREADS, agree=float(agree), save_s=saving, load_s=loading,
+                disk_mb=disk_mb, rows=rows)
+
+# ---- approximate search
+
+def large_gallery(args, crowd):
+    "A gallery of `args.n` entries in half precision, mapped from disk; made on the first call"
+    from pyramidreid.gallery.entries import Embeddings
+    from pyramidreid.gallery.gallery import Gallery
+    path = Path(args.tmp)/f'gallery-{args.n}x{args.dim}'
+    if not (path/'gallery.json').exists():
+        gallery = Gallery(RandomModel(), dtype='float16')
+        for first in range(0, args.n, 50000):
+            embs,pids = crowd.draw(min(50000, args.n-first), first)
+            keys = (first+np.arange(len(embs))).astype(str)
+            table = pd.DataFrame(dict(key=keys, pid=pids, cam=pids%6))
+            gallery.add(table, embs=Embeddings(embs, RandomModel.fingerprint))
+        gallery.save(path)
+        del gallery,embs
+    return Gallery.load(path, RandomModel(), check=False), path
+
+def index_size_mb(gallery, tmp):
+    "Megabytes of the index as a file"
+    file = Path(tmp)/'index.faiss'
+    gallery._write_index(file)
+    size = file.stat().st_size/1e6
+    file.unlink()
+    return size
+
+def recall_at_10(found, expected): return float(np.mean([len(set(a)&set(b))/10 for a,b in zip(found, expected)]))
 
 def approximate(args, kind):
+    "Recall, time and memory of an index"
     import faiss
 
     from pyramidreid.gallery.entries import Embeddings
-    from pyramidreid.gallery.gallery import Gallery
-    from pyramidreid.gallery.nearest import exact as search_exactly
+    from pyramidreid.gallery.nearest import exact_search
     faiss.omp_set_num_threads(THREADS)
-    path,crowd = Path(args.tmp)/f'gallery-{args.n}x{args.dim}',Crowd(args.dim, args.n//20)
-    if not (path/'gallery.json').exists():
-        gallery = Gallery(Nobody(), dtype='float16')
-        for i in range(0, args.n, 50000):
-            g,pids = crowd.draw(min(50000, args.n-i), i)
-            gallery.add(pd.DataFrame(dict(key=(i+np.arange(len(g))).astype(str), pid=pids, cam=pids%6)), embs=Embeddings(g, 'drawn'))
-        gallery.save(path)
-        del gallery,g
-    gallery = Gallery.load(path, Nobody(), check=False)
+    crowd = Crowd(args.dim, args.n//20)
+    gallery,path = large_gallery(args, crowd)
     q = crowd.draw(256, args.n)[0]
     start = time.perf_counter()
     with Peak() as peak: gallery.build_index(kind)
     built = time.perf_counter()-start
-    e = Embeddings(q, 'drawn')
+    query = Embeddings(q, RandomModel.fingerprint)
     start = time.perf_counter()
-    truth = search_exactly(q, gallery.rows, 10)[1]
-    brute = time.perf_counter()-start
-    start = time.perf_counter()
-    for i in range(4): search_exactly(q[i:i+1], gallery.rows, 10)
-    brute_single = (time.perf_counter()-start)/4
-    found = gallery.search(e, 10).key.astype(int).to_numpy().reshape(-1,10)
-    t = rounds({'one at a time':lambda: [gallery.search(e[i], 10) for i in range(32)], '256 at once':lambda: gallery.search(e, 10), 'by another camera, 256 at once':lambda: gallery.search(e, 10, exclude_cam=0)}, 3)
-    file = Path(args.tmp)/'index.faiss'
-    gallery._write_index(file)
-    size = file.stat().st_size
-    file.unlink()
-    return dict(part=kind, n=args.n, dim=args.dim, threads=THREADS, recall_own=gallery.index.note['recall'], effort=gallery.index.note['effort'], recall_at_10=float(np.mean([len(set(a)&set(b))/10 for a,b in zip(found, truth)])),
-                build_s=built, build_peak_mb=peak.mb, index_mb=size/1e6, disk_mb=sum(o.stat().st_size for o in path.iterdir())/1e6, exact_ms=1e3*brute/256, exact_single_ms=1e3*brute_single,
-                ms_single=1e3*t['one at a time']/32, ms_batch=1e3*t['256 at once']/256, ms_filtered=1e3*t['by another camera, 256 at once']/256)
+    expected = exact_search(q, gallery.rows, 10)[1]
+    exactly = time.perf_counter()-start
+    one_exactly = np.mean([seconds(lambda i=i: exact_search(q[i:i+1], gallery.rows, 10)) for i in range(4)])
+    best = best_of({
+        'one at a time': lambda: [gallery.search(query[i], 10) for i in range(32)],
+        '256 at once': lambda: gallery.search(query, 10),
+        'by another camera, 256 at once': lambda: gallery.search(query, 10, exclude_cam=0)}, 3)
+    return dict(
+        part=kind, n=args.n, dim=args.dim, threads=THREADS, recall_own=gallery.index.note['recall'],
+        effort=gallery.index.note['effort'], recall_at_10=recall_at_10(found_rows(gallery, query), expected),
+        build_s=built, build_peak_mb=peak.mb, index_mb=index_size_mb(gallery, args.tmp), disk_mb=size_mb(path),
+        exact_ms=1e3*exactly/256, exact_single_ms=float(1e3*one_exactly), ms_single=1e3*best['one at a time']/32,
+        ms_batch=1e3*best['256 at once']/256, ms_filtered=1e3*best['by another camera, 256 at once']/256)
+
+# ---- tables
+
+def exact_table(part):
+    table = pd.DataFrame(part['rows'])
+    table['over plain'] = table['over plain'].map('{:+.1%}'.format)
+    text = (f"Exact, {part['n']:,} × {part['dim']}, {part['threads']} threads, milliseconds a query ({part['date']}). The "
+            f"same ten as plain FAISS for {part['agree']:.1%} of the queries; {part['disk_mb']:.0f} MB on disk, saved in "
+            f"{part['save_s']:.1f} s, loaded and checked in {part['load_s']:.1f} s.")
+    return f"{text}\n\n{markdown(table.round(2).set_index('queries at once'))}"
+
+def approximate_row(kind, part):
+    return {
+        'index': kind, 'vectors': f"{part['n']:,} × {part['dim']}", 'recall@10': f"{part['recall_at_10']:.3f}",
+        'on its own rows': f"{part['recall_own']:.3f}", 'effort': part['effort'],
+        'ms, one at a time': f"{part['ms_single']:.1f}", 'exactly': f"{part['exact_single_ms']:,.0f}",
+        'ms, 256 at once': f"{part['ms_batch']:.1f}", 'filtered': f"{part['ms_filtered']:.1f}",
+        'exactly ': f"{part['exact_ms']:.0f}", 'build, s': f"{part['build_s']:.0f}",
+        'peak of the build, MB': f"{part['build_peak_mb']:,.0f}", 'index, MB': f"{part['index_mb']:,.0f}",
+        'on disk, MB': f"{part['disk_mb']:,.0f}", 'date': part['date']}
 
 def tables(parts):
     "What was measured, as Markdown"
-    res = []
-    if 'exact' in parts:
-        o = parts['exact']
-        t = pd.DataFrame(o['rows'])
-        t['over plain'] = t['over plain'].map('{:+.1%}'.format)
-        res.append(f"Exact, {o['n']:,} × {o['dim']}, {o['threads']} threads, milliseconds a query ({o['date']}). The same ten as plain FAISS for {o['agree']:.1%} of the queries; {o['disk_mb']:.0f} MB on disk, saved in {o['save_s']:.1f} s, loaded and checked in {o['load_s']:.1f} s.\n\n" + markdown(t.round(2).set_index('queries at once')))
-    rows = [{'index':k, 'vectors':f"{o['n']:,} × {o['dim']}", 'recall@10':f"{o['recall_at_10']:.3f}", 'on its own rows':f"{o['recall_own']:.3f}", 'effort':o['effort'], 'ms, one at a time':f"{o['ms_single']:.1f}", 'exactly':f"{o['exact_single_ms']:,.0f}", 'ms, 256 at once':f"{o['ms_batch']:.1f}",
-             'filtered':f"{o['ms_filtered']:.1f}", 'exactly ':f"{o['exact_ms']:.0f}", 'build, s':f"{o['build_s']:.0f}", 'peak of the build, MB':f"{o['build_peak_mb']:,.0f}", 'index, MB':f"{o['index_mb']:,.0f}", 'on disk, MB':f"{o['disk_mb']:,.0f}", 'date':o['date']}
-            for k,o in parts.items() if k!='exact']
-    if rows: res.append(f"Approximate, {THREADS} threads; peak beyond what the process had before, embeddings mapped from disk:\n\n"+markdown(pd.DataFrame(rows).set_index('index')))
-    return '\n\n'.join(res)
+    texts = [exact_table(parts['exact'])] if 'exact' in parts else []
+    rows = [approximate_row(kind, part) for kind,part in parts.items() if kind!='exact']
+    if rows:
+        texts.append(f"Approximate, {THREADS} threads; peak beyond what the process had before, embeddings mapped from "
+                     f"disk:\n\n{markdown(pd.DataFrame(rows).set_index('index'))}")
+    return '\n\n'.join(texts)
 
-if __name__=='__main__':
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--only', nargs='*', choices=['exact','ivf','hnsw'], default=['exact','ivf','hnsw'])
-    p.add_argument('--n', type=int, default=1000000)
-    p.add_argument('--dim', type=int, default=2688)
-    p.add_argument('--tmp', default=tempfile.gettempdir())
-    p.add_argument('--part', help=argparse.SUPPRESS)
-    args = p.parse_args()
+# ---- the command
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', nargs='*', choices=['exact','ivf','hnsw'], default=['exact','ivf','hnsw'])
+    parser.add_argument('--n', type=int, default=1000000)
+    parser.add_argument('--dim', type=int, default=2688)
+    parser.add_argument('--tmp', default=tempfile.gettempdir())
+    parser.add_argument('--part', help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+def run_part(part, args):
+    "Measure one part in a process of its own"
+    sizes = ['--n', str(args.n), '--dim', str(args.dim), '--tmp', args.tmp]
+    environment = {**os.environ, 'OMP_NUM_THREADS': str(THREADS)}
+    process = subprocess.run([sys.executable, __file__, '--part', part, *sizes], stdout=subprocess.PIPE, text=True,
+                             env=environment)
+    if process.returncode: raise SystemExit(f'{part} failed')
+    return json.loads(process.stdout.split('RESULT ')[1])
+
+def note_part(part, result):
+    "Add a part's result to the file of results; returns all parts"
+    import faiss
+    file,info = results/'gallery.json',circumstances()
+    parts = json.loads(file.read_text())['parts'] if file.exists() else {}
+    parts[part] = dict(result, date=info['date'], command=info['command'])
+    file.write_text(json.dumps(dict(info, faiss=faiss.__version__, parts=parts), indent=1))
+    return parts
+
+def main():
+    args = parse()
     if args.part:
-        print('RESULT '+json.dumps(exact(args) if args.part=='exact' else approximate(args, args.part)))
-        sys.exit()
+        result = exact(args) if args.part=='exact' else approximate(args, args.part)
+        print('RESULT ' + json.dumps(result))
+        return
+    text = ('Embeddings are random, see the head of `benchmarks/gallery.py`; recall of an index depends on the data, so '
+            '`build_index` measures and prints it for yours.')
     for part in args.only:
-        run = subprocess.run([sys.executable,__file__,'--part',part,'--n',str(args.n),'--dim',str(args.dim),'--tmp',args.tmp], stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS':str(THREADS)})
-        if run.returncode: raise SystemExit(f'{part} failed')
-        file,info = results/'gallery.json',circumstances()
-        parts = json.loads(file.read_text())['parts'] if file.exists() else {}
-        parts[part] = dict(json.loads(run.stdout.split('RESULT ')[1]), date=info['date'], command=info['command'])
-        import faiss
-        file.write_text(json.dumps(dict(info, faiss=faiss.__version__, parts=parts), indent=1))
-        write_table('gallery', 'Searching a gallery', tables(parts), 'Embeddings are drawn, see the head of `benchmarks/gallery.py`; recall of an index depends on the data, so `build_index` measures and prints it for yours.')
+        parts = note_part(part, run_part(part, args))
+        write_table('gallery', 'Searching a gallery', tables(parts), text)
+
+if __name__=='__main__': main()
