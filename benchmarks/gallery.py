@@ -1,8 +1,8 @@
 """The gallery: time of a search compared with plain FAISS, and recall, time and memory of the approximate indexes.
 
-`--only exact ivf hnsw` runs some of the parts. `exact` has 20,000 embeddings of the full pyramid, two threads; the others
-have `--n` embeddings of `--dim` dimensions in half precision, saved in `--tmp` and mapped from there (2 bytes a value).
-Every part is a process of its own. Embeddings are random: for `exact` people around centres of their own, shifted by
+`--only exact ivf hnsw` runs some of the parts. `exact` has 20,000 embeddings of the full pyramid, two threads; the
+others have `--n` embeddings of `--dim` dimensions in half precision, saved in `--tmp` and mapped from there (2 bytes
+a value). Every part is a process of its own. Embeddings are random: for `exact` people around centres of their own, shifted by
 camera; for the others, whose recall depends on it, with the spectrum of real ones (`Crowd`)."""
 import argparse
 import json
@@ -30,8 +30,8 @@ class RandomModel:
 
 class Crowd:
     """Random embeddings with the spectrum of those of Market-1501's test people by the network of
-    results/market1501-modern-cpu.json (2,688-d): 27 % of the energy is their mean, 55 % lies between people and falls with the
-    k-th direction as k^-1.7, 18 % lies between images of one person and falls as k^-1.1"""
+    results/market1501-modern-cpu.json (2,688-d): 27 % of the energy is their mean, 55 % lies between people and falls
+    with the k-th direction as k^-1.7, 18 % lies between images of one person and falls as k^-1.1"""
     def __init__(self, dim, n_pids, seed=0):
         rng,k = np.random.default_rng(seed),np.arange(1, dim+1)
         def spectrum(energy, slope): return np.sqrt(energy*k**-slope/(k**-slope).sum()).astype(np.float32)
@@ -179,9 +179,9 @@ def approximate(args, kind):
 def exact_table(part):
     table = pd.DataFrame(part['rows'])
     table['over plain'] = table['over plain'].map('{:+.1%}'.format)
-    text = (f"Exact, {part['n']:,} × {part['dim']}, {part['threads']} threads, milliseconds a query ({part['date']}). The "
-            f"same ten as plain FAISS for {part['agree']:.1%} of the queries; {part['disk_mb']:.0f} MB on disk, saved in "
-            f"{part['save_s']:.1f} s, loaded and checked in {part['load_s']:.1f} s.")
+    text = (f"Exact, {part['n']:,} × {part['dim']}, {part['threads']} threads, milliseconds a query ({part['date']}). "
+            f"The same ten as plain FAISS for {part['agree']:.1%} of the queries; {part['disk_mb']:.0f} MB on disk, "
+            f"saved in {part['save_s']:.1f} s, loaded and checked in {part['load_s']:.1f} s.")
     return f"{text}\n\n{markdown(table.round(2).set_index('queries at once'))}"
 
 def approximate_row(kind, part):
@@ -238,8 +238,8 @@ def main():
         result = exact(args) if args.part=='exact' else approximate(args, args.part)
         print('RESULT ' + json.dumps(result))
         return
-    text = ('Embeddings are random, see the head of `benchmarks/gallery.py`; recall of an index depends on the data, so '
-            '`build_index` measures and prints it for yours.')
+    text = ('Embeddings are random, see the head of `benchmarks/gallery.py`; recall of an index depends on the data, '
+            'so `build_index` measures and prints it for yours.')
     for part in args.only:
         parts = note_part(part, run_part(part, args))
         write_table('gallery', 'Searching a gallery', tables(parts), text)

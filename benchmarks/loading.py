@@ -120,8 +120,8 @@ def main():
     note = dict(circumstances(), images=images, batch=[args.p, args.k], runs=runs)
     (results/f'loading-{device}.json').write_text(json.dumps(note, indent=1))
     text = (f"{images}; batches of {args.p}×{args.k}. One process, one thread, no workers. Median of {args.turns} "
-            "rounds, the best in brackets. *Fetch alone* gives uint8 pixels at the size they are kept at, which is all that a "
-            "processor has to do where a GPU does the rest.")
+            "rounds, the best in brackets. *Fetch alone* gives uint8 pixels at the size they are kept at, which is all "
+            "that a processor has to do where a GPU does the rest.")
     table = markdown(pd.DataFrame(make_table(runs)).rename_axis(''))
     write_table(f'loading-{device}', 'Images per second and core', table, text)
 
