@@ -2,8 +2,8 @@
 
 `--only exact ivf hnsw` runs some of the parts. `exact` has 20,000 embeddings of the full pyramid, two threads; the
 others have `--n` embeddings of `--dim` dimensions in half precision, saved in `--tmp` and mapped from there (2 bytes
-a value). Every part is a process of its own. Embeddings are random: for `exact` people around centres of their own, shifted by
-camera; for the others, whose recall depends on it, with the spectrum of real ones (`Crowd`)."""
+a value). Every part is a process of its own. Embeddings are random: for `exact` people around centres of their own,
+shifted by camera; for the others, whose recall depends on it, with the spectrum of real ones (`Crowd`)."""
 import argparse
 import json
 import os
