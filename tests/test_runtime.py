@@ -37,7 +37,8 @@ def test_works_where_there_is_nothing_else(file, files):
     code = f'''
 import sys
 allowed = {{'pyramidreid','onnxruntime','numpy','PIL'}}
-allowed |= {{'flatbuffers','google','coloredlogs','humanfriendly','sympy','mpmath','packaging'}} # onnxruntime's own needs
+# and what onnxruntime needs
+allowed |= {{'flatbuffers','google','coloredlogs','humanfriendly','sympy','mpmath','packaging'}}
 class Forbid:
     def find_spec(self, name, path=None, target=None):
         top = name.split('.')[0]
@@ -131,9 +132,11 @@ def test_pictures_that_are_none(file, files, tmp_path):
     png = tmp_path/'cut.png'
     Image.open(files[0]).save(png)
     png.write_bytes(png.read_bytes()[:-500])
-    for name,o in {'text.jpg':b'hello', 'empty.jpg':b'', 'cut.jpg':data[:len(data)//2], 'head.jpg':data[:200]}.items():
-        (tmp_path/name).write_bytes(o)
-        with pytest.raises(OSError, match=f'{name} is not a valid image, or is cut off'): r.embed([files[0],tmp_path/name])
+    broken = {'text.jpg': b'hello', 'empty.jpg': b'', 'cut.jpg': data[:len(data)//2], 'head.jpg': data[:200]}
+    for name,content in broken.items():
+        (tmp_path/name).write_bytes(content)
+        with pytest.raises(OSError, match=f'{name} is not a valid image, or is cut off'):
+            r.embed([files[0],tmp_path/name])
     with pytest.raises(OSError, match='cut.png is not a valid image, or is cut off'): r.embed(png)
     with pytest.raises(FileNotFoundError, match='no image file .*nobody.jpg'): r.embed([tmp_path/'nobody.jpg'])
     with pytest.raises(FileNotFoundError, match='no image file'): r.embed(tmp_path)
@@ -259,7 +262,8 @@ def test_an_operation_of_ones_own_is_refused(file, tmp_path):
 def test_what_computes_is_what_was_asked_for(file, monkeypatch):
     assert Runtime(file, providers='CPUExecutionProvider').session.get_providers()==['CPUExecutionProvider']
     unknown = "does not know the provider 'CudaExecutionProvider'. Available here: .*CPUExecutionProvider"
-    with pytest.raises(ValueError, match=unknown): Runtime(file, providers=['CudaExecutionProvider','CPUExecutionProvider'])
+    with pytest.raises(ValueError, match=unknown):
+        Runtime(file, providers=['CudaExecutionProvider','CPUExecutionProvider'])
     if 'CUDAExecutionProvider' in ort.get_available_providers(): pytest.skip('there may be a GPU')
     with pytest.raises(ValueError, match='has no CUDAExecutionProvider here, only CPUExecutionProvider'):
         Runtime(file, providers=[('CUDAExecutionProvider', dict(device_id=0))])
