@@ -35,15 +35,17 @@ def _read_facts(fn):
     except FileNotFoundError: reason = 'no such file'
     except Image.UnidentifiedImageError: reason = 'not a known image format' if n_bytes else 'empty file'
     except Exception as e: # whatever a decoder raises
-        reason = getattr(e, 'strerror', None) or str(e) or type(e).__name__
+        cause = e.__cause__ or e
+        reason = getattr(cause, 'strerror', None) or str(cause) or type(cause).__name__
     return None,None,None,n_bytes,None,reason
 
 # %% ../../nbs/data/09_checks.ipynb #56895c44
 def _read_all_facts(fns):
     "A table with the `_file_columns` of each file"
     pool = ThreadPoolExecutor(min(16, 2*(os.cpu_count() or 1)))
-    facts = pool.map(_read_facts, fns)
-    try: return pd.DataFrame(list(with_progress(facts, len(fns)>=500, total=len(fns))), columns=_file_columns)
+    try:
+        facts = pool.map(_read_facts, fns)
+        return pd.DataFrame(list(with_progress(facts, len(fns)>=500, total=len(fns))), columns=_file_columns)
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/data/09_checks.ipynb #a2d2259a
