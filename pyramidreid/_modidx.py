@@ -463,6 +463,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'pyramidreid/data/tables.py'),
                                          'pyramidreid.data.tables._has_match': ( 'data/tables.html#_has_match',
                                                                                  'pyramidreid/data/tables.py'),
+                                         'pyramidreid.data.tables._is_junk_id': ( 'data/tables.html#_is_junk_id',
+                                                                                  'pyramidreid/data/tables.py'),
                                          'pyramidreid.data.tables._prefix_ids': ( 'data/tables.html#_prefix_ids',
                                                                                   'pyramidreid/data/tables.py'),
                                          'pyramidreid.data.tables._same_person': ( 'data/tables.html#_same_person',

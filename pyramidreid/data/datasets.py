@@ -17,8 +17,8 @@ from .registry import attach_counts, dataset_variants, reid_sets
 from ..images import find_images
 
 # %% ../../nbs/data/03_datasets.ipynb #d6d34966
-def _around(path):
-    "The folder above `path` and the folders in it"
+def _around(path): # Folder, which need not exist
+    "Return the folder above `path` and the folders in it"
     inside = sorted(path.iterdir()) if path.is_dir() else []
     return [o for o in (path.absolute().parent, *inside) if os.path.isdir(o)]
 
@@ -177,8 +177,8 @@ def _agreement(dataset, path, n_images):
         n_same += sum(n_images.get(source, 0) for source in dataset.parts[split])==published
     return n_same,_simplify(dataset.name) in _simplify(path.absolute().name)
 
-def _recognise(path):
-    "Keys of the datasets that `path` may be, the most likely first"
+def _recognise(path): # Folder, or CUHK03's MATLAB file
+    "Return the keys of the datasets that `path` may be, the most likely first"
     if path.suffix=='.mat' or (path/'cuhk-03.mat').exists(): return ['cuhk03']
     keys = [key for key,dataset in reid_sets.items() if _could_be(dataset, path)]
     if len(keys)<2: return keys

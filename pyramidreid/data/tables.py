@@ -56,9 +56,11 @@ def unique_sorted_ids(ids): # Person or camera ids
     try: return sorted(unique)
     except TypeError: return sorted(unique, key=str)
 
+def _is_junk_id(pid): return pid=='-1' if isinstance(pid, str) else pid==-1
+
 def is_junk(pids): # Series of person ids
     "Return a boolean Series: which of `pids` are -1"
-    return pids.map(lambda pid: pid=='-1' if isinstance(pid, str) else pid==-1).astype(bool)
+    return pids.map(_is_junk_id).astype(bool)
 
 # %% ../../nbs/data/01_tables.ipynb #eb404733
 def _check_fraction(pct):
@@ -159,7 +161,8 @@ def train_on_all(
     df,  # Table with `fn`, `pid`, `cam` and `split`
 )->pd.DataFrame:
     "Make the images of all splits training images; drop junk and distractors (id 0, in the gallery only)"
-    has_id_0 = df.pid.map(lambda pid: str(pid).split('/')[-1] in ('0','0.0'))
+    last_parts = df.pid.map(lambda pid: str(pid).split('/')[-1]) # of ids like 'Market-1501/0'
+    has_id_0 = last_parts.isin(['0','0.0'])
     elsewhere = df.pid[df.split!='gallery']
     distractor = has_id_0 & ~df.pid.isin(elsewhere)
     train = df[~is_junk(df.pid) & ~distractor].reset_index(drop=True).assign(split='train')
