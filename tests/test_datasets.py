@@ -1,458 +1,619 @@
-"The published sets: each read from a tiny folder in its exact layout, and what goes wrong with real folders"
+"The published datasets: each read from a tiny folder in its exact layout, and what goes wrong with real folders"
 import errno
 import inspect
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-import pyramidreid.data.cuhk03 as cuhk03
 from pyramidreid.data.cuhk03 import *
 from pyramidreid.data.datasets import *
-from pyramidreid.data.datasets import _finish
 from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.data.registry import attach_counts, reid_sets
 from pyramidreid.data.tables import encode_table, join_tables, train_on_all
 
 h5py,sio = pytest.importorskip('h5py'),pytest.importorskip('scipy.io')
-BOXES = dict(train='bounding_box_train', query='query', gallery='bounding_box_test')
-COLS = ['fn','pid','cam','split']
 
-def touch(path, *names):
-    for o in names:
-        (path/o).parent.mkdir(parents=True, exist_ok=True)
-        (path/o).touch()
+COLUMNS = ['fn','pid','cam','split']
+FOLDERS = dict(train='bounding_box_train', query='query', gallery='bounding_box_test')
+
+def make_empty(path, *names):
+    "Empty files; returns `path`"
+    for name in names:
+        (path/name).parent.mkdir(parents=True, exist_ok=True)
+        (path/name).touch()
     return path
 
-def draw(path, *names):
-    "Images of 8×4 pixels"
-    for i,o in enumerate(names):
-        (path/o).parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (4,8), (7*i%255,90,120)).save(path/o)
+def make_images(path, *names):
+    "Images of 8×4 pixels; returns `path`"
+    for i,name in enumerate(names):
+        (path/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (4,8), (7*i%255,90,120)).save(path/name)
     return path
 
-def facts(df): return sorted((f.name,p,c,s) for f,p,c,s in df[COLS].itertuples(index=False))
-def rename(o): return o.replace('/','_')
+def rows_of(df): return sorted((fn.name, pid, cam, split) for fn,pid,cam,split in df[COLUMNS].itertuples(index=False))
+def images_of(df, split): return df[df.split==split]
+def pids_by_split(df): return df.groupby('split').pid.unique().map(lambda pids: sorted(pids, key=str)).to_dict()
 
-NAMES = {
-    'market1501':[('0002_c1s1_000451_03.jpg','train',2,1), ('0003_c6s4_000451_01.jpg','query',3,6),
-                  ('0003_c2s1_000001_00.jpg','gallery',3,2), ('-1_c1s1_000401_03.jpg','gallery',-1,1), ('0000_c4s6_014991_01.jpg','gallery',0,4)],
-    'dukemtmc':[('0001_c2_f0046182.jpg','train',1,2), ('0005_c8_f0046985.jpg','query',5,8), ('7140_c3_f0200013.jpg','gallery',7140,3)],
-    'cuhk03_np':[('0003_c1_22.png','train',3,1), ('0001_c2_10.png','query',1,2), ('1467_c1_1.png','gallery',1467,1)]}
-NAMES['occluded_duke'] = NAMES['dukemtmc']
+# File name, person, camera and split of a few images of each dataset in Market-1501's layout
+IMAGES = dict(
+    market1501=[
+        ('0002_c1s1_000451_03.jpg', 2, 1, 'train'),
+        ('0003_c6s4_000451_01.jpg', 3, 6, 'query'),
+        ('0003_c2s1_000001_00.jpg', 3, 2, 'gallery'),
+        ('-1_c1s1_000401_03.jpg', -1, 1, 'gallery'),
+        ('0000_c4s6_014991_01.jpg', 0, 4, 'gallery')],
+    dukemtmc=[
+        ('0001_c2_f0046182.jpg', 1, 2, 'train'),
+        ('0005_c8_f0046985.jpg', 5, 8, 'query'),
+        ('7140_c3_f0200013.jpg', 7140, 3, 'gallery')],
+    cuhk03_np=[
+        ('0003_c1_22.png', 3, 1, 'train'),
+        ('0001_c2_10.png', 1, 2, 'query'),
+        ('1467_c1_1.png', 1467, 1, 'gallery')])
+IMAGES['occluded_duke'] = IMAGES['dukemtmc']
 
-def boxes(path, key, make=touch, sub=''): return make(path, *[f'{sub}{BOXES[split]}/{f}' for f,split,*_ in NAMES[key]])
-def expected(key): return sorted((f,p,c,s) for f,s,p,c in NAMES[key])
+def make_boxes(path, key, below=''):
+    "The images of a dataset in Market-1501's layout, in `path` or a folder `below` it; returns `path`"
+    return make_empty(path, *[f'{below}{FOLDERS[split]}/{name}' for name,_,_,split in IMAGES[key]])
 
-MSMT = dict(train=[('0000/0000_000_01_0303morning_0008_0.jpg',0), ('0000/0000_001_14_0303noon_0010_1_ex.jpg',0)], val=[('1040/1040_000_07_0302afternoon_0008_0.jpg',1040)],
-            query=[('0000/0000_002_15_0113afternoon_0001_0.jpg',0)], gallery=[('0000/0000_000_01_0303morning_0008_0.jpg',0), ('3059/3059_004_12_0303morning_0008_0.jpg',3059)])
-def msmt17(path, v=1, make=touch, end='\n', tail=''):
-    for part,lines in MSMT.items():
-        folder = ('test' if part in ('query','gallery') else 'train') if v==1 else ('mask_test_v2' if part in ('query','gallery') else 'mask_train_v2')
-        make(path, *[f'{folder}/{f}' for f,_ in lines])
-        (path/f'list_{part}.txt').write_bytes((end.join(f'{f} {p}' for f,p in lines)+end+tail).encode())
+# Images and person ids in each list of MSMT17
+MSMT17 = dict(
+    train=[('0000/0000_000_01_0303morning_0008_0.jpg', 0), ('0000/0000_001_14_0303noon_0010_1_ex.jpg', 0)],
+    val=[('1040/1040_000_07_0302afternoon_0008_0.jpg', 1040)],
+    query=[('0000/0000_002_15_0113afternoon_0001_0.jpg', 0)],
+    gallery=[('0000/0000_000_01_0303morning_0008_0.jpg', 0), ('3059/3059_004_12_0303morning_0008_0.jpg', 3059)])
+MSMT17_FOLDERS = {1: ('train','test'), 2: ('mask_train_v2','mask_test_v2')}
+
+def make_msmt17(path, version=1, make=make_empty, end='\n', tail=''):
+    "MSMT17 with lines that end in `end`, and `tail` behind the last; returns `path`"
+    train,test = MSMT17_FOLDERS[version]
+    for name,images in MSMT17.items():
+        folder = test if name in ('query','gallery') else train
+        make(path, *[f'{folder}/{fn}' for fn,_ in images])
+        text = end.join(f'{fn} {pid}' for fn,pid in images)+end+tail
+        (path/f'list_{name}.txt').write_bytes(text.encode())
     return path
 
-def bodies(path, make=touch):
-    "The three sets of partial and occluded people, below `path`"
-    make(path/'Partial-REID_Dataset', *[f'{k}_body_images/{p:03d}_{i:03d}.jpg' for k in ('partial','whole','occluded') for p in (1,60) for i in (1,2)])
-    make(path/'Occluded_REID', *[f'{k}_body_images/{p:03d}/{p:03d}_{i:02d}.tif' for k in ('occluded','whole') for p in (1,200) for i in (1,5)])
-    make(path/'P-DukeMTMC-reid', *[f'{t}/{k}_body_images/{p:04d}/{p:04d}_c{c}_f0046182.jpg' for t,p in (('train',1),('train',3),('test',2)) for k,c in (('occluded',1),('whole',2))])
-    return path
+def make_bodies(path):
+    "The three datasets of partial and occluded people, below `path`"
+    partial,occluded,duke = [],[],[]
+    for kind in ('partial','whole','occluded'):
+        partial += [f'{kind}_body_images/{pid:03d}_{i:03d}.jpg' for pid in (1,60) for i in (1,2)]
+    for kind in ('occluded','whole'):
+        occluded += [f'{kind}_body_images/{pid:03d}/{pid:03d}_{i:02d}.tif' for pid in (1,200) for i in (1,5)]
+    for split,pid in (('train',1), ('train',3), ('test',2)):
+        for kind,cam in (('occluded',1), ('whole',2)):
+            duke.append(f'{split}/{kind}_body_images/{pid:04d}/{pid:04d}_c{cam}_f0046182.jpg')
+    make_empty(path/'Partial-REID_Dataset', *partial)
+    make_empty(path/'Occluded_REID', *occluded)
+    make_empty(path/'P-DukeMTMC-reid', *duke)
 
-# each set in its layout
+# each dataset in its layout
 
-def test_market_with_what_lies_around_in_the_original(tmp_path):
-    path = boxes(tmp_path/'Market-1501-v15.09.15', 'market1501')
-    touch(path, 'bounding_box_train/Thumbs.db', 'query/Thumbs.db', 'bounding_box_test/.DS_Store', 'query/._0003_c6s4_000451_01.jpg', 'readme.txt', 'gt_bbox/0001_c1s1_001051_00.jpg', 'gt_query/0001_c1s1_001051_00_good.mat')
+def test_market_with_what_else_is_in_the_original(tmp_path):
+    path = make_boxes(tmp_path/'Market-1501-v15.09.15', 'market1501')
+    make_empty(path, 'bounding_box_train/Thumbs.db', 'query/Thumbs.db', 'bounding_box_test/.DS_Store',
+               'query/._0003_c6s4_000451_01.jpg', 'readme.txt', 'gt_bbox/0001_c1s1_001051_00.jpg',
+               'gt_query/0001_c1s1_001051_00_good.mat')
     df = market_table(path)
-    assert list(df.columns)==COLS and facts(df)==expected('market1501') and df.cam.dtype==df.pid.dtype==np.int64
-    assert df.attrs==dict(name='Market-1501', counts=dict(train=(12936,751), query=(3368,750), gallery=(15913,751)))
+    assert list(df.columns)==COLUMNS
+    assert rows_of(df)==sorted(IMAGES['market1501'])
+    assert df.cam.dtype==df.pid.dtype==np.int64
+    counts = dict(train=(12936,751), query=(3368,750), gallery=(15913,751))
+    assert df.attrs==dict(name='Market-1501', counts=counts)
 
-@pytest.mark.parametrize('folder,name,known', [('Market-1501-v15.09.15','Market-1501',True), ('market1501','Market-1501',True), ('Market_1501','Market-1501',True), ('street','street',False)])
-def test_only_market_is_called_so_and_compared(tmp_path, capsys, folder, name, known):
-    df = market_table(boxes(tmp_path/folder, 'market1501'))
-    assert df.attrs['name']==name and bool(df.attrs['counts'])==known
-    out = capsys.readouterr().out
-    assert ('Market-1501 gallery: 2 images of 2 identities, published 15,913 of 751' in out)==known and len(out.splitlines())==3*known
+@pytest.mark.parametrize('folder', ['Market-1501-v15.09.15','market1501','Market_1501'])
+def test_market_is_compared_with_the_published_counts(tmp_path, capsys, folder):
+    df = market_table(make_boxes(tmp_path/folder, 'market1501'))
+    assert df.attrs['name']=='Market-1501' and df.attrs['counts']
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines)==3 and 'Market-1501 gallery: 2 images of 2 identities, published 15,913 of 751' in lines
 
-def test_the_folder_one_stands_in_has_a_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(boxes(tmp_path/'street', 'market1501'))
+def test_another_folder_in_its_layout_is_not(tmp_path, capsys):
+    df = market_table(make_boxes(tmp_path/'street', 'market1501'))
+    assert df.attrs==dict(name='street', counts={})
+    assert capsys.readouterr().out==''
+
+def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_boxes(tmp_path/'street', 'market1501'))
     assert market_table('.').attrs['name']=='street'
 
 @pytest.mark.parametrize('folder', ['with space','Straße des 17. Juni','市场','a.b'])
-@pytest.mark.parametrize('key,read', [('market1501',market_table),('dukemtmc',duke_table),('cuhk03_np',cuhk03_np_table)])
-def test_folders_of_any_name_and_loud_suffixes(tmp_path, folder, key, read):
-    path = boxes(tmp_path/folder, key, sub='detected/' if key=='cuhk03_np' else '')
-    for f in [f for f in path.rglob('*') if f.is_file()]: f.rename(f.with_suffix(f.suffix.upper()))
-    assert [(f.rsplit('.')[0],*o) for f,*o in facts(read(str(path)))]==[(f.rsplit('.')[0],*o) for f,*o in expected(key)]
+@pytest.mark.parametrize('key,read,below', [
+    ('market1501',market_table,''), ('dukemtmc',duke_table,''), ('cuhk03_np',cuhk03_np_table,'detected/')])
+def test_folders_of_any_name_and_extensions_in_capitals(tmp_path, folder, key, read, below):
+    path = make_boxes(tmp_path/folder, key, below=below)
+    for fn in [fn for fn in path.rglob('*') if fn.is_file()]: fn.rename(fn.with_suffix(fn.suffix.upper()))
+    def without_extension(rows): return [(name.split('.')[0], *rest) for name,*rest in rows]
+    assert without_extension(rows_of(read(str(path))))==without_extension(sorted(IMAGES[key]))
 
-@pytest.mark.parametrize('key,read,name,train', [('dukemtmc',duke_table,'DukeMTMC-reID',(16522,702)), ('occluded_duke',occluded_duke_table,'Occluded-Duke',(15618,702))])
+@pytest.mark.parametrize('key,read,name,train', [
+    ('dukemtmc', duke_table, 'DukeMTMC-reID', (16522,702)),
+    ('occluded_duke', occluded_duke_table, 'Occluded-Duke', (15618,702))])
 def test_duke(tmp_path, key, read, name, train):
-    df = read(boxes(tmp_path/'x', key))
-    assert facts(df)==expected(key) and df.attrs['name']==name and df.attrs['counts']['train']==train and df.attrs['counts']['gallery']==(17661,1110)
+    df = read(make_boxes(tmp_path/'x', key))
+    assert rows_of(df)==sorted(IMAGES[key])
+    assert df.attrs['name']==name
+    assert df.attrs['counts']['train']==train and df.attrs['counts']['gallery']==(17661,1110)
 
 def test_cuhk03_np(tmp_path):
-    path = boxes(tmp_path/'cuhk03-np', 'cuhk03_np', sub='labeled/')
+    path = make_boxes(tmp_path/'cuhk03-np', 'cuhk03_np', below='labeled/')
     with pytest.raises(FileNotFoundError, match='CUHK03-NP detected is not at.*detected'): cuhk03_np_table(path)
-    boxes(path, 'cuhk03_np', sub='detected/')
-    for o,n in (('detected',7365),('labeled',7368)):
-        df = cuhk03_np_table(path, boxes=o)
-        assert facts(df)==expected('cuhk03_np') and df.attrs['name']==f'CUHK03-NP {o}' and df.attrs['counts']['train']==(n,767)
-        assert all(f.parent.parent.name==o for f in df.fn)
-    with pytest.raises(ValueError, match="boxes='drawn'.*'detected' and 'labeled'"): cuhk03_np_table(path, boxes='drawn')
+    make_boxes(path, 'cuhk03_np', below='detected/')
+    for boxes,n_train in (('detected',7365), ('labeled',7368)):
+        df = cuhk03_np_table(path, boxes=boxes)
+        assert rows_of(df)==sorted(IMAGES['cuhk03_np'])
+        assert df.attrs['name']==f'CUHK03-NP {boxes}' and df.attrs['counts']['train']==(n_train,767)
+        assert {fn.parent.parent.name for fn in df.fn}=={boxes}
+    with pytest.raises(ValueError, match="boxes='drawn'.*'detected' and 'labeled'"): cuhk03_np_table(path, 'drawn')
 
-@pytest.mark.parametrize('v', [1,2])
+@pytest.mark.parametrize('version', [1,2])
 @pytest.mark.parametrize('end,tail', [('\n',''), ('\r\n',''), ('\n','\n\n'), ('\r\n','\r\n  \r\n')])
-def test_msmt17(tmp_path, v, end, tail):
-    "Training is train and val; test people are others though their numbers are the same; the camera is the third field"
-    df = msmt17_table(msmt17(tmp_path/'MSMT17', v, end=end, tail=tail))
-    assert [(p,c,s) for p,c,s in df[['pid','cam','split']].itertuples(index=False)]==[
-        (0,1,'train'),(0,14,'train'),(1040,7,'train'),(10000,15,'query'),(10000,1,'gallery'),(13059,12,'gallery')]
-    assert df.attrs['name']==f'MSMT17 V{v}' and df.attrs['counts']==dict(train=(32621,1041), query=(11659,3060), gallery=(82161,3060))
-    assert all(f.exists() for f in df.fn) and df.pid.dtype==np.int64
-    assert not set(df.pid[df.split=='train']) & set(df.pid[df.split!='train'])
+def test_msmt17(tmp_path, version, end, tail):
+    "Training is train and val; test people are others though they have the same ids; the camera is the third field"
+    df = msmt17_table(make_msmt17(tmp_path/'MSMT17', version, end=end, tail=tail))
+    assert list(df[['pid','cam','split']].itertuples(index=False, name=None))==[
+        (0,1,'train'), (0,14,'train'), (1040,7,'train'), (10000,15,'query'), (10000,1,'gallery'), (13059,12,'gallery')]
+    assert df.attrs['name']==f'MSMT17 V{version}'
+    assert df.attrs['counts']==dict(train=(32621,1041), query=(11659,3060), gallery=(82161,3060))
+    assert all(fn.exists() for fn in df.fn) and df.pid.dtype==np.int64
 
-def test_sets_of_occluded_and_partial_people(tmp_path):
-    bodies(tmp_path)
+def test_partial_and_occluded_people(tmp_path):
+    make_bodies(tmp_path)
     df = dataset_table(tmp_path/'Partial-REID_Dataset', 'partial_reid')
-    assert facts(df)==sorted((f'{p:03d}_{i:03d}.jpg',p,None,s) for s in ('query','gallery') for p in (1,60) for i in (1,2))
-    assert {f.parent.name for f in df.fn[df.split=='query']}=={'partial_body_images'}
+    names = [(f'{pid:03d}_{i:03d}.jpg', pid) for pid in (1,60) for i in (1,2)]
+    assert rows_of(df)==sorted((name, pid, None, split) for name,pid in names for split in ('query','gallery'))
+    assert {fn.parent.name for fn in images_of(df, 'query').fn}=={'partial_body_images'}
     df = dataset_table(tmp_path/'Occluded_REID', 'occluded_reid')
-    assert facts(df)==sorted((f'{p:03d}_{i:02d}.tif',p,None,s) for s in ('query','gallery') for p in (1,200) for i in (1,5))
-    df = dataset_table(tmp_path/'P-DukeMTMC-reid', 'p_dukemtmc')
-    assert df.groupby('split').pid.unique().map(sorted).to_dict()=={'train':[1,3], 'query':[2], 'gallery':[2]} and (df.split=='train').sum()==4
-    assert df.cam.isna().all()
-    for f in [f for f in (tmp_path/'P-DukeMTMC-reid').rglob('*.jpg')]: f.rename(f.with_name(f.name.replace('_f0046182','')))
-    assert dataset_table(tmp_path/'P-DukeMTMC-reid').attrs['name']=='P-DukeMTMC-reID'
+    names = [(f'{pid:03d}_{i:02d}.tif', pid) for pid in (1,200) for i in (1,5)]
+    assert rows_of(df)==sorted((name, pid, None, split) for name,pid in names for split in ('query','gallery'))
+
+def test_p_dukemtmc(tmp_path):
+    make_bodies(tmp_path)
+    path = tmp_path/'P-DukeMTMC-reid'
+    df = dataset_table(path, 'p_dukemtmc')
+    assert pids_by_split(df)=={'train':[1,3], 'query':[2], 'gallery':[2]}
+    assert len(images_of(df, 'train'))==4 and df.cam.isna().all()
+    for fn in list(path.rglob('*.jpg')): fn.rename(fn.with_name(fn.name.replace('_f0046182','')))
+    assert dataset_table(path).attrs['name']=='P-DukeMTMC-reID'
 
 def test_ids_with_more_digits(tmp_path):
-    path = boxes(tmp_path/'x', 'market1501')
-    touch(path, 'query/123456_c12s1_000451_03.jpg')
+    path = make_boxes(tmp_path/'x', 'market1501')
+    make_empty(path, 'query/123456_c12s1_000451_03.jpg')
     df = market_table(path)
     assert (123456,12) in set(zip(df.pid, df.cam))
 
-def test_distractors(tmp_path):
-    path = boxes(tmp_path/'Market-1501', 'market1501')
-    more = touch(tmp_path/'distractors_500k', 'xyz.jpg', '0000_c5s3_000001_00.jpg', '12.JPG', 'Thumbs.db')
-    df = market_table(path, distractors=more)
-    new = df[5:]
-    assert len(new)==3 and (new.pid==0).all() and set(new.split)=={'gallery'} and sorted(new.cam.dropna())==[5] and df.index.is_unique
-    assert df.attrs['name']=='Market-1501 + 3 distractors' and df.attrs['counts']['gallery']==(15916,751) and df.attrs['counts']['train']==(12936,751)
+@pytest.fixture
+def distractors(tmp_path):
+    return make_empty(tmp_path/'distractors_500k', 'xyz.jpg', '0000_c5s3_000001_00.jpg', '12.JPG', 'Thumbs.db')
+
+def test_distractors(tmp_path, distractors):
+    df = market_table(make_boxes(tmp_path/'Market-1501', 'market1501'), distractors=distractors)
+    added = df[5:]
+    assert len(added)==3 and (added.pid==0).all() and set(added.split)=={'gallery'}
+    assert sorted(added.cam.dropna())==[5] and df.index.is_unique
+    assert df.attrs['name']=='Market-1501 + 3 distractors'
+    assert df.attrs['counts']==dict(train=(12936,751), query=(3368,750), gallery=(15916,751))
     coded,_,cams = encode_table(df)
     assert cams==[1,2,4,5,6] and coded[coded.pid==0].label.nunique()==1
-    assert market_table(boxes(tmp_path/'street', 'market1501'), more).attrs['counts']=={}
-    with pytest.raises(FileNotFoundError, match='distractors_500k'): market_table(path, distractors=tmp_path/'nowhere')
 
-def test_counts_are_printed_where_they_differ_and_only_there(capsys):
+def test_distractors_of_another_folder_and_missing_ones(tmp_path, distractors):
+    path = make_boxes(tmp_path/'street', 'market1501')
+    assert market_table(path, distractors).attrs['counts']=={}
+    with pytest.raises(FileNotFoundError, match='distractors_500k'): market_table(path, tmp_path/'nowhere')
+
+def test_counts_are_printed_only_where_they_differ(capsys):
     df = pd.DataFrame(dict(pid=[1,1,2,-1,0], split=['train','train','query','gallery','gallery']))
-    _finish(df, 'X', dict(train=(2,1), query=(1,1), gallery=(1,1)))
+    attach_counts(df, 'X', dict(train=(2,1), query=(1,1), gallery=(1,1)))
     assert capsys.readouterr().out=='' and df.attrs['name']=='X'
-    _finish(df, 'X', dict(train=(2,2), query=(1000,1), gallery=(1,1)))
-    assert capsys.readouterr().out=='X train: 2 images of 1 identities, published 2 of 2\nX query: 1 images of 1 identities, published 1,000 of 1\n'
+    attach_counts(df, 'X', dict(train=(2,2), query=(1000,1), gallery=(1,1)))
+    assert capsys.readouterr().out.splitlines()==[
+        'X train: 2 images of 1 identities, published 2 of 2',
+        'X query: 1 images of 1 identities, published 1,000 of 1']
 
-# folders that are not the set
+# folders that are not the dataset
 
-READERS = dict(market1501=market_table, dukemtmc=duke_table, occluded_duke=occluded_duke_table, cuhk03_np=cuhk03_np_table, msmt17=msmt17_table)
-def build(key, path): return msmt17(path) if key=='msmt17' else boxes(path, key, sub='detected/' if key=='cuhk03_np' else '')
+READERS = dict(market1501=market_table, dukemtmc=duke_table, occluded_duke=occluded_duke_table,
+               cuhk03_np=cuhk03_np_table, msmt17=msmt17_table)
+
+def make_dataset(key, path):
+    if key=='msmt17': return make_msmt17(path)
+    return make_boxes(path, key, below='detected/' if key=='cuhk03_np' else '')
+
+def first_record(key): return next(dataset for name,dataset in reid_sets.items() if name.startswith(key))
 
 @pytest.mark.parametrize('key', READERS)
-def test_a_missing_set_says_where_to_get_it_and_how_it_lies(tmp_path, key):
-    read = READERS[key]
-    with pytest.raises(FileNotFoundError) as e: read(tmp_path/'nowhere')
-    msg = str(e.value)
-    s = next(s for k,s in reid_sets.items() if k.startswith(key))
-    assert str(tmp_path/'nowhere') in msg and s.home in msg and s.terms in msg and s.example in msg
-    assert all(f'\n  {o}' in msg for o in s.needs()) and 'It seems' not in msg
-    if 'duke' in key: assert 'withdrew DukeMTMC' in msg
-    assert str(tmp_path/'nowhere'/s.needs()[-1]) in msg
-    path = build(key, tmp_path/'data'/'set')
-    for wrong in (path.parent, path/s.needs()[0].split('/')[0] if key!='msmt17' else path/'train'):
-        with pytest.raises(FileNotFoundError) as e: read(wrong)
+def test_a_missing_dataset_says_where_to_get_it_and_its_layout(tmp_path, key):
+    nowhere = tmp_path/'nowhere'
+    with pytest.raises(FileNotFoundError) as e: READERS[key](nowhere)
+    message = str(e.value)
+    dataset = first_record(key)
+    for text in (str(nowhere), dataset.home, dataset.terms, dataset.example, str(nowhere/dataset.needs()[-1])):
+        assert text in message
+    assert all(f'\n  {o}' in message for o in dataset.needs())
+    assert 'It seems' not in message
+    assert ('withdrew DukeMTMC' in message)==('duke' in key)
+
+@pytest.mark.parametrize('key', READERS)
+def test_a_path_one_folder_too_high_or_too_low_is_corrected(tmp_path, key):
+    path = make_dataset(key, tmp_path/'data'/'set')
+    inside = path/'train' if key=='msmt17' else path/first_record(key).needs()[0].split('/')[0]
+    for wrong in (path.parent, inside):
+        with pytest.raises(FileNotFoundError) as e: READERS[key](wrong)
         assert f'It seems to be at {path}: pass that path' in str(e.value)
 
-def test_a_missing_or_empty_part_is_named_and_the_others_are_not(tmp_path):
-    path = boxes(tmp_path/'x', 'dukemtmc')
-    for f in (path/'query').iterdir(): f.unlink()
-    for _ in range(2):
-        with pytest.raises(FileNotFoundError) as e: duke_table(path)
-        assert f'Missing or empty: {path/"query"}.\n' in str(e.value)
-        if (path/'query').exists(): (path/'query').rmdir()
-    with pytest.raises(FileNotFoundError, match='is not at'): duke_table(path/'bounding_box_train'/'0001_c2_f0046182.jpg')
+def test_a_missing_or_empty_folder_is_named_and_the_others_are_not(tmp_path):
+    path = make_boxes(tmp_path/'x', 'dukemtmc')
+    for fn in (path/'query').iterdir(): fn.unlink()
+    message = re.escape(f'Missing or empty: {path/"query"}.\n')
+    with pytest.raises(FileNotFoundError, match=message): duke_table(path)
+    (path/'query').rmdir()
+    with pytest.raises(FileNotFoundError, match=message): duke_table(path)
+    image = path/'bounding_box_train'/'0001_c2_f0046182.jpg'
+    with pytest.raises(FileNotFoundError, match='is not at'): duke_table(image)
 
-def test_both_versions_of_msmt17_are_looked_for(tmp_path, monkeypatch):
-    path = msmt17(tmp_path/'data'/'MSMT17_V2', 2)
+def test_both_versions_of_msmt17_are_searched(tmp_path, monkeypatch):
+    path = make_msmt17(tmp_path/'data'/'MSMT17_V2', 2)
     with pytest.raises(FileNotFoundError) as e: msmt17_table(path.parent)
-    assert f'It seems to be at {path}: pass that path' in str(e.value) and 'or, for MSMT17 V2:' in str(e.value) and '\n  mask_test_v2/' in str(e.value) and '\n  test/' in str(e.value)
+    for text in (f'It seems to be at {path}: pass that path', 'or, for MSMT17 V2:', '\n  mask_test_v2/', '\n  test/'):
+        assert text in str(e.value)
     monkeypatch.chdir(path/'mask_train_v2')
     with pytest.raises(FileNotFoundError, match=re.escape(f'It seems to be at {path}')): msmt17_table('.')
 
 def test_wrong_file_names(tmp_path):
-    "Market's names are not Duke's, nor the other way around; a holiday picture is nobody's"
-    with pytest.raises(ValueError, match='5 of 5 file names are no names of DukeMTMC-reID'): duke_table(boxes(tmp_path/'m', 'market1501'))
-    path = touch(boxes(tmp_path/'d', 'dukemtmc'), 'query/holiday.jpg')
+    "Market's names are not Duke's, and a holiday picture is nobody's"
+    with pytest.raises(ValueError, match='5 of 5 file names are not like those of DukeMTMC-reID'):
+        duke_table(make_boxes(tmp_path/'m', 'market1501'))
+    path = make_empty(make_boxes(tmp_path/'d', 'dukemtmc'), 'query/holiday.jpg')
     with pytest.raises(ValueError, match='1 of 4 file names.*0001_c2_f0046182.jpg.*holiday.jpg'): duke_table(path)
-    path = touch(msmt17(tmp_path/'s'), 'train/0000/me.jpg')
+    path = make_empty(make_msmt17(tmp_path/'s'), 'train/0000/me.jpg')
     (path/'list_val.txt').write_text('0000/me.jpg 0\n')
     with pytest.raises(ValueError, match='1 of 6 file names.*MSMT17 V1.*me.jpg'): msmt17_table(path)
 
-def test_lists_that_are_wrong(tmp_path):
-    path = msmt17(tmp_path/'MSMT17')
-    lst,whole = path/'list_val.txt',(path/'list_val.txt').read_text()
+@pytest.fixture
+def msmt17_list(tmp_path):
+    "One of the lists of MSMT17, with a single line"
+    return make_msmt17(tmp_path/'MSMT17')/'list_val.txt'
+
+def test_an_empty_or_missing_list(msmt17_list):
+    message = re.escape(f'Missing or empty: {msmt17_list}.')
     for text in ('', '\n\n'):
-        lst.write_text(text)
-        with pytest.raises(FileNotFoundError, match=re.escape(f'Missing or empty: {lst}.')): msmt17_table(path)
-    for line in ('0000/x.jpg', '0000/x.jpg zero', '0000/x.jpg -1'):
-        lst.write_text(whole+line+'\n')
-        with pytest.raises(ValueError) as e: msmt17_table(path)
-        assert f'1 of 2 lines of {lst}' in str(e.value) and line in str(e.value)
-    lst.write_text(whole+'9999/9999_000_01_0303morning_0008_0.jpg 9\n'+'9998/9998_000_01_0303morning_0008_0.jpg 9\n')
-    with pytest.raises(FileNotFoundError) as e: msmt17_table(path)
-    assert f'2 of the 3 images that {lst} names' in str(e.value) and '9999_000_01' in str(e.value)
-    lst.write_bytes(b'\xef\xbb\xbf'+whole.encode())
-    assert len(msmt17_table(path))==6
-    lst.unlink()
-    with pytest.raises(FileNotFoundError, match=re.escape(f'Missing or empty: {lst}.')): msmt17_table(path)
+        msmt17_list.write_text(text)
+        with pytest.raises(FileNotFoundError, match=message): msmt17_table(msmt17_list.parent)
+    msmt17_list.unlink()
+    with pytest.raises(FileNotFoundError, match=message): msmt17_table(msmt17_list.parent)
+
+@pytest.mark.parametrize('line', ['0000/x.jpg', '0000/x.jpg zero', '0000/x.jpg -1'])
+def test_a_broken_line_of_a_list(msmt17_list, line):
+    msmt17_list.write_text(msmt17_list.read_text()+line+'\n')
+    with pytest.raises(ValueError) as e: msmt17_table(msmt17_list.parent)
+    assert f'1 of 2 lines of {msmt17_list}' in str(e.value) and line in str(e.value)
+
+def test_a_list_that_names_missing_files(msmt17_list):
+    missing = [f'{pid}/{pid}_000_01_0303morning_0008_0.jpg 9\n' for pid in (9999,9998)]
+    msmt17_list.write_text(msmt17_list.read_text()+''.join(missing))
+    with pytest.raises(FileNotFoundError) as e: msmt17_table(msmt17_list.parent)
+    assert f'2 of the 3 images that {msmt17_list} names' in str(e.value) and '9999_000_01' in str(e.value)
+
+def test_a_list_with_a_byte_order_mark(msmt17_list):
+    msmt17_list.write_bytes(b'\xef\xbb\xbf'+msmt17_list.read_bytes())
+    assert len(msmt17_table(msmt17_list.parent))==6
 
 # any of them
 
-def test_any_set_is_recognised(tmp_path):
-    bodies(tmp_path)
-    boxes(tmp_path/'Market-1501-v15.09.15', 'market1501'), boxes(tmp_path/'DukeMTMC-reID', 'dukemtmc'), boxes(tmp_path/'Occluded_Duke', 'occluded_duke')
-    boxes(tmp_path/'np', 'cuhk03_np', sub='detected/'), boxes(tmp_path/'np2', 'cuhk03_np', sub='labeled/'), msmt17(tmp_path/'a', 1), msmt17(tmp_path/'b', 2)
-    boxes(tmp_path/'street', 'market1501')
-    for folder,name in {'Market-1501-v15.09.15':'Market-1501', 'DukeMTMC-reID':'DukeMTMC-reID', 'Occluded_Duke':'Occluded-Duke', 'np':'CUHK03-NP detected', 'np2':'CUHK03-NP labeled',
-                        'a':'MSMT17 V1', 'b':'MSMT17 V2', 'Partial-REID_Dataset':'Partial-REID', 'Occluded_REID':'Occluded-REID', 'P-DukeMTMC-reid':'P-DukeMTMC-reID', 'street':'street'}.items():
-        assert dataset_table(str(tmp_path/folder)).attrs['name']==name
-    with pytest.raises(FileNotFoundError, match='It looks as if .*/np is cuhk03_np_detected: pass that path'): dataset_table(tmp_path/'np'/'detected')
+def test_any_dataset_is_recognised(tmp_path):
+    make_bodies(tmp_path)
+    for folder,key,below in (
+            ('Market-1501-v15.09.15','market1501',''), ('DukeMTMC-reID','dukemtmc',''), ('street','market1501',''),
+            ('Occluded_Duke','occluded_duke',''), ('np','cuhk03_np','detected/'), ('np2','cuhk03_np','labeled/')):
+        make_boxes(tmp_path/folder, key, below=below)
+    make_msmt17(tmp_path/'a', 1)
+    make_msmt17(tmp_path/'b', 2)
+    names = {
+        'Market-1501-v15.09.15':'Market-1501', 'DukeMTMC-reID':'DukeMTMC-reID', 'Occluded_Duke':'Occluded-Duke',
+        'np':'CUHK03-NP detected', 'np2':'CUHK03-NP labeled', 'a':'MSMT17 V1', 'b':'MSMT17 V2', 'street':'street',
+        'Partial-REID_Dataset':'Partial-REID', 'Occluded_REID':'Occluded-REID', 'P-DukeMTMC-reid':'P-DukeMTMC-reID'}
+    assert {folder: dataset_table(str(tmp_path/folder)).attrs['name'] for folder in names}==names
+    with pytest.raises(FileNotFoundError, match='/np looks like cuhk03_np_detected: pass that path'):
+        dataset_table(tmp_path/'np'/'detected')
 
-def test_counts_tell_duke_from_occluded_duke(tmp_path):
-    "Same layout and names, and a folder called anything"
-    path = touch(tmp_path/'x', *[f'bounding_box_train/{i:04d}_c1_f0046182.jpg' for i in range(2210)], 'bounding_box_test/0001_c1_f0046182.jpg', *[f'query/{i:04d}_c1_f0046182.jpg' for i in range(2210)])
+def test_counts_distinguish_duke_from_occluded_duke(tmp_path):
+    "Same layout and names, in a folder called anything"
+    def queries(n): return [f'query/{i:04d}_c1_f0046182.jpg' for i in range(n)]
+    path = make_empty(tmp_path/'x', 'bounding_box_train/0000_c1_f0046182.jpg', 'bounding_box_test/0001_c1_f0046182.jpg')
+    make_empty(path, *queries(2210))
     assert dataset_table(path).attrs['name']=='Occluded-Duke'
-    touch(path, *[f'query/{i:04d}_c1_f0046182.jpg' for i in range(2228)])
+    make_empty(path, *queries(2228))
     assert dataset_table(path).attrs['name']=='DukeMTMC-reID'
 
-def test_sets_by_key(tmp_path):
-    path = boxes(tmp_path/'np', 'cuhk03_np', sub='labeled/')
-    assert dataset_table(path, 'cuhk03_np').attrs['name']==dataset_table(path, 'cuhk03_np_labeled').attrs['name']=='CUHK03-NP labeled'
-    assert dataset_table(msmt17(tmp_path/'m', 2), 'msmt17').attrs['name']=='MSMT17 V2'
+def test_datasets_by_key(tmp_path):
+    path = make_boxes(tmp_path/'np', 'cuhk03_np', below='labeled/')
+    for key in ('cuhk03_np','cuhk03_np_labeled'): assert dataset_table(path, key).attrs['name']=='CUHK03-NP labeled'
+    assert dataset_table(make_msmt17(tmp_path/'m', 2), 'msmt17').attrs['name']=='MSMT17 V2'
     with pytest.raises(FileNotFoundError, match='MSMT17 V1'): dataset_table(tmp_path/'m', 'msmt17_v1')
-    with pytest.raises(ValueError) as e: dataset_table(path, 'viper')
-    assert "'viper'" in str(e.value) and all(k in str(e.value) for k in (*reid_sets, 'cuhk03'))
+    with pytest.raises(ValueError, match="'viper'") as e: dataset_table(path, 'viper')
+    assert all(key in str(e.value) for key in (*reid_sets, 'cuhk03'))
 
-def test_an_unknown_folder_lists_the_sets(tmp_path):
-    touch(tmp_path/'f', 'ann/1.jpg')
-    with pytest.raises(FileNotFoundError) as e: dataset_table(tmp_path/'f')
-    assert all(k in str(e.value) for k in (*reid_sets, 'cuhk03')) and 'folder_table' in str(e.value)
-    with pytest.raises(FileNotFoundError, match='none of the sets'): dataset_table(tmp_path/'f'/'ann'/'1.jpg')
-    with pytest.raises(FileNotFoundError, match='no .*nowhere'): dataset_table(tmp_path/'nowhere')
+def test_an_unknown_folder_lists_the_datasets(tmp_path):
+    folder = make_empty(tmp_path/'f', 'ann/1.jpg')
+    with pytest.raises(FileNotFoundError) as e: dataset_table(folder)
+    assert all(key in str(e.value) for key in (*reid_sets, 'cuhk03')) and 'folder_table' in str(e.value)
+    with pytest.raises(FileNotFoundError, match='of a known dataset'): dataset_table(folder/'ann'/'1.jpg')
+    with pytest.raises(FileNotFoundError, match='nowhere does not exist'): dataset_table(tmp_path/'nowhere')
 
-# several sets
+# several datasets
 
 @pytest.fixture
-def pair(tmp_path): return market_table(boxes(tmp_path/'Market-1501', 'market1501')),duke_table(boxes(tmp_path/'Duke', 'dukemtmc'))
+def market(tmp_path): return market_table(make_boxes(tmp_path/'Market-1501', 'market1501'))
 
-def test_join_keeps_people_and_cameras_apart(pair):
-    df = join_tables(*pair, valid='Market-1501')
-    assert df.groupby('split').pid.unique().map(sorted_text).to_dict()=={'train':['DukeMTMC-reID/1','Market-1501/2'], 'query':['Market-1501/3'], 'gallery':['-1','Market-1501/0','Market-1501/3']}
-    assert df[df.pid==-1].shape[0]==1 and set(df.cam[df.split=='train'])=={'Market-1501/1','DukeMTMC-reID/2'} and df.index.is_unique
+@pytest.fixture
+def duke(tmp_path): return duke_table(make_boxes(tmp_path/'Duke', 'dukemtmc'))
+
+def test_join_keeps_people_and_cameras_apart(market, duke):
+    df = join_tables(market, duke, valid='Market-1501')
+    assert pids_by_split(df)=={
+        'train': ['DukeMTMC-reID/1','Market-1501/2'],
+        'query': ['Market-1501/3'],
+        'gallery': [-1,'Market-1501/0','Market-1501/3']}
+    assert set(images_of(df, 'train').cam)=={'Market-1501/1','DukeMTMC-reID/2'} and df.index.is_unique
     assert df.attrs['name']=='Market-1501 + DukeMTMC-reID, validated on Market-1501'
-    assert join_tables(*pair, valid=0).equals(df)
-    assert set(join_tables(*pair, valid=1).pid)=={'Market-1501/2','DukeMTMC-reID/1','DukeMTMC-reID/5','DukeMTMC-reID/7140'}
-    held = join_tables(*pair)
-    assert held.split.isna().all() and set(held.pid)=={'Market-1501/2','DukeMTMC-reID/1'}
-    assert pair[0].attrs['name']=='Market-1501' and pair[0].pid.dtype==np.int64
+    assert market.attrs['name']=='Market-1501' and market.pid.dtype==np.int64 # as it was
 
-def sorted_text(o): return sorted(map(str, o))
+def test_join_validates_on_the_table_of_choice(market, duke):
+    assert join_tables(market, duke, valid=0).equals(join_tables(market, duke, valid='Market-1501'))
+    on_duke = join_tables(market, duke, valid=1)
+    assert set(on_duke.pid)=={'Market-1501/2','DukeMTMC-reID/1','DukeMTMC-reID/5','DukeMTMC-reID/7140'}
+    on_none = join_tables(market, duke)
+    assert on_none.split.isna().all() and set(on_none.pid)=={'Market-1501/2','DukeMTMC-reID/1'}
 
-def test_join_of_other_tables(pair):
-    "Without splits, with unknown cameras, with names in capitals, with rows left out, and with names of their own"
+def test_join_of_other_tables(market, duke):
+    "Without splits, with unknown cameras, with splits in capitals, with rows left out"
     own = pd.DataFrame(dict(fn=['a','b'], pid=['ann','-1'], cam=[None,None], split=[None,None]))
-    loud = pair[0].assign(split=pair[0].split.str.upper()).drop(index=0)
-    df = join_tables(own, loud, valid=1)
-    assert df.pid[:2].tolist()==['set 1/ann',-1] and df.cam[:2].isna().all() and df.split[:2].tolist()==['train','train']
+    capitals = market.assign(split=market.split.str.upper()).drop(index=0)
+    df = join_tables(own, capitals, valid=1)
+    assert df.pid[:2].tolist()==['set 1/ann',-1]
+    assert df.cam[:2].isna().all() and df.split[:2].tolist()==['train','train']
     assert set(df.split)=={'train','query','gallery'} and len(df)==2+4
-    coded,_,_ = encode_table(join_tables(own, pair[1], valid=1))
-    assert sorted(coded.label[coded.split=='train'])==[0,1] and list(coded.camera[coded.split=='train'])==[-1,0]
+    coded,_,_ = encode_table(join_tables(own, duke, valid=1))
+    train = images_of(coded, 'train')
+    assert sorted(train.label)==[0,1] and list(train.camera)==[-1,0]
 
-def test_join_errors(pair):
-    with pytest.raises(ValueError, match="'Market-1501' names two tables.*attrs"): join_tables(pair[0], pair[0])
+def test_join_errors(market, duke):
+    with pytest.raises(ValueError, match="'Market-1501' names two tables.*attrs"): join_tables(market, market)
     for valid in ('Duke',2,-3,1.5):
-        with pytest.raises(ValueError, match="none of the joined tables: 'Market-1501', 'DukeMTMC-reID'"): join_tables(*pair, valid=valid)
-    with pytest.raises(ValueError, match='DukeMTMC-reID has no queries'): join_tables(pair[0], train_of(pair[1]), valid=1)
+        with pytest.raises(ValueError, match="joined table: 'Market-1501', 'DukeMTMC-reID'"):
+            join_tables(market, duke, valid=valid)
+    with pytest.raises(ValueError, match='DukeMTMC-reID has no queries'):
+        join_tables(market, images_of(duke, 'train'), valid=1)
     with pytest.raises(ValueError, match='No tables'): join_tables()
 
-def train_of(df): return df[df.split=='train']
-
-def test_train_on_all(tmp_path, pair):
-    df = train_on_all(pair[0])
+def test_train_on_all(tmp_path, market, duke):
+    df = train_on_all(market)
     assert set(df.split)=={'train'} and sorted(df.pid)==[2,3,3] and df.attrs['name']=='Market-1501, all images'
-    df = train_on_all(msmt17_table(msmt17(tmp_path/'m')))
+    df = train_on_all(msmt17_table(make_msmt17(tmp_path/'m')))
     assert sorted(set(df.pid))==[0,1040,10000,13059] and len(df)==6 # person 0 of MSMT17 is a person
-    df = train_on_all(join_tables(*pair, valid=0))
+    df = train_on_all(join_tables(market, duke, valid=0))
     assert set(df.pid)=={'Market-1501/2','Market-1501/3','DukeMTMC-reID/1'}
 
 # loaders
 
-def test_factories(tmp_path):
-    "Two training people, a query and its match in each; every factory shows its own arguments and those of `from_table`"
-    kw = dict(p=2, k=2, size=(16,8), num_workers=0)
-    def market(path, form, sub=''): return draw(path, *[f'{sub}{BOXES[s]}/{form.format(p,c)}' for s,p,c in (('train',1,1),('train',3,2),('query',2,1),('gallery',2,2))])
-    duke = market(tmp_path/'duke', '{:04d}_c{}_f0046182.jpg')
-    assert ReIDDataLoaders.from_duke(duke, **kw).data_name=='DukeMTMC-reID' and ReIDDataLoaders.from_occluded_duke(duke, **kw).data_name=='Occluded-Duke'
-    dls = ReIDDataLoaders.from_cuhk03_np(market(tmp_path/'np', '{:04d}_c{}_1.png', sub='labeled/'), boxes='labeled', **kw)
-    assert dls.data_name=='CUHK03-NP labeled' and dls.one_batch()[0].shape==(4,3,16,8) and dls.path==tmp_path/'np'
-    dls = ReIDDataLoaders.from_msmt17(msmt17(tmp_path/'m', 2, make=draw), **kw)
-    assert (dls.data_name,dls.c,list(dls.pids))==('MSMT17 V2',2,[0,1040,10000,13059])
-    dls = ReIDDataLoaders.from_market(market(tmp_path/'s', '{:04d}_c{}s1_000001_01.jpg'), distractors=draw(tmp_path/'more','x.jpg','y.jpg'), **kw)
-    assert dls.data_name=='s + 2 distractors' and len(dls.valid_ds)==4 and len([b for b in dls.valid])==1
-    for f in ('market','duke','occluded_duke','cuhk03_np','msmt17','cuhk03'):
-        pars = inspect.signature(getattr(ReIDDataLoaders, f'from_{f}')).parameters
-        assert {'p','k','size','valid_pct','on_bad'} <= set(pars) and 'df' not in pars
+KW = dict(p=2, k=2, size=(16,8), num_workers=0)
+
+def make_people(path, name, below=''):
+    "Images of two training people, and of a query and its match, named by `name`; returns `path`"
+    images = (('train',1,1), ('train',3,2), ('query',2,1), ('gallery',2,2))
+    return make_images(path, *[f'{below}{FOLDERS[split]}/{name.format(pid, cam)}' for split,pid,cam in images])
+
+def test_loaders_of_duke(tmp_path):
+    path = make_people(tmp_path/'duke', '{:04d}_c{}_f0046182.jpg')
+    assert ReIDDataLoaders.from_duke(path, **KW).data_name=='DukeMTMC-reID'
+    assert ReIDDataLoaders.from_occluded_duke(path, **KW).data_name=='Occluded-Duke'
+
+def test_loaders_of_cuhk03_np(tmp_path):
+    path = make_people(tmp_path/'np', '{:04d}_c{}_1.png', below='labeled/')
+    dls = ReIDDataLoaders.from_cuhk03_np(path, boxes='labeled', **KW)
+    assert dls.data_name=='CUHK03-NP labeled' and dls.path==path
+    assert dls.one_batch()[0].shape==(4,3,16,8)
+
+def test_loaders_of_msmt17(tmp_path):
+    dls = ReIDDataLoaders.from_msmt17(make_msmt17(tmp_path/'m', 2, make=make_images), **KW)
+    assert dls.data_name=='MSMT17 V2' and dls.c==2 and list(dls.pids)==[0,1040,10000,13059]
+
+def test_loaders_of_market_with_distractors(tmp_path):
+    path = make_people(tmp_path/'s', '{:04d}_c{}s1_000001_01.jpg')
+    dls = ReIDDataLoaders.from_market(path, distractors=make_images(tmp_path/'more', 'x.jpg', 'y.jpg'), **KW)
+    assert dls.data_name=='s + 2 distractors' and len(dls.valid_ds)==4
+    assert len(list(dls.valid))==1
+
+@pytest.mark.parametrize('name', ['market','duke','occluded_duke','cuhk03_np','msmt17','cuhk03'])
+def test_a_factory_shows_the_arguments_of_from_table(name):
+    parameters = set(inspect.signature(getattr(ReIDDataLoaders, f'from_{name}')).parameters)
+    assert {'p','k','size','valid_pct','on_bad'} <= parameters and 'df' not in parameters
 
 # CUHK03's MATLAB file
 
-rng = np.random.default_rng(0)
-def noise(h, w): return rng.integers(0, 256, (h,w,3), dtype=np.uint8)
+class MatWriter:
+    "Writes arrays as MATLAB 7.3 does: transposed, with references to cells"
+    def __init__(self, fn):
+        fn.parent.mkdir(parents=True, exist_ok=True)
+        self.fn,self.file = fn,h5py.File(fn, 'w', userblock_size=512)
+        self.refs = self.file.create_group('#refs#')
 
-def write_mat(fn, cells, testsets):
-    "`cells[boxes][pair][person]`: ten images (height × width × 3) or None, stored as MATLAB 7.3 does"
-    fn.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(fn, 'w', userblock_size=512) as f:
-        refs = f.create_group('#refs#')
-        def put(x, empty=False):
-            d = refs.create_dataset(f'r{len(refs)}', data=x)
-            if empty: d.attrs['MATLAB_empty'] = np.uint8(1)
-            return d.ref
-        for b,pairs in cells.items():
-            f[b] = np.empty((1,len(pairs)), dtype=h5py.ref_dtype)
-            for i,people in enumerate(pairs):
-                x = np.empty((10,len(people)), dtype=h5py.ref_dtype)
-                for j,images in enumerate(people):
-                    for k,im in enumerate(images): x[k,j] = put(np.zeros(2, np.uint64), True) if im is None else put(im.transpose(2,1,0))
-                d = f[b]
-                d[0,i] = put(x)
-        f['testsets'] = np.array([[put(np.array(t, float).T) for t in testsets]], dtype=h5py.ref_dtype)
-    with open(fn, 'r+b') as o: o.write(b'MATLAB 7.3 MAT-file'.ljust(512))
+    def put(self, array):
+        "Store an array and return its reference"
+        return self.refs.create_dataset(f'r{len(self.refs)}', data=array).ref
 
-def people(*n): return [[noise(6+i, 3+i) if i%5<m else None for i in range(10)] for m in n]
+    def put_image(self, image):
+        "Store an image (height × width × 3), or None as an empty cell"
+        if image is not None: return self.put(image.transpose(2,1,0))
+        empty = self.refs.create_dataset(f'r{len(self.refs)}', data=np.zeros(2, np.uint64))
+        empty.attrs['MATLAB_empty'] = np.uint8(1)
+        return empty.ref
+
+    def put_pair(self, people):
+        "Store the ten images of each person of a camera pair"
+        cells = np.empty((10,len(people)), dtype=h5py.ref_dtype)
+        for row,images in enumerate(people):
+            for column,image in enumerate(images): cells[column,row] = self.put_image(image)
+        return self.put(cells)
+
+    def write(self, cells, testsets):
+        "`cells[boxes][pair][person]` has ten images; close the file and give it MATLAB's header"
+        for boxes,pairs in cells.items():
+            self.file[boxes] = np.array([[self.put_pair(people) for people in pairs]], dtype=h5py.ref_dtype)
+        sets = [self.put(np.array(testset, float).T) for testset in testsets]
+        self.file['testsets'] = np.array([sets], dtype=h5py.ref_dtype)
+        self.file.close()
+        with open(self.fn, 'r+b') as f: f.write(b'MATLAB 7.3 MAT-file'.ljust(512))
+
+def make_person(rng, n_images):
+    "Ten cells: `n_images` images of noise for each camera, of different sizes, and None"
+    def noise(i): return rng.integers(0, 256, (6+i,3+i,3), dtype=np.uint8)
+    return [noise(i) if i%5<n_images else None for i in range(10)]
+
+def png_names(pairs):
+    "Images by the names they are extracted to"
+    named = {}
+    for pair,people in enumerate(pairs, 1):
+        for row,images in enumerate(people, 1):
+            for i,image in enumerate(images):
+                if image is not None: named[f'{pair}_{row:03d}_{1+i//5}_{i+1:02d}.png'] = image
+    return named
+
+def save_config(fn, names):
+    "The new protocol's file for these images: people 1 and 2 train, person 4 has a query and the gallery, 3 is unused"
+    people = sorted({name[:5] for name in names})
+    labels = [people.index(name[:5])+1 for name in names]
+    def positions(*pids): return np.array([[i] for i,label in enumerate(labels, 1) if label in pids], np.uint16)
+    sio.savemat(fn, dict(
+        filelist=np.array([[name] for name in names], dtype=object),
+        labels=np.array([[label] for label in labels], np.uint16),
+        camId=np.array([[int(name[6])] for name in names], np.uint8),
+        train_idx=positions(1,2), query_idx=positions(4)[:1], gallery_idx=positions(4)[1:]))
 
 @pytest.fixture
-def mat(tmp_path):
-    "Three people in pair 1 and one in pair 2, with 1 to 5 images for each camera; person 3 of pair 1 was seen by one camera only"
-    detected = [people(2,5,1), people(3)]
+def cells():
+    "Three people in pair 1 and one in pair 2, with 1 to 5 images per camera; person 3 of pair 1 has only camera 1"
+    rng = np.random.default_rng(0)
+    def make_pair(*n_images): return [make_person(rng, n) for n in n_images]
+    detected = [make_pair(2,5,1), make_pair(3)]
     detected[0][2][5:] = [None]*5
-    cells = dict(detected=detected, labeled=[people(2,4,1), people(3)])
-    write_mat(tmp_path/'cuhk03_release'/'cuhk-03.mat', cells, [[(1,2)], [(1,3),(2,1)]])
+    return dict(detected=detected, labeled=[make_pair(2,4,1), make_pair(3)])
+
+@pytest.fixture
+def mat(tmp_path, cells):
+    "`cuhk-03.mat` with two classic splits, and the new protocol's files beside it"
     fn = tmp_path/'cuhk03_release'/'cuhk-03.mat'
-    for b in cells:
-        names = sorted(f'{p+1}_{i+1:03d}_{1+k//5}_{k+1:02d}.png' for p,o in enumerate(cells[b]) for i,ims in enumerate(o) for k,im in enumerate(ims) if im is not None)
-        who = [tuple(n.split('_')[:2]) for n in names]
-        ids = [sorted(set(who)).index(w)+1 for w in who]
-        idx = lambda *ids_: np.array([[i+1] for i,w in enumerate(ids) if w in ids_], np.uint16)
-        q = idx(4)[:1]
-        sio.savemat(fn.with_name(f'cuhk03_new_protocol_config_{b}.mat'), dict(filelist=np.array([[n] for n in names], dtype=object), labels=np.array([[i] for i in ids], np.uint16),
-                    camId=np.array([[int(n[6])] for n in names], np.uint8), train_idx=idx(1,2), query_idx=q, gallery_idx=idx(4)[1:]))
-    return fn,cells
+    MatWriter(fn).write(cells, testsets=[[(1,2)], [(1,3),(2,1)]])
+    for boxes,pairs in cells.items():
+        save_config(fn.with_name(f'cuhk03_new_protocol_config_{boxes}.mat'), sorted(png_names(pairs)))
+    return fn
 
-def test_images_come_out_of_the_mat_as_they_were(mat):
-    fn,cells = mat
-    for b in ('detected','labeled'):
-        out = extract_cuhk03(fn, b, progress=False)
-        assert out==fn.parent/'cuhk-03-png'/b
-        want = {f'{p+1}_{i+1:03d}_{1+k//5}_{k+1:02d}.png':im for p,o in enumerate(cells[b]) for i,ims in enumerate(o) for k,im in enumerate(ims) if im is not None}
-        assert {f.name for f in out.glob('*.png')}==set(want)
-        for f in out.glob('*.png'): assert np.array_equal(np.array(Image.open(f)), want[f.name])
-    assert sorted(o.name for o in out.parent.iterdir())==['detected','labeled']
+def test_images_are_extracted_unchanged(mat, cells):
+    for boxes in ('detected','labeled'):
+        folder = extract_cuhk03(mat, boxes, progress=False)
+        assert folder==mat.parent/'cuhk-03-png'/boxes
+        expected = png_names(cells[boxes])
+        assert {fn.name for fn in folder.glob('*.png')}==set(expected)
+        for fn in folder.glob('*.png'): assert np.array_equal(np.array(Image.open(fn)), expected[fn.name])
+    assert sorted(path.name for path in folder.parent.iterdir())==['detected','labeled']
 
-def test_the_new_protocol(mat):
-    fn,_ = mat
-    for b,n in (('detected',(4+10,1,5)),('labeled',(4+8,1,5))):
-        df = cuhk03_table(fn, b, progress=False)
-        assert tuple((df.split==s).sum() for s in ('train','query','gallery'))==n and df.attrs['name']==f'CUHK03-NP {b}'
-        assert df.attrs['counts']==reid_sets[f'cuhk03_np_{b}'].counts and df.columns.tolist()==COLS
-        assert set(df.pid[df.split=='train'])=={1,2} and set(df.pid[df.split!='train'])=={4}
-        assert all(f.exists() and int(f.name.split('_')[2])==c for f,c in zip(df.fn, df.cam))
+@pytest.mark.parametrize('boxes,n_train', [('detected',4+10), ('labeled',4+8)])
+def test_the_new_protocol(mat, boxes, n_train):
+    df = cuhk03_table(mat, boxes, progress=False)
+    assert [len(images_of(df, split)) for split in ('train','query','gallery')]==[n_train,1,5]
+    assert df.attrs==dict(name=f'CUHK03-NP {boxes}', counts=reid_sets[f'cuhk03_np_{boxes}'].counts)
+    assert df.columns.tolist()==COLUMNS
+    assert pids_by_split(df)=={'train':[1,2], 'query':[4], 'gallery':[4]}
+    assert all(fn.exists() and int(fn.name.split('_')[2])==cam for fn,cam in zip(df.fn, df.cam))
 
 def test_the_classic_protocol(mat, capsys):
-    fn,_ = mat
-    df = cuhk03_table(fn.parent, protocol='classic', split=1, progress=False)
-    assert df.groupby('split').pid.unique().map(sorted).to_dict()=={'train':[1001,1002], 'query':[1003,2001], 'gallery':[2001]}
-    assert set(df.cam[df.split=='query'])=={1} and set(df.cam[df.split=='gallery'])=={2} and len(df)==4+10+1+6
+    df = cuhk03_table(mat.parent, protocol='classic', split=1, progress=False)
+    assert pids_by_split(df)=={'train':[1001,1002], 'query':[1003,2001], 'gallery':[2001]}
+    assert set(images_of(df, 'query').cam)=={1} and set(images_of(df, 'gallery').cam)=={2}
+    assert len(df)==4+10+1+6
     assert df.attrs==dict(name='CUHK03 classic split 1 detected', counts={}) and capsys.readouterr().out==''
-    assert set(cuhk03_table(fn, protocol='classic', progress=False).query('split!="train"').pid)=={1002}
+    first = cuhk03_table(mat, protocol='classic', progress=False)
+    assert set(first.pid[first.split!='train'])=={1002}
     for split in (2,-1):
-        with pytest.raises(ValueError, match='splits 0 to 1'): cuhk03_table(fn, protocol='classic', split=split, progress=False)
+        with pytest.raises(ValueError, match='splits 0 to 1'):
+            cuhk03_table(mat, protocol='classic', split=split, progress=False)
 
-def test_unpacked_once(mat, monkeypatch, tmp_path):
-    fn,_ = mat
-    df = cuhk03_table(fn, progress=False)
-    with monkeypatch.context() as m:
-        m.setattr(h5py, 'File', lambda *a, **k: pytest.fail('opened again'))
-        assert cuhk03_table(fn, progress=False).equals(df)
+def test_images_are_extracted_once(mat, monkeypatch, tmp_path):
+    df = cuhk03_table(mat, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(h5py, 'File', lambda *args, **kwargs: pytest.fail('opened again'))
+        assert cuhk03_table(mat, progress=False).equals(df)
     df.fn[0].unlink()
-    with pytest.raises(FileExistsError, match='delete it'): cuhk03_table(fn, progress=False)
-    assert cuhk03_table(fn, dest=tmp_path/'else where', progress=False).fn[0].parent==tmp_path/'else where'/'detected'
+    with pytest.raises(FileExistsError, match='delete it'): cuhk03_table(mat, progress=False)
+    elsewhere = tmp_path/'else where'
+    assert cuhk03_table(mat, dest=elsewhere, progress=False).fn[0].parent==elsewhere/'detected'
 
 @pytest.mark.parametrize('stop', [KeyboardInterrupt(), OSError(errno.ENOSPC, 'No space left on device')])
-def test_an_interrupted_unpacking_leaves_nothing(mat, monkeypatch, stop):
-    fn,_ = mat
+def test_an_interrupted_extraction_leaves_nothing(mat, monkeypatch, stop):
     saved,save = [],Image.Image.save
-    def some(self, f, *args, **kwargs):
+    def save_five(self, fn, *args, **kwargs):
         if len(saved)==5: raise stop
-        saved.append(f)
-        save(self, f, *args, **kwargs)
-    with monkeypatch.context() as m:
-        m.setattr(Image.Image, 'save', some)
-        with pytest.raises(type(stop)) as e: extract_cuhk03(fn, progress=False)
+        saved.append(fn)
+        save(self, fn, *args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, 'save', save_five)
+        with pytest.raises(type(stop)) as e: extract_cuhk03(mat, progress=False)
         assert e.value is stop
-    assert not list((fn.parent/'cuhk-03-png').iterdir())
-    assert len(list(extract_cuhk03(fn, progress=False).glob('*.png')))==4+10+1+6
+    assert len(saved)==5 and not list((mat.parent/'cuhk-03-png').iterdir())
+    assert len(list(extract_cuhk03(mat, progress=False).glob('*.png')))==4+10+1+6
 
-def test_files_that_are_no_mat(mat, tmp_path):
-    fn,_ = mat
-    data = fn.read_bytes()
-    for what,content in dict(cut=data[:len(data)//2], text=b'dear diary', empty=b'').items():
-        bad = tmp_path/what/'cuhk-03.mat'
+def test_files_that_are_not_cuhk03(mat, tmp_path):
+    whole = mat.read_bytes()
+    for name,content in dict(cut=whole[:len(whole)//2], text=b'dear diary', empty=b'').items():
+        bad = tmp_path/name/'cuhk-03.mat'
         bad.parent.mkdir()
         bad.write_bytes(content)
-        with pytest.raises(ValueError, match=re.escape(f'{bad} is no cuhk-03.mat')): cuhk03_table(bad, protocol='classic', progress=False)
-        assert [o for o in bad.parent.rglob('*') if o.is_file()]==[bad]
+        with pytest.raises(ValueError, match=re.escape(f'{bad} is not a valid cuhk-03.mat')):
+            cuhk03_table(bad, protocol='classic', progress=False)
+        assert [path for path in bad.parent.rglob('*') if path.is_file()]==[bad]
     with h5py.File(bad, 'w') as f: f['detected'] = 1
-    with pytest.raises(ValueError, match='is no cuhk-03.mat'): cuhk03_table(bad, protocol='classic', progress=False)
+    with pytest.raises(ValueError, match='is not a valid cuhk-03.mat'):
+        cuhk03_table(bad, protocol='classic', progress=False)
 
-def test_no_mat_and_no_configuration(mat, tmp_path):
-    fn,_ = mat
+def test_a_missing_mat(tmp_path):
     for path in (tmp_path, tmp_path/'x.mat'):
         with pytest.raises(FileNotFoundError) as e: cuhk03_table(path)
-        assert 'cuhk-03.mat' in str(e.value) and 'CUHK_identification' in str(e.value) and 'Expected' in str(e.value)
-    config,wrong = (fn.with_name(f'cuhk03_new_protocol_config_{b}.mat') for b in ('detected','labeled'))
+        for text in ('cuhk-03.mat','CUHK_identification','Expected'): assert text in str(e.value)
+
+def test_a_missing_configuration(mat, tmp_path):
+    config = mat.with_name('cuhk03_new_protocol_config_detected.mat')
     config.rename(tmp_path/'moved.mat')
-    with pytest.raises(FileNotFoundError) as e: cuhk03_table(fn, progress=False)
-    assert config.name in str(e.value) and 'person-re-ranking' in str(e.value) and not (fn.parent/'cuhk-03-png').exists()
-    assert len(cuhk03_table(fn, config=tmp_path/'moved.mat', progress=False))==20
-    config.write_bytes(b'no mat')
-    with pytest.raises(ValueError, match='cannot be read as the new protocol'): cuhk03_table(fn, progress=False)
+    with pytest.raises(FileNotFoundError, match=f'{config.name}.*person-re-ranking'): cuhk03_table(mat, progress=False)
+    assert not (mat.parent/'cuhk-03-png').exists()
+    assert len(cuhk03_table(mat, config=tmp_path/'moved.mat', progress=False))==20
+
+def test_a_wrong_configuration(mat):
+    config = mat.with_name('cuhk03_new_protocol_config_detected.mat')
+    config.write_bytes(b'not a MATLAB file')
+    with pytest.raises(ValueError, match='cannot be read as the new protocol'): cuhk03_table(mat, progress=False)
     sio.savemat(config, dict(filelist=1))
-    with pytest.raises(ValueError, match='cannot be read as the new protocol.*KeyError'): cuhk03_table(fn, progress=False)
-    sio.savemat(config, dict(filelist=np.array([['9_001_1_01.png']], dtype=object), labels=[[1]], camId=[[1]], train_idx=[[1]], query_idx=[[1]], gallery_idx=[[1]]))
-    with pytest.raises(ValueError, match='3 of the 3 images .*9_001_1_01.png'): cuhk03_table(fn, progress=False)
+    with pytest.raises(ValueError, match='cannot be read as .*KeyError'): cuhk03_table(mat, progress=False)
+    unknown = np.array([['9_001_1_01.png']], dtype=object)
+    one = [[1]]
+    sio.savemat(config, dict(filelist=unknown, labels=one, camId=one, train_idx=one, query_idx=one, gallery_idx=one))
+    with pytest.raises(ValueError, match='3 of the 3 images .*9_001_1_01.png'): cuhk03_table(mat, progress=False)
 
-def test_wrong_words_and_a_missing_extra(mat, monkeypatch):
-    fn,_ = mat
-    with pytest.raises(ValueError, match="boxes='drawn'"): cuhk03_table(fn, 'drawn')
-    with pytest.raises(ValueError, match="protocol='old'"): cuhk03_table(fn, protocol='old')
-    for module in ('h5py','scipy.io'):
-        with monkeypatch.context() as m:
-            m.setitem(sys.modules, module, None)
-            with pytest.raises(ImportError, match=re.escape("pyramidreid[mat]")): cuhk03_table(fn, progress=False)
+def test_unknown_arguments(mat):
+    with pytest.raises(ValueError, match="boxes='drawn'"): cuhk03_table(mat, 'drawn')
+    with pytest.raises(ValueError, match="protocol='old'"): cuhk03_table(mat, protocol='old')
 
-def test_the_mat_is_a_set_like_others(mat):
-    fn,_ = mat
-    assert dataset_table(fn.parent).equals(dataset_table(fn)) and dataset_table(fn, 'cuhk03').attrs['name']=='CUHK03-NP detected'
-    dls = ReIDDataLoaders.from_cuhk03(fn, protocol='classic', p=2, k=2, size=(16,8), num_workers=0)
-    assert dls.c==3 and dls.path==fn.parent and dls.data_name=='CUHK03 classic split 0 detected'
+@pytest.mark.parametrize('module', ['h5py','scipy.io'])
+def test_a_missing_extra(mat, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=re.escape('pyramidreid[mat]')): cuhk03_table(mat, progress=False)
+
+def test_the_mat_is_a_dataset_like_others(mat):
+    assert dataset_table(mat.parent).equals(dataset_table(mat))
+    assert dataset_table(mat, 'cuhk03').attrs['name']=='CUHK03-NP detected'
+    dls = ReIDDataLoaders.from_cuhk03(mat, protocol='classic', **KW)
+    assert dls.c==3 and dls.path==mat.parent and dls.data_name=='CUHK03 classic split 0 detected'
