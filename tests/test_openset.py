@@ -245,7 +245,7 @@ def loop_effective(score, threshold, person, found, level):
     t_ratio = stats.t.ppf((1+level)/2, n-1)/stats.t.ppf((1+level)/2, people-1)
     return min(n, max(n*t_ratio**2/max(1, max(effects)*people/(people-1)), fewest))
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(2,30), st.integers(1,8), st.booleans(), st.sampled_from([.8,.95]), st.integers(0,2**32-1))
 def test_effective_number_is_that_of_the_loops(n, people, hide, level, seed):
     rng = np.random.default_rng(seed)
@@ -253,7 +253,7 @@ def test_effective_number_is_that_of_the_loops(n, people, hide, level, seed):
     found = (person+rng.integers(1, people+3, n))%(people+3) if hide else None
     score = rng.integers(0, 6, n)/4
     c = of_scores(score, person*7, level=level, found=found*7 if hide else ())
-    for threshold in (-1,.25,.5,1.25,2):
+    for threshold in (-1,.25,.75,2):
         effective = loop_effective(score, threshold, person, found, level)
         rate = (score>=threshold).mean()
         expected = (rate,*binomial_interval(rate*effective, effective, level))
@@ -278,7 +278,9 @@ def test_people_found_are_known_if_people_are_hidden():
 
 # coverage
 
-@pytest.mark.parametrize('people,each,similarity', [(20,10,.9),(100,4,.9),(100,10,.5),(5,20,.5)])
+@pytest.mark.parametrize('people,each,similarity', [
+    (20,10,.9), (5,20,.5), pytest.param(100, 4, .9, marks=pytest.mark.slow),
+    pytest.param(100, 10, .5, marks=pytest.mark.slow)])
 def test_coverage_with_several_searches_each(people, each, similarity):
     "Scores that a person's searches share in part: the true rate, known exactly, is in the interval"
     rng,person = np.random.default_rng(0),np.repeat(range(people), each)

@@ -7,6 +7,7 @@ __all__ = ['binomial_interval', 'effective_searches']
 
 # %% ../../nbs/evaluation/07_intervals.ipynb #9e1a0003
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def _beta_quantile(p, a, b):
         else:                      high = mid
     return high
 
-# %% ../../nbs/evaluation/07_intervals.ipynb #70056c90
+# %% ../../nbs/evaluation/07_intervals.ipynb #d244cd9c
 def binomial_interval(
     k,         # Number of events
     n,         # Number of trials; `k` and `n` may be fractional, as effective numbers are
@@ -48,6 +49,7 @@ def binomial_interval(
     return low,high
 
 # %% ../../nbs/evaluation/07_intervals.ipynb #9e1a0007
+@lru_cache
 def _t_squared(df, level):
     "Square of the two-sided quantile of Student's t, from the beta distribution"
     x = _beta_quantile(level, .5, df/2)
@@ -69,7 +71,7 @@ def _design_effect(hit, person, found):
         shared = max(shared, either_end-_squared_sums(pair, deviation))
     return shared/(deviation**2).sum()
 
-# %% ../../nbs/evaluation/07_intervals.ipynb #64362eb7
+# %% ../../nbs/evaluation/07_intervals.ipynb #4a165025
 def effective_searches(
     score,     # (I,) best score of each search
     threshold, # Lowest score at which a match is returned

@@ -51,7 +51,7 @@ def id_similarity(
     parts = [_chunk_similarity(-dist[i].cpu(), i, labels, count, has_mean) for i in chunks]
     return pd.DataFrame({k:torch.cat([o[k] for o in parts]).numpy() for k in parts[0]})
 
-# %% ../../nbs/explain/03_labels.ipynb #d57bd507
+# %% ../../nbs/explain/03_labels.ipynb #9f8e2d03
 def _mixed_labels(items):
     "Labels of pid 0 without a query, which stand for many people"
     def is_zero(pid): return str(pid).split('/')[-1].strip('0') in ('','.')
@@ -73,7 +73,7 @@ def _pairs(score, near_at, n):
         pairs.append(pair)
     return pairs
 
-# %% ../../nbs/explain/03_labels.ipynb #3f97e23f
+# %% ../../nbs/explain/03_labels.ipynb #4699bf32
 def _outliers(d, codes, emb, n):
     "Images that are on average more similar to another id"
     margin = d.other_mean-d.own_mean
@@ -120,8 +120,8 @@ def label_errors(
     found = pd.DataFrame(rows, columns=['sign','at','other','score','why'])
     image,other = [items.iloc[found[o].astype(int)][['fn','pid','cam']] for o in ('at','other')]
     columns = {**image.to_dict('list'), **other.add_prefix('other_').to_dict('list')}
-    return pd.DataFrame(dict(sign=found.sign.tolist(), score=found.score.tolist(), **columns, why=found.why.tolist()),
-                        index=image.index)
+    columns = dict(sign=found.sign.tolist(), score=found.score.to_numpy('float32'), **columns, why=found.why.tolist())
+    return pd.DataFrame(columns, index=image.index)
 
 # %% ../../nbs/explain/03_labels.ipynb #d702ab0f
 @patch
