@@ -51,7 +51,7 @@ def id_similarity(
     parts = [_chunk_similarity(-dist[i].cpu(), i, labels, count, has_mean) for i in chunks]
     return pd.DataFrame({k:torch.cat([o[k] for o in parts]).numpy() for k in parts[0]})
 
-# %% ../../nbs/explain/03_labels.ipynb #9f8e2d03
+# %% ../../nbs/explain/03_labels.ipynb #3548dce5
 def _mixed_labels(items):
     "Labels of pid 0 without a query, which stand for many people"
     def is_zero(pid): return str(pid).split('/')[-1].strip('0') in ('','.')
@@ -73,7 +73,7 @@ def _pairs(score, near_at, n):
         pairs.append(pair)
     return pairs
 
-# %% ../../nbs/explain/03_labels.ipynb #4699bf32
+# %% ../../nbs/explain/03_labels.ipynb #c85e03b2
 def _outliers(d, codes, emb, n):
     "Images that are on average more similar to another id"
     margin = d.other_mean-d.own_mean
