@@ -111,7 +111,8 @@ def describe_model(
         format=FORMAT, arch=learn.arch_name, arch_from=source, last_stride=_last_stride(learn, source, model.stride),
         n_parts=head.n_parts, levels=head.levels, emb_sz=head.reduce.bias.shape[1], norm=model.norm, drop=head.drop.p,
         size=list(size), mean=stats and stats[0], std=stats and stats[1], resize='PIL bicubic',
-        data=learn.dls.data_name, n_ids=learn.dls.c, fingerprint=fingerprint(model, size, stats), card=_card_entries(card),
+        data=learn.dls.data_name, n_ids=learn.dls.c, fingerprint=fingerprint(model, size, stats),
+        card=_card_entries(card),
         versions={name: version(name) for name in ('pyramidreid', 'torch', 'torchvision', 'fastai')})
 
 # %% ../../nbs/export/02_files.ipynb #6a147d4a
