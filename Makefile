@@ -30,7 +30,7 @@ lint: $(VENV)/.ready       ## notebooks and modules in sync, style, the contract
 	$(BIN)/python dev/rooms.py --check
 
 export: $(VENV)/.ready     ## modules from notebooks
-	$(BIN)/nbdev-export
+	$(BIN)/python dev/export.py
 
 readme: $(VENV)/.ready     ## README.md from nbs/index.ipynb
 	$(BIN)/python dev/readme.py
