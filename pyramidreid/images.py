@@ -47,7 +47,7 @@ def _upright(im):
     res.info = {k:v for k,v in im.info.items() if k=='transparency'}
     return res
 
-# %% ../nbs/01_images.ipynb #b3fb0f92
+# %% ../nbs/01_images.ipynb #a59aeafc
 def _check_image(o, name):
     "Raise an error unless `o` can be an image"
     if isinstance(o, (str,os.PathLike)):
@@ -65,7 +65,7 @@ def _check_array(a, name):
     raise ValueError(f"{name} is an array of {a.dtype}, shape {a.shape}: "
                      "give uint8 values from 0 to 255 of shape (H, W, 3), RGB, or (H, W)")
 
-# %% ../nbs/01_images.ipynb #3ebe8cc2
+# %% ../nbs/01_images.ipynb #0b618102
 # Whatever Pillow raises for a file that it cannot read
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError)
 
@@ -92,7 +92,7 @@ def read_rgb(
     if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im)>>8).astype(np.uint8))
     return im.convert('RGB')
 
-# %% ../nbs/01_images.ipynb #e6ccf305
+# %% ../nbs/01_images.ipynb #dbdcfec2
 def load_pixels(
     items:Iterable,      # Files, PIL images or arrays, as `read_rgb` takes them
     size:tuple[int,int], # Height and width, pixels
