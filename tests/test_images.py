@@ -61,8 +61,8 @@ def test_arrays_of_colour_and_of_grey():
     assert np.array_equal(read_rgb(grey), np.stack([grey]*3, -1))
 
 INVALID_ARRAYS = [
-    ('float64', (8,4,3)), ('bool', (8,4)),
-    ('uint8', (8,4,4)), ('uint8', (3,8,4)), ('uint8', (8,4,1)), ('uint8', (0,4,3)), ('uint8', (5,)), ('uint8', (1,8,4,3))]
+    ('float64', (8,4,3)), ('bool', (8,4)), ('uint8', (8,4,4)),
+    ('uint8', (3,8,4)), ('uint8', (8,4,1)), ('uint8', (0,4,3)), ('uint8', (5,)), ('uint8', (1,8,4,3))]
 @pytest.mark.parametrize('dtype,shape', INVALID_ARRAYS)
 def test_an_invalid_array_is_described(dtype, shape):
     array = np.zeros(shape, dtype)
