@@ -333,6 +333,7 @@ def test_sent_to_a_process(make_dls, cache):
     sent = pickle.loads(pickle.dumps(dataset))
     assert_same_batch(sent.get_batch([3,1]), dataset.get_batch([3,1]))
 
+@pytest.mark.slow # test_survive does the same without a cache
 def test_a_killed_run_resumes_with_identical_results(make_small_dls, make_learner, tmp_path):
     "Killed in its second epoch and resumed: the same weights as undisturbed"
     class Kill(Callback):
