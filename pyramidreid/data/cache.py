@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core import atomic_write, with_progress
-from ..images import UNREADABLE, is_rotated, read_rgb
+from ..images import PILLOW_ERRORS, is_rotated, read_rgb
 
 # %% ../../nbs/data/07_cache.ipynb #d155271b
 _SKIP_HINT = "or pass on_bad='skip' to check all files first and leave the bad ones out"
@@ -32,7 +32,7 @@ _SKIP_HINT = "or pass on_bad='skip' to check all files first and leave the bad o
 def _name_errors(file):
     "Errors of reading `file` name it and the remedy"
     try: yield
-    except UNREADABLE as e:
+    except PILLOW_ERRORS as e:
         raise OSError(f"{file} is not a valid image, or is cut off ({e}). Repair or remove it, {_SKIP_HINT}") from e
 
 def open_image(
