@@ -12,12 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Callback, Flip, load_learner, set_seed
+from fastai.vision.all import Callback, Flip, PILImage, Transform, load_learner, set_seed, tensor
 from PIL import Image
 from safetensors.numpy import load_file
 
 import pyramidreid.data.cache
-from pyramidreid.data.cache import ImageCache, decode_images
+from pyramidreid.data.cache import ImageCache, decode_images, open_image
 from pyramidreid.data.datasets import market_table
 from pyramidreid.data.loaders import CachedDatasets, ReIDDataLoaders
 from pyramidreid.data.sampler import PKDataLoader
@@ -314,6 +314,14 @@ def test_images_outside_the_cache_are_opened_as_ever(make_dls, files, cache):
     df = market_table(files[0].parents[1])
     a,b = (torch.cat([y for _,y in dls.test_dl(df, with_labels=True)]) for dls in (cached,plain))
     assert torch.equal(a, b)
+
+@pytest.mark.parametrize('kind', [
+    str, Path, Image.open, lambda file: np.array(Image.open(file)), lambda file: tensor(Image.open(file))],
+    ids=['str', 'path', 'pil', 'array', 'tensor'])
+def test_open_image_is_a_transform_of_any_type(files, kind):
+    "fastai applies a transform only to the types that its hints name"
+    im = Transform(open_image)(kind(files[0]))
+    assert type(im) is PILImage and np.array_equal(im, Image.open(files[0]))
 
 def test_single_items_are_opened_as_ever(make_dls):
     (im,target),(im2,target2) = (make_dls(size=STORED, cache=cache).train_ds[3] for cache in (True,None))

@@ -36,9 +36,9 @@ def _name_errors(file):
         raise OSError(f"{file} is not a valid image, or is cut off ({e}). Repair or remove it, {_SKIP_HINT}") from e
 
 def open_image(
-    o:str|os.PathLike|Image.Image|np.ndarray # A file, a PIL image, or anything that `PILImage.create` takes
-)->PILImage:                                 # Upright, mode RGB
-    "Open an image for training. Raises an `OSError` that names an unreadable file and the remedy"
+    o # A file, a PIL image, or anything that `PILImage.create` takes. No type hint, or fastai would pass other types by
+):
+    "Return an upright RGB `PILImage` for training. Raises an `OSError` that names an unreadable file and the remedy"
     known = isinstance(o, (str,os.PathLike,Image.Image))
     try: return PILImage(read_rgb(o if known else PILImage.create(o, mode=None)))
     except OSError as e: raise OSError(f"{e}, {_SKIP_HINT}") from e
