@@ -1,5 +1,7 @@
 "Pictures as a viewer shows them, in 8 bits, and errors that name what is wrong"
+import itertools
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -135,3 +137,92 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     (tmp_path/'closed').mkdir()
     monkeypatch.setattr(os, 'scandir', closed) # permissions do not stop root
     with pytest.raises(PermissionError, match='closed'): find_images(tmp_path)
+# formats and EXIF data in the wild
+
+ROTATIONS = { # of the stored pixels, by EXIF orientation
+    1: lambda x: x,
+    2: lambda x: x[:,::-1],
+    3: lambda x: x[::-1,::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: np.rot90}
+SAVE_OPTIONS = dict(webp=dict(lossless=True), jpg=dict(quality=100, subsampling=0))
+
+@pytest.fixture
+def photo(tmp_path):
+    "A JPEG of noise in large blocks, without EXIF data"
+    Image.fromarray(noise(6, 3).repeat(16, 0).repeat(16, 1)).save(tmp_path/'photo.jpg')
+    return tmp_path/'photo.jpg'
+
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'webp', 'tif'])
+@pytest.mark.parametrize('orientation', ROTATIONS)
+def test_exif_turns_an_image_as_the_standard_says(tmp_path, suffix, orientation):
+    "For a file, and for an image that was opened elsewhere, before and after it was handled"
+    stored,file,exif = noise(5, 3).repeat(16, 0).repeat(16, 1),tmp_path/f'photo.{suffix}',Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(stored).save(file, exif=exif, **SAVE_OPTIONS.get(suffix, {}))
+    expected,seen = ROTATIONS[orientation](stored).astype(int),read_rgb(file)
+    assert np.asarray(seen).shape==expected.shape
+    assert abs(np.asarray(seen)-expected).max()<=(4 if suffix=='jpg' else 0)
+    opened = Image.open(file)
+    for image in (Image.open(file), opened.copy(), opened.convert('RGB'), seen, read_rgb(seen)):
+        assert np.array_equal(read_rgb(image), seen)
+
+def with_exif(data, *entries):
+    "A JPEG's bytes with an EXIF block of entries `(tag, type, count, value)`"
+    packed = b''.join(struct.pack('<HHII', *entry) for entry in entries)
+    exif = b'Exif\0\0II*\0\x08\0\0\0' + struct.pack('<H', len(entries)) + packed + bytes(44)
+    return data[:2] + b'\xff\xe1' + struct.pack('>H', len(exif)+2) + exif + data[2:]
+
+def test_other_exif_entries_do_not_matter(photo, tmp_path):
+    "Entries of every type, with values that fit or not, beside the one that turns the image"
+    data,turn,file = photo.read_bytes(),(ORIENTATION, 3, 1, 6),tmp_path/'more.jpg'
+    file.write_bytes(with_exif(data, turn))
+    expected = np.asarray(read_rgb(file))
+    assert expected.shape[:2]==Image.open(photo).size
+    tags = (0x010f, 0x0131, 0x02bc, 0x8769, 0x8825, 0x927c, 0xa005)
+    for entry in itertools.product(tags, range(14), ((1,7), (2,40), (9,2**31))):
+        tag,kind,(count,value) = entry
+        file.write_bytes(with_exif(data, turn, (tag, kind, count, value)))
+        for image in (file, Image.open(file)): assert np.array_equal(read_rgb(image), expected), entry
+
+def test_damaged_exif_data_is_ignored(photo, tmp_path):
+    data,file = photo.read_bytes(),tmp_path/'damaged.jpg'
+    file.write_bytes(data[:2] + b'\xff\xe1' + (28).to_bytes(2, 'big') + b'Exif\0\0' + b'\xff'*20 + data[2:])
+    assert np.array_equal(read_rgb(file), Image.open(photo))
+
+def test_sixteen_bits_of_jpeg_2000_and_of_big_endian_data(tmp_path):
+    deep = np.random.default_rng(0).integers(0, 2**16, (40,20), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path/'deep.jp2')
+    for image in (tmp_path/'deep.jp2', Image.open(tmp_path/'deep.jp2')):
+        assert np.array_equal(read_rgb(image), np.stack([deep//256]*3, -1))
+    big_endian = Image.frombytes('I;16B', (20,40), deep.astype('>u2').tobytes())
+    assert np.array_equal(np.asarray(read_rgb(big_endian))[...,0], deep//256)
+
+def test_a_decompression_bomb_is_named(photo, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(OSError, match='photo.jpg .*decompression bomb'): read_rgb(photo)
+
+def damaged(data, rng, cut, at_head):
+    "The bytes with three of them changed, and cut off at random"
+    changed = bytearray(data[:rng.integers(len(data))] if cut else data)
+    reach = min(len(changed), 300) if at_head else len(changed)
+    for position in rng.integers(0, max(1, reach), 3):
+        changed[position:position+1] = bytes(rng.integers(0, 256, 1, dtype=np.uint8))
+    return bytes(changed)
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'gif', 'webp', 'tif', 'bmp', 'jp2', 'avif'])
+def test_a_damaged_file_is_read_or_named(photo, tmp_path, suffix):
+    image,file,rng = Image.open(photo),tmp_path/f'damaged.{suffix}',np.random.default_rng(0)
+    try: image.save(file)
+    except (KeyError, ValueError, OSError) as e: pytest.skip(f'Pillow cannot write {suffix} here: {e}')
+    data,named = file.read_bytes(),0
+    for i in range(60):
+        file.write_bytes(damaged(data, rng, cut=i%3==0, at_head=i%2==1))
+        try: assert read_rgb(file).mode=='RGB'
+        except (OSError, ValueError) as e:
+            named += 1
+            assert str(file) in str(e)
+    assert named
