@@ -44,7 +44,7 @@ def evaluate_cameras(dist,         # (Q, G) distances: tensor, array, or an obje
     rows = []
     for b,_,part in parts:
         if not part.scores: continue
-        i,ap,_,_,first = map(torch.cat, zip(*part.scores))
+        i,(ap,_,_,first) = part.scored()
         rows += [dict(query_cam=names[a], gallery_cam=names[b], queries=int(of_a.sum()), mAP=100*ap[of_a].mean().item(),
                       **{'rank-1':100*(first[of_a]==1).double().mean().item()}) for a in q_cam[i].unique() for of_a in [q_cam[i]==a]]
     return pd.DataFrame(rows).sort_values(['query_cam','gallery_cam'], ignore_index=True).round(2)

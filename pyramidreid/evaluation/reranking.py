@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from .retrieval import Distances, _blocks, _embeddings
+from .distances import Distances, embedding_matrix, float32_blocks
 
 # %% ../../nbs/evaluation/06_reranking.ipynb #3a6548ae
 def k_nearest(d, # (n, N) distances
@@ -50,7 +50,7 @@ class _Embedded:
         "From images `i` to all from `start` on"
         x,res,at = self.take(i).mul_(-2),torch.empty(len(i), self.n-start, device=self.device),0
         for e in (self.q[start:], self.g[max(start-self.n_query,0):]):
-            for _,b in _blocks(e, self.device):
+            for _,b in float32_blocks(e, self.device):
                 torch.mm(x, b.T, out=res[:,at:at+len(b)])
                 at += len(b)
         return res.mul_(self.scale[start:]).add_(self.sq[start:]).add_(self.sq[i][:,None]).clamp_(min=0)
@@ -224,7 +224,7 @@ def rerank_distances(query_gallery,   # (Q, G) distances, not squared: tensor or
                      chunk=None       # Images per strip of distances
                     )->Reranked:
     "The same from distances, the input of the published program"
-    d = [_embeddings(x, n) for x,n in ((query_gallery,'query_gallery'), (query_query,'query_query'), (gallery_gallery,'gallery_gallery'))]
+    d = [embedding_matrix(x, n) for x,n in ((query_gallery,'query_gallery'), (query_query,'query_query'), (gallery_gallery,'gallery_gallery'))]
     nq,ng = d[0].shape
     if d[1].shape!=(nq,nq) or d[2].shape!=(ng,ng): raise ValueError(f"query_gallery is {nq:,} × {ng:,}, so query_query must be {nq:,} × {nq:,} "
         f"and gallery_gallery {ng:,} × {ng:,}; they are {tuple(d[1].shape)} and {tuple(d[2].shape)}")
