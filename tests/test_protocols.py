@@ -1,4 +1,4 @@
-"Pairs of cameras against `plain_scores` of each pair, and single gallery shots against every gallery that could be drawn"
+"Pairs of cameras against `plain_scores` of each pair, single gallery shots against every possible gallery"
 import itertools
 from collections import Counter
 

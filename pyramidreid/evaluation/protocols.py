@@ -18,7 +18,7 @@ from .distances import distance_context, distance_matrix, distance_rows
 from .ranking import id_codes
 from .retrieval import Ranking
 
-# %% ../../nbs/evaluation/05_protocols.ipynb #bcfd3ea7
+# %% ../../nbs/evaluation/05_protocols.ipynb #f2978abd
 def _pair_rows(ranking, gallery_cam, query_cams, names):
     "Yield the results of each query camera among the images of one gallery camera"
     i,scores = ranking.scored()
@@ -87,7 +87,7 @@ class SingleShotResult(Card):
     @property
     def rank1(self): return self.rank(1)
 
-# %% ../../nbs/evaluation/05_protocols.ipynb #bdef8416
+# %% ../../nbs/evaluation/05_protocols.ipynb #98e5d827
 @patch
 def figures(self:SingleShotResult):
     "Return the metrics by name, as fractions"
@@ -103,7 +103,7 @@ def choices(self:SingleShotResult):
             'gallery of a trial':f'one image of each of {self.n_ids:,} identities, {cameras}',
             'distance':self.distance, 'queries counted':f'{self.n_query_valid:,} of {self.n_query:,}'}
 
-# %% ../../nbs/evaluation/05_protocols.ipynb #61bc3ced
+# %% ../../nbs/evaluation/05_protocols.ipynb #50ebd853
 def _draw(pids, n, generator):
     "Draw `n` times a random position of each distinct value of `pids`; return the positions and the distinct values"
     order = pids.argsort(stable=True)
@@ -124,7 +124,7 @@ def _ranks(dist, galleries, match):
     before = (x==match_dist) & (position<position.gather(2, column))
     return ((x<match_dist) | before).sum(2)
 
-# %% ../../nbs/evaluation/05_protocols.ipynb #7f85b653
+# %% ../../nbs/evaluation/05_protocols.ipynb #a5d7c734
 def _trial_ranks(dist, ranking, q, g, trials, seed):
     "Ranks of the match, 0 = first, of each valid query (rows) in each trial; queries of one camera share the draws"
     q_cams,g_cams = ranking.cams or (torch.zeros_like(q),torch.ones_like(g))
@@ -138,7 +138,7 @@ def _trial_ranks(dist, ranking, q, g, trials, seed):
             ranks.append(_ranks(distance_rows(dist, i), elsewhere[picks], torch.searchsorted(ids, q[i])))
     return torch.cat(ranks)
 
-# %% ../../nbs/evaluation/05_protocols.ipynb #6d63ef62
+# %% ../../nbs/evaluation/05_protocols.ipynb #43de75b3
 @torch.no_grad()
 def evaluate_single_shot(
     dist,              # (Q, G) distances: tensor, array, or an object with `shape` and rows such as `Distances`

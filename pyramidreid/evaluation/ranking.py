@@ -132,7 +132,7 @@ def _count_below_threaded(dist, targets, excluded):
         counts = pool.map(count, dist.split(rows), targets.split(rows))
         return [torch.from_numpy(np.concatenate(o)) for o in zip(*counts)]
 
-# %% ../../nbs/evaluation/01_ranking.ipynb #9fb009da
+# %% ../../nbs/evaluation/01_ranking.ipynb #7ff7bf67
 def _break_ties(ranks, tied, targets, columns, equal_images, step):
     """Move `tied` matches behind the equally near images that come before them in the gallery.
     `targets` are the distances of the matches in ascending order, `columns` their positions in the gallery.
@@ -173,7 +173,7 @@ def _block_ranks(dist, same, match, excluded):
     n_tied = _break_ties(ranks, twice & is_match, targets, columns, equal_images, step=max(1, 2**20//dist.shape[1]))
     return ranks.masked_fill_(~is_match, -1),n_tied
 
-# %% ../../nbs/evaluation/01_ranking.ipynb #94ac70bf
+# %% ../../nbs/evaluation/01_ranking.ipynb #7927c364
 @torch.no_grad()
 def match_ranks(
     dist,         # (Q, G) distances, smaller is nearer; adding a constant to a row or scaling it changes nothing

@@ -140,7 +140,7 @@ class _NeighbourTable:
                          f"queries {q[:5]} ({len(q):,} in total) and gallery images {g[:5]} ({len(g):,} in total). "
                          "Look for a diverged model or overflow in half precision")
 
-# %% ../../nbs/evaluation/06_reranking.ipynb #d7e3b924
+# %% ../../nbs/evaluation/06_reranking.ipynb #d11daba3
 def _neighbours(source, k, chunk):
     "Squared distances (N, k) of each image's nearest, their positions, and the largest distance (N,) of each image"
     table = _NeighbourTable(source.n, k, source.device)
@@ -157,7 +157,7 @@ def _neighbours(source, k, chunk):
     table.check(source.n_query)
     return table.near.clamp_(min=0),table.idx,table.far.masked_fill_(table.far==0, 1)
 
-# %% ../../nbs/evaluation/06_reranking.ipynb #0a736db2
+# %% ../../nbs/evaluation/06_reranking.ipynb #d8967bd6
 def _reciprocal(idx, k, chunk):
     "Of each image's `k` nearest, those that have it among theirs (eq. 2); N in the other entries"
     n,idx = len(idx),idx[:,:k]
@@ -199,7 +199,7 @@ def _local_mean(V, idx):
         warnings.filterwarnings('ignore', 'Sparse CSR tensor support')
         return torch.sparse.mm(mean, V).coalesce()
 
-# %% ../../nbs/evaluation/06_reranking.ipynb #40fed95a
+# %% ../../nbs/evaluation/06_reranking.ipynb #d9326417
 class _Runs:
     "Entries stored in runs, one run per key, one run after the other"
     def __init__(self, keys, n):
@@ -238,7 +238,7 @@ class Reranked:
     def __len__(self): return self.shape[0]
     def __repr__(self): return f"Reranked {self.shape[0]:,} × {self.shape[1]:,}: {self.about['re-ranking']}"
 
-# %% ../../nbs/evaluation/06_reranking.ipynb #ae6dc861
+# %% ../../nbs/evaluation/06_reranking.ipynb #a769b2ac
 @patch
 def _fill_rows(self:Reranked, i, d):
     "Write the distances of queries `i` to `d` (n, G)"
@@ -286,7 +286,7 @@ def _rerank(source, k1, k2, lambda_, chunk):
         if k2>1: V = _local_mean(V, idx[:,:k2])
     return Reranked(source, V, far, lambda_, {'re-ranking':f'k-reciprocal, k1={k1}, k2={k2}, λ={lambda_:g}'})
 
-# %% ../../nbs/evaluation/06_reranking.ipynb #7ac44b6f
+# %% ../../nbs/evaluation/06_reranking.ipynb #409af376
 @torch.no_grad()
 def rerank(
     query_emb,         # (Q, D) embeddings: tensor, array or memory-mapped array of any number type
@@ -302,7 +302,7 @@ def rerank(
     "k-reciprocal re-ranking (Zhong et al. 2017) of a gallery for all queries, exact, in bounded memory"
     return _rerank(_EmbeddingSource(query_emb, gallery_emb, distance, device), k1, k2, lambda_, chunk)
 
-# %% ../../nbs/evaluation/06_reranking.ipynb #902ab609
+# %% ../../nbs/evaluation/06_reranking.ipynb #163ca598
 @torch.no_grad()
 def rerank_distances(
     query_gallery,   # (Q, G) distances, not squared: tensor or array
