@@ -405,7 +405,7 @@ def test_mapped_files(tmp_path, dtype, layout):
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads RssAnon')
 def test_bounded_memory(tmp_path):
     """A mapped gallery of 123 MB, 246 in float32, takes a block of 32 MB and its squares. And where 24 queries have
-    100,000 matches each, the tables of matches, some twenty of 19 MB each for all queries, are never in memory at once"""
+    100,000 matches each, the tables of matches, some twenty of 19 MB for all queries, are never in memory at once"""
     gallery = np.lib.format.open_memmap(tmp_path/'g.npy', 'w+', np.float16, (60_000,1024))
     gallery[:] = np.tile(np.random.default_rng(0).standard_normal((1500,1024), np.float32), (40,1))
     gallery.flush()

@@ -132,7 +132,7 @@ def _count_below_threaded(dist, targets, excluded):
         counts = pool.map(count, dist.split(rows), targets.split(rows))
         return [torch.from_numpy(np.concatenate(o)) for o in zip(*counts)]
 
-# %% ../../nbs/evaluation/01_ranking.ipynb #7ff7bf67
+# %% ../../nbs/evaluation/01_ranking.ipynb #6d6b2ba2
 def _break_ties(ranks, tied, targets, columns, equal_images, step):
     """Move `tied` matches behind the equally near images that come before them in the gallery.
     `targets` are the distances of the matches in ascending order, `columns` their positions in the gallery.
@@ -145,7 +145,8 @@ def _break_ties(ranks, tied, targets, columns, equal_images, step):
     n_tied = 0
     for start in range(0, len(group_row), step):
         stop = start+step
-        n_equal = equal_images(group_row[start:stop], group_target[start:stop]).cumsum(1, dtype=torch.int32)
+        equal = equal_images(group_row[start:stop], group_target[start:stop])
+        n_equal = equal.cumsum(1, dtype=torch.int32)
         here = (group>=start) & (group<stop)
         at,in_step = (row[here],m[here]),group[here]-start
         ranks[at] += n_equal[in_step,columns[at]]-1
@@ -173,7 +174,7 @@ def _block_ranks(dist, same, match, excluded):
     n_tied = _break_ties(ranks, twice & is_match, targets, columns, equal_images, step=max(1, 2**20//dist.shape[1]))
     return ranks.masked_fill_(~is_match, -1),n_tied
 
-# %% ../../nbs/evaluation/01_ranking.ipynb #7927c364
+# %% ../../nbs/evaluation/01_ranking.ipynb #0153b0d6
 @torch.no_grad()
 def match_ranks(
     dist,         # (Q, G) distances, smaller is nearer; adding a constant to a row or scaling it changes nothing
