@@ -144,7 +144,7 @@ def test_embeddings_are_left_alone():
 def test_result_round_trip(tmp_path):
     q,g,query_pids,*ids = clustered()
     query_pids[4] = 77
-    about = {'data set':'märket', 'flip':'none', 'size':(384,128)}
+    about = {'dataset':'märket', 'flip':'none', 'size':(384,128)}
     card = evaluate(q, g, query_pids, *ids, about=about)
     file = tmp_path/'r.json'
     json.loads(card.to_json(file), parse_constant=lambda c: pytest.fail(f'{c} is not JSON'))
@@ -156,7 +156,7 @@ def test_result_round_trip(tmp_path):
 def test_result_in_words():
     q,g,query_pids,*ids = clustered()
     query_pids[4] = 77
-    card = evaluate(q, g, query_pids, *ids, about={'data set':'märket'})
+    card = evaluate(q, g, query_pids, *ids, about={'dataset':'märket'})
     expected = ['märket','positions 4','59 of 60','left out','gallery order','cosine',f'{100*card.mAP:.2f} %']
     for words in expected: assert words in repr(card)
     assert '<table' in card._repr_html_()

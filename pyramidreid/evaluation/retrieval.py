@@ -21,7 +21,7 @@ from pyramidreid.evaluation.distances import (  # noqa: F401
 )
 from .ranking import MatchIndex, QueryScores, id_codes, match_ranks, ranking_scores
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #43095043
+# %% ../../nbs/evaluation/04_retrieval.ipynb #2da8ff98
 class NoMatchError(ValueError): "No query has a match in the gallery"
 
 def is_junk_id(
@@ -63,7 +63,7 @@ class Ranking:
         self.valid = (self.index.n_match>0).nonzero().view(-1)
         self.positions,self.scores,self.n_tied = [],[],0
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #34fa2505
+# %% ../../nbs/evaluation/04_retrieval.ipynb #287a79e9
 @patch
 def chunks(self:Ranking,
     n=None,    # Queries per chunk; None: as many as `size` allows
@@ -84,7 +84,7 @@ def _why_no_match(self:Ranking):
     return (f"{n:,} queries have images of their person in the gallery, but all from the query's own camera, "
             "which do not count. Check the camera ids, or leave out query_cams and gallery_cams to count them")
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #a28ace33
+# %% ../../nbs/evaluation/04_retrieval.ipynb #7714c3db
 @patch
 def add(self:Ranking,
     dist, # (n, G) distances
@@ -149,7 +149,7 @@ def evaluate_distances(
     for i in with_progress(chunks, progress_bar): ranking.add(distance_rows(dist, i), i)
     return ranking.result(ranks=ranks, **distance_context(dist, about))
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #d5794db5
+# %% ../../nbs/evaluation/04_retrieval.ipynb #9a2f2ca6
 def evaluate(
     query_emb,         # (Q, D) embeddings: tensor, array or memory-mapped array of any number type
     gallery_emb,       # (G, D) embeddings
