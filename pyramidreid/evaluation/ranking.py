@@ -153,6 +153,7 @@ def _break_ties(ranks, tied, targets, columns, equal_images, step):
         n_tied += int((n_equal[in_step,-1]>1).sum())
     return n_tied
 
+# %% ../../nbs/evaluation/01_ranking.ipynb #081a8433
 def _block_ranks(dist, same, match, excluded):
     "`match_ranks` for a block of rows"
     dist = dist if dist.dtype in (torch.float32,torch.float64) else dist.float()
