@@ -62,7 +62,7 @@ class Gallery:
         "Set the calibration. Raises `ValueError` if it is another model's"
         self._calibration = check_calibration(value, self.fingerprint)
 
-# %% ../../nbs/gallery/05_gallery.ipynb #7fe11f8f
+# %% ../../nbs/gallery/05_gallery.ipynb #dac83252
 @patch
 def __repr__(self:Gallery):
     search = 'searched exactly'
@@ -151,7 +151,7 @@ def _delete(self:Gallery, keys):
     self.store.remove([self.keys.pop(k) for k in keys])
     self._rows = None
 
-# %% ../../nbs/gallery/05_gallery.ipynb #95b978b3
+# %% ../../nbs/gallery/05_gallery.ipynb #c4bdf0e9
 @patch(cls_method=True)
 def from_learner(cls:Gallery,
     learn,      # A learner, or whatever `Gallery` takes
@@ -163,7 +163,7 @@ def from_learner(cls:Gallery,
     if items is not None: res.add(items, **kwargs)
     return res
 
-# %% ../../nbs/gallery/05_gallery.ipynb #16af2ddb
+# %% ../../nbs/gallery/05_gallery.ipynb #9c7adb00
 @patch
 def remove(self:Gallery,
     keys # A key or several
@@ -203,7 +203,7 @@ def search(self:Gallery,
     threshold=None,   # Only entries at least this similar
     far=None          # Rate of false accepts that sets the threshold, by the gallery's `calibration`
 )->pd.DataFrame:
-    "Return the most similar entries: `key`, `similarity`, all columns; of several queries also the number of the `query`"
+    "Return the most similar entries: `key`, `similarity` and all columns; for several queries also `query`, a number"
     several = _is_several(query)
     self._check_k(k)
     threshold = self._checked_threshold(threshold, far)
@@ -216,7 +216,7 @@ def search(self:Gallery,
     others = [c for c in found if c not in first]
     return found[first[0 if several else 1:]+others]
 
-# %% ../../nbs/gallery/05_gallery.ipynb #fcf7e6a1
+# %% ../../nbs/gallery/05_gallery.ipynb #449fa4fc
 @patch
 def _check_k(self:Gallery, k):
     if len(self)==0: raise ValueError("The gallery is empty: there is nobody to find")
@@ -233,7 +233,7 @@ def _checked_threshold(self:Gallery, threshold, far):
     if isinstance(threshold, numbers.Real) and math.isfinite(threshold): return threshold
     raise ValueError(f"threshold={threshold!r}: a threshold is a similarity, a number up to 1")
 
-# %% ../../nbs/gallery/05_gallery.ipynb #098af01a
+# %% ../../nbs/gallery/05_gallery.ipynb #6359196c
 @patch(as_prop=True)
 def rows(self:Gallery):
     "`RowBlocks` of the store, removed rows included"
@@ -260,7 +260,7 @@ def _search(self:Gallery, q, k, exclude_cam, since, where):
     res = table.iloc[table.index.get_indexer(rows.ids[found[exists]])]
     return res.assign(similarity=sims[exists], query=np.nonzero(exists)[0]).reset_index(drop=True)
 
-# %% ../../nbs/gallery/05_gallery.ipynb #e4bfded8
+# %% ../../nbs/gallery/05_gallery.ipynb #04391984
 @patch
 def threshold(self:Gallery,
     far # Wanted rate of false accepts per search, e.g. 0.01
@@ -291,7 +291,7 @@ def build_index(self:Gallery,
 @patch
 def _write_index(self:Gallery, file): require_extra('faiss', 'gallery').write_index(self.index.index, str(file))
 
-# %% ../../nbs/gallery/05_gallery.ipynb #8488981d
+# %% ../../nbs/gallery/05_gallery.ipynb #b9533a67
 @patch
 def save(self:Gallery,
     path=None # Folder; None: where the gallery was saved or loaded

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from ..core import atomic_write, flush_to_disk, require_extra
 from .entries import typed_table
 
-# %% ../../nbs/gallery/03_store.ipynb #907c4531
+# %% ../../nbs/gallery/03_store.ipynb #d6ed39a9
 try:
     import fcntl
 except ImportError: # Windows
@@ -73,7 +73,7 @@ def write_embeddings(
         for block in blocks: yield np.asarray(block, dtype)
     return _write_file(Path(file), parts())
 
-# %% ../../nbs/gallery/03_store.ipynb #6b0d90b8
+# %% ../../nbs/gallery/03_store.ipynb #f81b271a
 def read_embeddings(
     file # Path of a file that `write_embeddings` wrote
 ):
@@ -162,7 +162,7 @@ class Store:
         ids = np.concatenate([s.ids[~s.gone] for s in self.segments])
         return _concat_tables(tables).set_index(ids)
 
-# %% ../../nbs/gallery/03_store.ipynb #cec080e4
+# %% ../../nbs/gallery/03_store.ipynb #77232cd2
 @patch
 def add(self:Store,
     embs, # Embeddings, (N, D)
@@ -219,7 +219,7 @@ def _write_segments(self:Store, path, generation):
         res.append(self._write_group(path, f'{name}-{i}' if i else name, group))
     return res[::-1]
 
-# %% ../../nbs/gallery/03_store.ipynb #87095a9c
+# %% ../../nbs/gallery/03_store.ipynb #4856cbca
 _MANIFEST,_FORMAT = 'gallery.json','gallery 1'
 
 def _content_checksum(content): return zlib.crc32(json.dumps(content, sort_keys=True).encode())
@@ -246,7 +246,7 @@ def read_manifest(
     if checksum!=_content_checksum(content): raise ValueError(f"{file} is damaged: its checksum is wrong. {restore}")
     return content
 
-# %% ../../nbs/gallery/03_store.ipynb #b50e0c2c
+# %% ../../nbs/gallery/03_store.ipynb #701cd962
 @patch
 def _manifest_content(self:Store, generation, segments):
     "The content of the manifest, as JSON gives it back"
@@ -264,7 +264,7 @@ def _file_names(content):
     if content['index']: names.add(content['index']['file'][0])
     return names
 
-# %% ../../nbs/gallery/03_store.ipynb #c059b090
+# %% ../../nbs/gallery/03_store.ipynb #07f1d446
 def _make_folder(path):
     "Create the folder of a gallery, durably; raise an `OSError` that says why it cannot hold one"
     if path.is_symlink() and not path.exists(): raise FileNotFoundError(
@@ -313,7 +313,7 @@ def _check_unchanged(self:Store, path, manifest, own_folder):
     if manifest['stamp']!=self.stamp: raise RuntimeError(
         f"{path} was changed by another process since it was loaded: load it again, and add the new entries")
 
-# %% ../../nbs/gallery/03_store.ipynb #3b9a0d54
+# %% ../../nbs/gallery/03_store.ipynb #b4c20b0f
 @patch
 def save(self:Store,
     path=None # Folder; None: where the store was saved or loaded
@@ -332,7 +332,7 @@ def save(self:Store,
             if self.index: self.index['file'] = None
         self._commit(path, self.generation+1)
 
-# %% ../../nbs/gallery/03_store.ipynb #763cff21
+# %% ../../nbs/gallery/03_store.ipynb #10211ece
 @patch
 def _write_index(self:Store, file):
     with atomic_write(file) as tmp: self.index['write'](tmp)
@@ -401,7 +401,7 @@ def _load_segment(path, entry, check):
     gone[entry['gone']] = True
     return Segment(ids, embs, table, gone, entry['files'])
 
-# %% ../../nbs/gallery/03_store.ipynb #2232e301
+# %% ../../nbs/gallery/03_store.ipynb #dafada84
 @patch(cls_method=True)
 def _from_manifest(cls:Store, path, content, check):
     res = cls(content['fingerprint'], content['dim'], content['dtype'], content['notes'])
