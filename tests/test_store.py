@@ -495,7 +495,7 @@ def slow(*args): # Gives the others time to interfere
     real(*args)
 module._write_manifest = slow
 n = 0
-while n<12:
+while n<6:
     store = Store.load(path)
     store.add(np.ones((1,6), np.float32), pd.DataFrame(dict(key=[f'{name}-{n}'])))
     try: store.save()
@@ -508,7 +508,7 @@ import sys
 from pyramidreid.gallery.store import Store
 
 seen = set()
-while len(seen)<37:
+while len(seen)<19:
     keys = set(Store.load(sys.argv[1]).table.key)
     assert seen<=keys
     seen = keys
@@ -527,7 +527,7 @@ def test_three_writers_and_two_readers(path):
             assert job.returncode==0, (i, err)
     finally:
         for job in jobs: job.kill()
-    assert set(content_of(path))=={'first'} | {f'{i}-{n}' for i in range(3) for n in range(12)}
+    assert set(content_of(path))=={'first'} | {f'{i}-{n}' for i in range(3) for n in range(6)}
 
 def test_a_reader_while_another_process_saves(store, path, monkeypatch):
     "The old segments disappear after the manifest was read: the new manifest is read"
