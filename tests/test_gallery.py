@@ -283,7 +283,7 @@ def test_columns_are_checked_before_anything_is_embedded(files):
 def test_add_errors(gallery, files):
     with pytest.raises(ValueError, match='keys='): gallery.add(pictures(1))
     with pytest.raises(ValueError, match='dates and times'): gallery.add(pictures(1), keys='x', time='soon')
-    with pytest.raises(ValueError, match="'pid' held number"): gallery.add(pictures(1), keys='x', pid='ann')
+    with pytest.raises(ValueError, match="'pid' held numbers"): gallery.add(pictures(1), keys='x', pid='ann')
     with pytest.raises(ValueError, match='have no key'): gallery.add(pictures(2), keys=['x',None])
     embs = gallery.embed(files.fn[:1].tolist())
     with pytest.raises(ValueError, match='1 embeddings for 2'):

@@ -114,7 +114,7 @@ def test_search_errors(galleries, args, message):
 def test_errors_change_nothing(galleries):
     remote,_ = galleries
     with pytest.raises(ValueError, match='exist already'): remote.add(entries()[:2], embs=embs[:2])
-    with pytest.raises(ValueError, match="'pid' held number"): remote.add(pictures(1), keys='x', pid='ann')
+    with pytest.raises(ValueError, match="'pid' held numbers"): remote.add(pictures(1), keys='x', pid='ann')
     with pytest.raises(ValueError, match="first is 'nobody'"): remote.remove(['k1','nobody'])
     with pytest.raises(ValueError, match="Another model's"): remote.search(Embeddings(np.ones(9), 'b model'), 3)
     with pytest.raises(ValueError, match="4 dimensions"): remote.search(embeddings(1, dim=4), 3)

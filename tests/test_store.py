@@ -379,7 +379,7 @@ def test_columns_that_cannot_be_stored(values, kind):
         Store('a model').add(embs(2), frame('ab', note=values))
 
 def test_columns_keep_their_kind(store):
-    with pytest.raises(ValueError, match="'pid' held number until now, and here it holds text"):
+    with pytest.raises(ValueError, match="'pid' held numbers until now, and here it holds text"):
         store.add(embs(1), frame('x', pid=['ann']))
     assert len(store)==5
 
@@ -391,7 +391,7 @@ def test_kinds_survive(path):
     s.save(path)
     pd.testing.assert_frame_equal(Store.load(path).table, s.table)
     without_zone = frame('c', at=pd.to_datetime(['2026-11-23']))
-    with pytest.raises(ValueError, match="'at' held time with zone"): s.add(embs(1), without_zone)
+    with pytest.raises(ValueError, match="'at' held times with a zone"): s.add(embs(1), without_zone)
 
 # Damage
 

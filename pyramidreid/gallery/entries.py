@@ -28,7 +28,7 @@ def _weight_state(model):
     sums = torch.stack([bit_sum(t) for t in tensors]).tolist()
     return [(t.data_ptr(), version(t), s) for t,s in zip(tensors, sums)]
 
-# %% ../../nbs/gallery/01_entries.ipynb #c9266870
+# %% ../../nbs/gallery/01_entries.ipynb #59ea58dc
 class LearnerEmbedder:
     "A `ReIDLearner` with the two things a gallery needs, `embed` and `fingerprint`"
     def __init__(self,
@@ -59,7 +59,7 @@ class LearnerEmbedder:
         return dict(loaders=self.learn.dls, stats=input_stats(self.learn), norm=model.norm, windows=model.head.windows,
                     layers=list(_work(model)), weights=_weight_state(model))
 
-# %% ../../nbs/gallery/01_entries.ipynb #73f90dc6
+# %% ../../nbs/gallery/01_entries.ipynb #457719b6
 def as_embedder(
     model # A learner, or an object with `embed(images)` and `fingerprint`
 ):
@@ -83,7 +83,7 @@ class Embeddings:
     def __len__(self): return len(self.values)
     def __getitem__(self, i): return Embeddings(self.values[i], self.fingerprint)
 
-# %% ../../nbs/gallery/01_entries.ipynb #a3353ca1
+# %% ../../nbs/gallery/01_entries.ipynb #a5b897fd
 def open_picture(
     image # A file, a uint8 array (H, W, 3), or a PIL image
 ):
@@ -127,7 +127,7 @@ def parse_time(
     if not isinstance(res, pd.Timestamp): raise ValueError("a single date and time is needed")
     return res
 
-# %% ../../nbs/gallery/01_entries.ipynb #bc968a00
+# %% ../../nbs/gallery/01_entries.ipynb #8b418e71
 def _check_column_names(df):
     "Raise `ValueError` for a name that a search uses itself, or that occurs twice"
     reserved = [c for c in ('similarity','query') if c in df]
@@ -165,7 +165,7 @@ def _entry_keys(df, keys, images):
     if keys.isna().any(): raise ValueError(f"{keys.isna().sum()} entries have no key")
     return pd.Series([str(o) for o in keys], dtype=object)
 
-# %% ../../nbs/gallery/01_entries.ipynb #071b2462
+# %% ../../nbs/gallery/01_entries.ipynb #e53ba877
 def entry_table(
     items,       # A file, an image, a list of either, or a table
     keys=None,   # A name for each; None: the table's `key`, or the file
@@ -188,6 +188,8 @@ def entry_table(
 # %% ../../nbs/gallery/01_entries.ipynb #a55feaab
 _KINDS = {'integer':'number', 'floating':'number', 'mixed-integer-float':'number', 'datetime64':'time',
           'datetime':'time', 'string':'text', 'boolean':'truth'}
+_KIND_TEXT = {'number':'numbers', 'time':'times', 'time with zone':'times with a zone', 'text':'text',
+              'truth':'booleans'}
 
 def _to_microseconds(col):
     "A column of times in microseconds; those with a time zone in UTC"
@@ -220,7 +222,7 @@ def _typed_column(col):
     col = _to_microseconds(col)
     return col,'time with zone' if col.dt.tz else 'time'
 
-# %% ../../nbs/gallery/01_entries.ipynb #366cb9a5
+# %% ../../nbs/gallery/01_entries.ipynb #36a6afc2
 def typed_table(
     df,   # Table of plain values
     known # Kind of each column so far, `{name: kind}`
@@ -232,8 +234,8 @@ def typed_table(
     for name in df:
         df[name],kind = _typed_column(df[name])
         if kind!='empty' and kinds.setdefault(name, kind)!=kind:
-            raise ValueError(f"Column {name!r} held {kinds[name]} until now, and here it holds {kind}: "
-                             "convert it to one kind")
+            raise ValueError(f"Column {name!r} held {_KIND_TEXT[kinds[name]]} until now, "
+                             f"and here it holds {_KIND_TEXT[kind]}: convert it to one kind")
     return df.convert_dtypes(),kinds
 
 # %% ../../nbs/gallery/01_entries.ipynb #1f89d458
@@ -261,7 +263,7 @@ def _not_before(table, since):
         f"since={since!r} cannot be compared with the column 'time' ({e}): give a date and time "
         "such as 2026-11-23 08:00, with a time zone if and only if the entries have one") from e
 
-# %% ../../nbs/gallery/01_entries.ipynb #d183533d
+# %% ../../nbs/gallery/01_entries.ipynb #9007e459
 def _compares_as_text(where, column):
     "Does `where` compare a column of times with text by ==, != or in?"
     c = re.escape(column)
@@ -284,7 +286,7 @@ def _where_holds(table, where):
             f"where={where!r} must give True or False for each of the {len(table)} entries, as cam==1 does")
     return res
 
-# %% ../../nbs/gallery/01_entries.ipynb #b5d47ec9
+# %% ../../nbs/gallery/01_entries.ipynb #f954fed5
 def filter_mask(
     table,            # Of the entries
     exclude_cam=None, # A camera or several; None: no filter

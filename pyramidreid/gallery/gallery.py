@@ -62,7 +62,7 @@ class Gallery:
         "Set the calibration. Raises `ValueError` if it is another model's"
         self._calibration = check_calibration(value, self.fingerprint)
 
-# %% ../../nbs/gallery/05_gallery.ipynb #dac83252
+# %% ../../nbs/gallery/05_gallery.ipynb #0bcf4ae7
 @patch
 def __repr__(self:Gallery):
     search = 'searched exactly'
@@ -151,7 +151,7 @@ def _delete(self:Gallery, keys):
     self.store.remove([self.keys.pop(k) for k in keys])
     self._rows = None
 
-# %% ../../nbs/gallery/05_gallery.ipynb #c4bdf0e9
+# %% ../../nbs/gallery/05_gallery.ipynb #7b5bc5e3
 @patch(cls_method=True)
 def from_learner(cls:Gallery,
     learn,      # A learner, or whatever `Gallery` takes
@@ -163,7 +163,7 @@ def from_learner(cls:Gallery,
     if items is not None: res.add(items, **kwargs)
     return res
 
-# %% ../../nbs/gallery/05_gallery.ipynb #9c7adb00
+# %% ../../nbs/gallery/05_gallery.ipynb #bd17efc4
 @patch
 def remove(self:Gallery,
     keys # A key or several
@@ -216,7 +216,7 @@ def search(self:Gallery,
     others = [c for c in found if c not in first]
     return found[first[0 if several else 1:]+others]
 
-# %% ../../nbs/gallery/05_gallery.ipynb #449fa4fc
+# %% ../../nbs/gallery/05_gallery.ipynb #aa23e7d8
 @patch
 def _check_k(self:Gallery, k):
     if len(self)==0: raise ValueError("The gallery is empty: there is nobody to find")
@@ -233,7 +233,7 @@ def _checked_threshold(self:Gallery, threshold, far):
     if isinstance(threshold, numbers.Real) and math.isfinite(threshold): return threshold
     raise ValueError(f"threshold={threshold!r}: a threshold is a similarity, a number up to 1")
 
-# %% ../../nbs/gallery/05_gallery.ipynb #6359196c
+# %% ../../nbs/gallery/05_gallery.ipynb #e81c4605
 @patch(as_prop=True)
 def rows(self:Gallery):
     "`RowBlocks` of the store, removed rows included"
@@ -260,7 +260,7 @@ def _search(self:Gallery, q, k, exclude_cam, since, where):
     res = table.iloc[table.index.get_indexer(rows.ids[found[exists]])]
     return res.assign(similarity=sims[exists], query=np.nonzero(exists)[0]).reset_index(drop=True)
 
-# %% ../../nbs/gallery/05_gallery.ipynb #04391984
+# %% ../../nbs/gallery/05_gallery.ipynb #7c13dd9e
 @patch
 def threshold(self:Gallery,
     far # Wanted rate of false accepts per search, e.g. 0.01
@@ -291,7 +291,7 @@ def build_index(self:Gallery,
 @patch
 def _write_index(self:Gallery, file): require_extra('faiss', 'gallery').write_index(self.index.index, str(file))
 
-# %% ../../nbs/gallery/05_gallery.ipynb #b9533a67
+# %% ../../nbs/gallery/05_gallery.ipynb #89e21c92
 @patch
 def save(self:Gallery,
     path=None # Folder; None: where the gallery was saved or loaded

@@ -60,7 +60,7 @@ class MilvusGallery(Gallery):
         "Close the connection"
         self.client.close()
 
-# %% ../../nbs/gallery/06_milvus.ipynb #9c0a7c0e
+# %% ../../nbs/gallery/06_milvus.ipynb #d76b8dc1
 @patch
 def _count(self:MilvusGallery):
     if not self.store.dim: return 0
@@ -126,7 +126,7 @@ def _create_entries(self:MilvusGallery, dim):
         self.client.create_collection(self.name, schema=schema, index_params=params)
     self.client.load_collection(self.name)
 
-# %% ../../nbs/gallery/06_milvus.ipynb #a1488bf0
+# %% ../../nbs/gallery/06_milvus.ipynb #0468031f
 @patch
 def _read_info(self:MilvusGallery):
     "The content of the small collection; None if there is none"
@@ -166,7 +166,7 @@ def _to_milvus_rows(df):
         row = {name:_to_milvus(value) for name,value in row.items()}
         yield {name:value for name,value in row.items() if value is not None}
 
-# %% ../../nbs/gallery/06_milvus.ipynb #51b6e2cc
+# %% ../../nbs/gallery/06_milvus.ipynb #99948039
 @patch
 def _check(self:MilvusGallery, df):
     typed_table(df, self.store.kinds)
@@ -235,13 +235,14 @@ def _replace_times(where, kinds):
         return match[0].replace(text, str(_time_number(text[1:-1], kind, f'where={where!r}')))
     return re.sub(f"{column_first}|{text_first}|{_QUOTED}", replace, where)
 
-# %% ../../nbs/gallery/06_milvus.ipynb #833794af
+# %% ../../nbs/gallery/06_milvus.ipynb #e52737e2
 def _camera_filter(kinds, exclude_cam):
     "An expression that leaves out cameras; None if all of them are unknown"
     if 'cam' not in kinds: raise ValueError("exclude_cam needs a column 'cam', and no entry has one")
     cams = [o.item() if isinstance(o, np.generic) else o for o in known_cameras(exclude_cam)]
     if any(isinstance(o, str)!=(kinds['cam']=='text') for o in cams):
-        raise ValueError(f"exclude_cam={exclude_cam!r} excludes nothing: column 'cam' holds {kinds['cam']}")
+        raise ValueError(
+            f"exclude_cam={exclude_cam!r} excludes nothing: column 'cam' holds values of the kind {kinds['cam']!r}")
     return f"(not exists cam or cam not in {json.dumps(cams, ensure_ascii=False)})" if cams else None
 
 def milvus_filter(
@@ -264,7 +265,7 @@ def milvus_filter(
         filters.append(f'({_replace_times(where, kinds)})')
     return ' and '.join(o for o in filters if o)
 
-# %% ../../nbs/gallery/06_milvus.ipynb #d20c11de
+# %% ../../nbs/gallery/06_milvus.ipynb #443097f0
 @patch
 def _to_table(self:MilvusGallery, rows):
     "Rows of Milvus as a table, with times as times"
@@ -289,7 +290,7 @@ def _search(self:MilvusGallery, q, k, exclude_cam, since, where):
     table = self._to_table([dict(hit['entity'], key=hit['key']) for hit in hits])
     return table.assign(similarity=[np.float32(hit['distance']) for hit in hits], query=query)
 
-# %% ../../nbs/gallery/06_milvus.ipynb #77a4ef4a
+# %% ../../nbs/gallery/06_milvus.ipynb #dfa46428
 @patch
 def _pages(self:MilvusGallery, fields, size):
     "Yield all rows, `size` at a time"
