@@ -259,15 +259,15 @@ def _prepare_streams():
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
 
 def run_app(
-    group,     # `click.Group` of commands
+    program,   # click command or group of commands
     argv=None, # Arguments; None: those of the process
     name='pyramidreid', # Name of the program in its help
 ):
-    "Run the command that `argv` names and return the exit code"
+    "Run a program, or one of its commands, and return the exit code"
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     _prepare_streams()
     try:
-        code = group.main(argv, prog_name=name, standalone_mode=False, obj=argv)
+        code = program.main(argv, prog_name=name, standalone_mode=False, obj=argv)
         return 0 if code is None else code
     except click.ClickException as e:
         e.show()
