@@ -58,7 +58,7 @@ def _pid_of(pids, label):
     if label<0: return 'junk'
     return pids[label] if label<len(pids) else f'#{label}'
 
-# %% ../../nbs/data/08_loaders.ipynb #a570c318
+# %% ../../nbs/data/08_loaders.ipynb #c15aae28
 def _person_rows(labels, max_n, max_cols):
     "Indices of at most `max_n` images, one row for each person"
     people = {}
@@ -121,7 +121,7 @@ def show_results(
     "Show the images of a batch; `ReIDLearner.show_results` shows rankings"
     return show_batch(x, y, samples, ctxs=ctxs, max_n=max_n, **kwargs)
 
-# %% ../../nbs/data/08_loaders.ipynb #a87dd3c4
+# %% ../../nbs/data/08_loaders.ipynb #aa1be86c
 @patch(nm='show_batch')
 def _show_batch(self:PKDataLoader,
     b=None,       # Batch to show; None: a new one
@@ -164,7 +164,7 @@ class CachedDatasets(Datasets):
 
     def new_empty(self): return Datasets(tls=[o.new_empty() for o in self.tls], n_inp=self.n_inp)
 
-# %% ../../nbs/data/08_loaders.ipynb #007e0f5a
+# %% ../../nbs/data/08_loaders.ipynb #dba277e5
 def _use_cache(dls, cache, fns, size):
     "Let the loaders take their images from `cache`, which is as for `from_table`"
     if not isinstance(cache, ImageCache): cache = ImageCache(fns, size, None if cache is True else cache)
@@ -210,7 +210,7 @@ def _make_block(df, encode, size, item_tfms, batch_tfms, cached):
     return DataBlock(blocks=(image,target), getters=(ColReader('fn'), noop), dl_type=PKDataLoader,
                      splitter=IndexSplitter(df.index[df.role!=Role.TRAIN]), item_tfms=item_tfms, batch_tfms=batch_tfms)
 
-# %% ../../nbs/data/08_loaders.ipynb #903790a8
+# %% ../../nbs/data/08_loaders.ipynb #6e1d145e
 @patch(cls_method=True)
 @delegates(DataLoaders.from_dblock)
 def from_table(cls:ReIDDataLoaders,
@@ -305,7 +305,7 @@ def from_cuhk03(cls:ReIDDataLoaders,
     dest=None,        # Folder where the images are unpacked; None: beside `mat`
     **kwargs):
     "Make loaders from CUHK03's MATLAB file"
-    df = cuhk03_table(mat, boxes, protocol, split, config, dest)
+    df = cuhk03_table(mat, boxes=boxes, protocol=protocol, split=split, config=config, dest=dest)
     return cls.from_table(df, path=Path(mat).parent, **kwargs)
 
 # %% ../../nbs/data/08_loaders.ipynb #0b16f00c
