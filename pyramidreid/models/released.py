@@ -23,7 +23,7 @@ def _backbone_key(key):
     "Name in `PyramidNet` of a weight of the released backbone; None if it is not one"
     base,_,rest = key.partition('.')
     child,_,rest = rest.partition('.')
-    if base!='base' or child not in _RESNET_CHILDREN: return None
+    if base!='base' or child not in _RESNET_CHILDREN or not rest: return None
     return f'body.{_RESNET_CHILDREN.index(child)}.{rest}'
 
 def _branch_key(key):
