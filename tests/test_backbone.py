@@ -31,7 +31,9 @@ needs_timm = pytest.mark.skipif(not has_timm, reason='timm is an extra')
 
 def timm_model(name): return pytest.param(name, marks=needs_timm)
 
-archs = [resnet10, resnet18, densenet121, vgg11_bn, xresnet18, models.mobilenet_v3_small,
+# VGG's classifier, which is cut off, takes seconds to initialise
+vgg = pytest.param(vgg11_bn, marks=pytest.mark.slow)
+archs = [resnet10, resnet18, densenet121, vgg, xresnet18, models.mobilenet_v3_small,
          timm_model('tf_efficientnet_lite0'), timm_model('test_resnet')]
 
 def map_shape(body, height=192, width=96):

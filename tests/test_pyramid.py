@@ -294,6 +294,7 @@ def outputs_and_grads(run, head, x):
     sum((out*torch.arange(out.numel()).view_as(out).cos()).sum() for out in outs).backward()
     return [*outs, x.grad, *(weight.grad for weight in head.parameters() if weight.grad is not None)]
 
+@pytest.mark.slow
 @pytest.mark.parametrize('train', [True,False])
 def test_head_compiles_as_one_graph(train):
     "No part of it falls back to Python, and features, logits and gradients stay the same"
