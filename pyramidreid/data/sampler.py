@@ -120,7 +120,7 @@ class DrawnDataLoader(TfmdDL):
     def __iter__(self):
         for self.step,batch in enumerate(super().__iter__()): yield batch
 
-# %% ../../nbs/data/05_sampler.ipynb #8e7f3edd
+# %% ../../nbs/data/05_sampler.ipynb #9e4793a9
 @patch
 def _all_idxs(self:DrawnDataLoader):
     "Indices of the batches of all ranks"
@@ -140,7 +140,7 @@ def get_idxs(self:DrawnDataLoader):
     if self.share[1]==1: return idxs
     return rank_share(idxs[:len(self)*self.global_bs], self.bs, self.share)
 
-# %% ../../nbs/data/05_sampler.ipynb #886af9f5
+# %% ../../nbs/data/05_sampler.ipynb #05cce407
 @patch
 def to_detach(self:DrawnDataLoader,
     b,          # Tensors, or nested lists and dicts of tensors
