@@ -137,12 +137,12 @@ def read_weights(fname): # A safetensors or torch file
         if fname.suffix=='.safetensors': sd = load_file(fname)
         else: sd = torch.load(fname, map_location='cpu', weights_only=True)
     except (SafetensorError,RuntimeError,EOFError,ValueError,OSError,pickle.UnpicklingError) as e:
-        raise ValueError(f"{fname} is not a safetensors or torch file of weights, or is cut off: {e}") from e
+        raise ValueError(f"{fname} contains no safetensors or torch weights, or is cut off: {e}") from e
     if isinstance(sd, dict) and all(isinstance(v, torch.Tensor) for v in sd.values()): return sd
     got = list(sd)[:3] if isinstance(sd, dict) else type(sd).__name__
     raise ValueError(f"{fname} does not hold a state dict: expected tensors by name, got {got}")
 
-# %% ../../nbs/models/01_backbone.ipynb #2a3e2adc
+# %% ../../nbs/models/01_backbone.ipynb #47f6a14b
 def _classifier_prefixes(model):
     "What the names of the classifier's weights begin with"
     if isinstance(model, nn.Sequential): return (f'{len(model)-1}.',)
