@@ -246,7 +246,8 @@ def test_other_people_are_refused(make_learner, done, people):
     fewer = df[df.pid!=first].reset_index(drop=True)
     dls = ReIDDataLoaders.from_table(fewer, p=4, k=4, size=(48,24), num_workers=0)
     other = make_learner(dls, path=done[0].path)
-    with pytest.raises(ValueError, match='people: 12, .* in the checkpoint, 11, '): other.fit(2, cbs=Checkpoints(resume=True))
+    with pytest.raises(ValueError, match='people: 12, .* in the checkpoint, 11, '):
+        other.fit(2, cbs=Checkpoints(resume=True))
 
 def test_other_batches_are_refused(make_learner, make_dls, done):
     other = make_learner(make_dls(k=2), path=done[0].path)
