@@ -14,12 +14,20 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.vision.all import EarlyStoppingCallback, SaveModelCallback, set_seed
+from ranks import tiny
 
 from pyramidreid.core import atomic_write
 from pyramidreid.data.datasets import market_table
 from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.training.checkpoints import *
 from pyramidreid.training.recipes import torch_opt
+
+
+@pytest.fixture(scope='module')
+def make_learner(make_learner):
+    "`make_learner` with a network of few channels"
+    def make(dls=None, **kwargs): return make_learner(dls, **{'arch':tiny, **kwargs})
+    return make
 
 SCRIPT = '''
 import os, random, signal, sys, torch, warnings

@@ -22,6 +22,7 @@ from fastai.vision.all import (
     set_seed,
 )
 from PIL import Image
+from ranks import tiny
 from torchvision import models
 
 from pyramidreid.data.datasets import market_table
@@ -39,6 +40,12 @@ def table(people): return market_table(people)
 
 @pytest.fixture(scope='session')
 def test_table(table): return table[table.split!='train'].reset_index(drop=True)
+
+@pytest.fixture(scope='module')
+def make_tiny_learner(make_learner):
+    "`make_learner` with a network of few channels"
+    def make(dls=None, **kwargs): return make_learner(dls, **{'arch':tiny, **kwargs})
+    return make
 
 def copied(model): return {k:v.clone() for k,v in model.state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -58,9 +65,9 @@ class PartsSpy(Callback):
     def after_batch(self): self.seen.append((self.epoch, self.pk, {o:v.item() for o,v in self.loss_func.parts.items()}))
 
 @pytest.mark.parametrize('dynamic', [True,False])
-def test_columns_of_the_parts(make_learner, dynamic):
+def test_columns_of_the_parts(make_tiny_learner, dynamic):
     "Mean of the batches' ID losses, and of the P×K batches' triplet losses"
-    learn = make_learner(dynamic=dynamic, cbs=PartsSpy())
+    learn = make_tiny_learner(dynamic=dynamic, cbs=PartsSpy())
     learn.fit(2)
     losses,metrics = ['train_loss','valid_loss','id_loss','triplet_loss'],['mAP','rank1','rank5']
     assert list(learn.recorder.metric_names)==['epoch',*losses,*metrics,'time']
@@ -80,9 +87,9 @@ class Table:
     def update(self, *args): pass
     def on_iter_end(self): pass
 
-def test_a_loss_that_was_not_measured_is_a_dash_in_the_table(make_learner):
+def test_a_loss_that_was_not_measured_is_a_dash_in_the_table(make_tiny_learner):
     "The table shows `–`, the recorder holds NaN; also after `no_bar`, which puts fastai's own callback back"
-    learn = make_learner()
+    learn = make_tiny_learner()
     learn.add_cb(ProgressCallback)
     with learn.no_bar(): assert not hasattr(learn, 'progress')
     assert [type(cb) for cb in learn.cbs if isinstance(cb, ProgressCallback)]==[ReIDProgress]
@@ -90,19 +97,19 @@ def test_a_loss_that_was_not_measured_is_a_dash_in_the_table(make_learner):
     learn.progress._write_stats([0, 1.5, math.nan, None, '00:01'])
     assert table.rows==[['0','1.500000','–','None','00:01']]
 
-def test_the_recorder_keeps_nan(make_dls, make_learner):
+def test_the_recorder_keeps_nan(make_dls, make_tiny_learner):
     class AlwaysRandom(DynamicLossWeights):
         name = 'dynamic_loss_weights'
         def after_loss(self):
             super().after_loss()
             self.dls.train.mode = self.dynamics.mode = 'random'
-    learn = make_learner(make_dls(k=2), dynamic=AlwaysRandom())
+    learn = make_tiny_learner(make_dls(k=2), dynamic=AlwaysRandom())
     learn.fit(1)
     assert math.isnan(column(learn, 'triplet_loss')[0])
 
-def test_random_batches_by_choice_have_a_triplet_column(make_dls, make_learner):
+def test_random_batches_by_choice_have_a_triplet_column(make_dls, make_tiny_learner):
     "With dynamic=False the triplet loss is trained on them, so the table shows it"
-    learn = make_learner(make_dls(mode='random'), dynamic=False)
+    learn = make_tiny_learner(make_dls(mode='random'), dynamic=False)
     learn.fit(1)
     assert math.isfinite(column(learn, 'triplet_loss')[0])
 
@@ -115,12 +122,12 @@ def test_metrics_are_those_of_evaluate(trained):
 OWN_METRICS = [([],[]), (reid_metrics.rank1,['rank1']), ([reid_metrics.mAP(distance='euclidean')],['mAP'])]
 
 @pytest.mark.parametrize('metrics,names', OWN_METRICS)
-def test_metrics_of_ones_own(make_learner, metrics, names):
-    learn = make_learner(metrics=metrics)
+def test_metrics_of_ones_own(make_tiny_learner, metrics, names):
+    learn = make_tiny_learner(metrics=metrics)
     assert [m.name for m in learn.metrics]==['id_loss','triplet_loss']+names
 
-def test_training_improves(make_learner):
-    learn = make_learner()
+def test_training_improves(make_tiny_learner):
+    learn = make_tiny_learner()
     before = learn.evaluate().mAP
     learn.fit_one_cycle(4, 3e-3)
     assert column(learn, 'id_loss')[-1]<column(learn, 'id_loss')[0]
@@ -160,8 +167,8 @@ def test_show_results_with_more_than_there_is(trained):
     trained.show_results(max_n=1, k=10**4)
     assert len(titles())==1+6*4*2+4-2 # All but the junk and the two of the query's own camera
 
-def test_show_results_before_training(make_learner):
-    learn = make_learner()
+def test_show_results_before_training(make_tiny_learner):
+    learn = make_tiny_learner()
     with pytest.raises(ValueError, match='not been trained'): learn.show_results()
     assert not plt.get_fignums()
 
@@ -297,8 +304,8 @@ def dynamic_state(learn):
     cb = learn.dynamic_loss_weights
     return cb.state_dict(),len(cb.steps),learn.dls.train.mode
 
-def test_looking_does_not_disturb_training(make_learner, test_table):
-    learn = make_learner()
+def test_looking_does_not_disturb_training(make_tiny_learner, test_table):
+    learn = make_tiny_learner()
     learn.fit(1)
     recorder,state,cbs = learn.recorder,copied(learn.model),callback_names(learn)
     before,dynamic = recorded(learn),dynamic_state(learn)
@@ -324,9 +331,9 @@ class Follow(Callback):
         self.seen.append(self.learn.evaluate().mAP)
         self.busy = False
 
-def test_evaluate_from_a_callback(make_learner):
+def test_evaluate_from_a_callback(make_tiny_learner):
     "Evaluating is not an epoch of training: it must not call the callbacks, or this one would call itself for ever"
-    learn = make_learner(cbs=[Follow(),SaveModelCallback(monitor='mAP')])
+    learn = make_tiny_learner(cbs=[Follow(),SaveModelCallback(monitor='mAP')])
     given = learn.dls.train.mode
     learn.fit(3)
     assert learn.follow.seen==pytest.approx(column(learn, 'mAP'), abs=1e-6) and len(learn.recorder.values)==3
@@ -371,8 +378,8 @@ def perturb(learn):
 def opt_tensors(learn): return [{k:v for k,v in learn.opt.state[p].items()} for p in learn.model.parameters()]
 
 @pytest.mark.parametrize('with_opt', [True,False])
-def test_save_and_load(make_learner, with_opt):
-    learn = make_learner()
+def test_save_and_load(make_tiny_learner, with_opt):
+    learn = make_tiny_learner()
     learn.fit(1)
     state,opt,dynamic = copied(learn.model),learn.opt.state_dict(),learn.dynamic_loss_weights.state_dict()
     f = learn.save('here', with_opt=with_opt)
@@ -381,7 +388,7 @@ def test_save_and_load(make_learner, with_opt):
     learn.dynamic_loss_weights.dynamics.reset()
     assert learn.load('here') is learn
     assert same(learn.model.state_dict(), state) and learn.dynamic_loss_weights.state_dict()==dynamic
-    other = make_learner(path=learn.path)
+    other = make_tiny_learner(path=learn.path)
     other.load('here', with_opt=with_opt)
     assert same(other.model.state_dict(), state) and other.dynamic_loss_weights.state_dict()==dynamic
     assert other.model.trained
@@ -393,15 +400,15 @@ def test_save_and_load(make_learner, with_opt):
     other.fit(1)
     assert not same(other.model.state_dict(), state)
 
-def test_a_learner_that_has_not_started_can_be_saved(make_learner):
-    learn = make_learner()
+def test_a_learner_that_has_not_started_can_be_saved(make_tiny_learner):
+    learn = make_tiny_learner()
     state = copied(learn.model)
     learn.save('start')
     perturb(learn)
     assert same(learn.load('start').model.state_dict(), state) and not learn.model.trained
 
-def test_load_errors(make_learner, tmp_path):
-    learn = make_learner()
+def test_load_errors(make_tiny_learner, tmp_path):
+    learn = make_tiny_learner()
     with pytest.raises(FileNotFoundError, match='nothing.pth'): learn.load('nothing')
     f = learn.save('whole')
     torch.save(learn.model.state_dict(), learn.path/'models'/'bare.pth')
@@ -411,24 +418,24 @@ def test_load_errors(make_learner, tmp_path):
     (learn.path/'models'/'cut.pth').write_bytes(data[:len(data)//2])
     with pytest.raises((RuntimeError,OSError)): learn.load('cut')
     assert same(state, learn.model.state_dict())
-    with pytest.raises(RuntimeError, match='head'): make_learner(n_parts=1, path=learn.path).load('whole')
-    static = make_learner(dynamic=False, path=learn.path)
+    with pytest.raises(RuntimeError, match='head'): make_tiny_learner(n_parts=1, path=learn.path).load('whole')
+    static = make_tiny_learner(dynamic=False, path=learn.path)
     assert same(static.load('whole').model.state_dict(), state)
     static.save('static')
     learn.load('static')
 
-def test_load_runs_no_code(make_learner, tmp_path):
+def test_load_runs_no_code(make_tiny_learner, tmp_path):
     class Evil:
         def __reduce__(self): return (os.mkdir, (str(tmp_path/'pwned'),))
-    learn = make_learner()
+    learn = make_tiny_learner()
     learn.save('x')
     torch.save(dict(model=learn.model.state_dict(), opt=Evil()), learn.path/'models'/'evil.pth')
     with pytest.raises(pickle.UnpicklingError, match='[Ww]eights.only'): learn.load('evil')
     assert not (tmp_path/'pwned').exists()
 
 @pytest.mark.parametrize('error', [OSError('disk full'),KeyboardInterrupt()])
-def test_a_failed_save_leaves_the_old_file_whole(make_learner, monkeypatch, error):
-    learn = make_learner()
+def test_a_failed_save_leaves_the_old_file_whole(make_tiny_learner, monkeypatch, error):
+    learn = make_tiny_learner()
     f = learn.save('kept')
     data,state = f.read_bytes(),copied(learn.model)
     perturb(learn)
@@ -447,8 +454,8 @@ def test_a_failed_save_leaves_the_old_file_whole(make_learner, monkeypatch, erro
 def convs(m): return [o.weight.detach().clone() for o in m.modules() if isinstance(o, torch.nn.Conv2d)]
 def equal(a, b): return [torch.equal(x, y) for x,y in zip(a, b)]
 
-def test_freeze_and_unfreeze(make_learner):
-    learn = make_learner()
+def test_freeze_and_unfreeze(make_tiny_learner):
+    learn = make_tiny_learner()
     body,head = convs(learn.model.body),learn.model.head.reduce.weight.detach().clone()
     learn.freeze()
     learn.fit(1)
@@ -457,17 +464,17 @@ def test_freeze_and_unfreeze(make_learner):
     learn.fit(1)
     assert not any(equal(body, convs(learn.model.body)))
 
-def test_fine_tune(make_learner):
+def test_fine_tune(make_tiny_learner):
     class Frozen(Callback):
         def __init__(self): self.seen = []
         def before_train(self): self.seen.append(next(self.model.body.parameters()).requires_grad)
-    learn = make_learner(cbs=Frozen())
+    learn = make_tiny_learner(cbs=Frozen())
     learn.fine_tune(1, base_lr=2e-3)
     assert learn.frozen.seen==[False,True] and len(learn.dynamic_loss_weights.steps)==2*len(learn.dls.train)
 
-def test_discriminative_learning_rates(make_learner):
+def test_discriminative_learning_rates(make_tiny_learner):
     "Adam moves a weight by about its learning rate: each group by its own"
-    learn = make_learner()
+    learn = make_tiny_learner()
     groups = [[p for p in g] for g in learn.splitter(learn.model)]
     before = [[p.detach().clone() for p in g] for g in groups]
     learn.fit(1, slice(1e-6,1e-2))
@@ -477,8 +484,8 @@ def test_discriminative_learning_rates(make_learner):
     learn.fit_one_cycle(1, slice(1e-5,1e-3))
     assert learn.opt.hypers[0]['lr']<learn.opt.hypers[-1]['lr']
 
-def test_lr_find(make_learner):
-    learn = make_learner()
+def test_lr_find(make_tiny_learner):
+    learn = make_tiny_learner()
     learn.fit(1)
     state,dynamic,n = copied(learn.model),learn.dynamic_loss_weights.state_dict(),len(learn.dynamic_loss_weights.steps)
     res = learn.lr_find(num_it=12, show_plot=False)
@@ -486,41 +493,41 @@ def test_lr_find(make_learner):
     assert learn.dynamic_loss_weights.state_dict()==dynamic and len(learn.dynamic_loss_weights.steps)==n
     learn.fit(1, res.valley)
 
-def test_lr_find_first(make_learner):
-    learn = make_learner()
+def test_lr_find_first(make_tiny_learner):
+    learn = make_tiny_learner()
     learn.lr_find(num_it=6, show_plot=False)
     assert not learn.model.trained
     with pytest.raises(ValueError, match='not been trained'): learn.show_results()
 
 @pytest.mark.parametrize('kind', ['to_fp16','to_bf16'])
-def test_mixed_precision(make_learner, kind):
-    learn = getattr(make_learner(), kind)()
+def test_mixed_precision(make_tiny_learner, kind):
+    learn = getattr(make_tiny_learner(), kind)()
     learn.fit(1)
     mAP = column(learn, 'mAP')[0]
     assert math.isfinite(mAP) and learn.evaluate().mAP==pytest.approx(mAP, abs=.05)
     learn.to_fp32().fit(1)
 
-def test_gradient_accumulation(make_learner):
-    learn = make_learner(cbs=GradientAccumulation(32))
+def test_gradient_accumulation(make_tiny_learner):
+    learn = make_tiny_learner(cbs=GradientAccumulation(32))
     learn.fit(1)
     assert math.isfinite(column(learn, 'id_loss')[0])
 
-def test_save_the_best_by_mAP(make_learner):
-    learn = make_learner(cbs=SaveModelCallback(monitor='mAP', fname='best'))
+def test_save_the_best_by_mAP(make_tiny_learner):
+    learn = make_tiny_learner(cbs=SaveModelCallback(monitor='mAP', fname='best'))
     learn.fit(3)
     assert (learn.path/'models'/'best.pth').exists()
     best = max(column(learn, 'mAP'))
     assert learn.save_model.best==best and learn.evaluate().mAP==pytest.approx(best, abs=1e-6)
 
-def test_early_stopping_by_mAP(make_learner):
-    learn = make_learner(cbs=EarlyStoppingCallback(monitor='mAP', min_delta=2., patience=1))
+def test_early_stopping_by_mAP(make_tiny_learner):
+    learn = make_tiny_learner(cbs=EarlyStoppingCallback(monitor='mAP', min_delta=2., patience=1))
     learn.fit(5)
     assert len(learn.recorder.values)==2
 
-def test_batches_of_one_size_only(make_dls, make_learner):
+def test_batches_of_one_size_only(make_dls, make_tiny_learner):
     "A dataset smaller than a batch still gives one"
     dls = make_dls(p=8, k=24)
-    learn = make_learner(dls)
+    learn = make_tiny_learner(dls)
     learn.fit(1)
     assert len(dls.train)==1 and len(learn.dynamic_loss_weights.steps)==1
 
@@ -530,38 +537,38 @@ BRANCHES = [(dict(n_parts=1),1), (dict(n_parts=3),6), (dict(levels=[1]),3), (dic
             (dict(levels=[3,1]),4)]
 
 @pytest.mark.parametrize('kw,branches', BRANCHES)
-def test_parts_and_levels(make_learner, kw, branches):
-    learn = make_learner(**{'emb_sz':5, **kw})
+def test_parts_and_levels(make_tiny_learner, kw, branches):
+    learn = make_tiny_learner(**{'emb_sz':5, **kw})
     assert learn.embed(learn.dls.test_dl(learn.dls.valid.items[:2])).shape==(2,5*branches)
     assert len(learn.model.head.windows)==branches
     feats,logits = learn.model.train()(learn.dls.one_batch()[0])
     assert feats.shape[1:]==(branches,learn.model.head.bn.num_features//branches) and logits.shape[1:]==(branches,12)
 
-def test_norms(make_learner):
+def test_norms(make_tiny_learner):
     def embed(norm):
-        learn = make_learner(norm=norm)
+        learn = make_tiny_learner(norm=norm)
         return learn.embed(learn.dls.test_dl(learn.dls.valid.items[:3]))
     emb = {norm:embed(norm) for norm in ('branch','whole',None)}
     assert torch.allclose(emb['branch'].view(3,6,8).norm(dim=-1), torch.tensor(6**-.5))
     assert torch.allclose(emb['whole'], emb[None]/emb[None].norm(dim=-1, keepdim=True), atol=1e-6)
-    with pytest.raises(ValueError, match="norm='no'"): make_learner(norm='no')
+    with pytest.raises(ValueError, match="norm='no'"): make_tiny_learner(norm='no')
 
 def test_the_paper_s_pyramid(make_dls, make_learner):
     learn = make_learner(make_dls(size=(96,48)), n_parts=6, emb_sz=128)
     assert learn.model.head.bn.num_features==21*128 and learn.model.head.classify.weight.shape==(21,128,12)
     assert learn.model.head.drop.p==.2
 
-def test_dynamic_of_ones_own(make_learner):
+def test_dynamic_of_ones_own(make_tiny_learner):
     cb = DynamicLossWeights(weighting='normalized', delta=.3)
-    learn = make_learner(dynamic=cb)
+    learn = make_tiny_learner(dynamic=cb)
     assert learn.dynamic_loss_weights is cb
     learn.fit(1)
     assert len(cb.steps)==len(learn.dls.train)
 
-def test_dynamic_training_given_among_the_callbacks(make_learner):
+def test_dynamic_training_given_among_the_callbacks(make_tiny_learner):
     "It takes the place of the default one"
     cb = DynamicLossWeights(weighting='normalized')
-    learn = make_learner(cbs=cb)
+    learn = make_tiny_learner(cbs=cb)
     assert [c for c in learn.cbs if isinstance(c, DynamicLossWeights)]==[cb]
 
 def test_a_height_that_does_not_fit(make_dls, make_learner):
@@ -614,11 +621,11 @@ def test_images_are_normalised_once(make_dls, make_learner):
     make_learner(dls, normalize=False)
     assert n_normalize(dls.train)==0
 
-def test_seeds(make_dls, make_learner):
+def test_seeds(make_dls, make_tiny_learner):
     def run():
         set_seed(3)
         dls = make_dls()
-        learn = make_learner(dls)
+        learn = make_tiny_learner(dls)
         set_seed(4)
         learn.fit(1)
         return learn

@@ -6,12 +6,19 @@ import torch
 from fastai.callback.core import Callback, CancelFitException, CancelStepException, CancelValidException
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.vision.all import SaveModelCallback, set_seed, trainable_params
+from ranks import tiny
 
 from pyramidreid.data.transforms import *
 from pyramidreid.training.recipes import *
 from pyramidreid.training.recipes import _unlike_paper
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
+
+@pytest.fixture(scope='module')
+def make_learner(make_learner):
+    "`make_learner` with a network of few channels"
+    def make(dls=None, **kwargs): return make_learner(dls, **{'arch':tiny, **kwargs})
+    return make
 
 def copied(model): return {k:v.clone() for k,v in model.state_dict().items()}
 def weights(model): return {k:v.detach().clone() for k,v in model.named_parameters()}
