@@ -23,7 +23,8 @@ def _evaluate_pass(query, gallery, **kwargs):
     try: return evaluate(query_emb, gallery_emb, query_pids, gallery_pids, query_cams, gallery_cams,
                          progress_bar=False, **kwargs)
     except NoMatchError: return None
-    except ValueError as e: warnings.warn(f'No re-ID metrics for this validation: {e}', ReIDWarning)
+    except ValueError as e:
+        warnings.warn(f'No re-ID metrics for this validation: {e}', ReIDWarning, stacklevel=2)
 
 # %% ../../nbs/training/02_metrics.ipynb #f302b7b5
 class _Pass:
