@@ -72,6 +72,7 @@ def same_tree(a, b):
     if isinstance(a, (list,tuple)): return len(a)==len(b) and all(map(same_tree, a, b))
     return a==b or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
 
+@pytest.mark.slow # Starts two processes that train
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='no SIGKILL')
 def test_killed_at_a_random_step_and_resumed_ends_the_same(people, tmp_path):
     "A real process and a real SIGKILL; another process resumes the run, and trains the whole as well"
@@ -79,9 +80,9 @@ def test_killed_at_a_random_step_and_resumed_ends_the_same(people, tmp_path):
     script.write_text(SCRIPT)
     for folder in (killed,whole): folder.mkdir()
     seed,command = str(time.time()),[sys.executable,script,people]
-    victim = subprocess.run([*command,killed], stdout=subprocess.DEVNULL, env={**os.environ,'KILL':seed}, timeout=120)
+    victim = subprocess.run([*command,killed], stdout=subprocess.DEVNULL, env={**os.environ,'KILL':seed}, timeout=600)
     assert victim.returncode==-signal.SIGKILL and not (killed/'end.pth').exists()
-    out = subprocess.run([*command,killed,whole], stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout
+    out = subprocess.run([*command,killed,whole], stdout=subprocess.PIPE, text=True, check=True, timeout=600).stdout
     resumed,undisturbed = out.split('starting from the beginning')
     assert 'Resumed from' in resumed and 'step 1\n' not in resumed and 'step 1\n' in undisturbed, out
     ends = [torch.load(folder/'end.pth', weights_only=True) for folder in (whole,killed)]
