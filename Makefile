@@ -11,7 +11,7 @@ demo: $(VENV)/.ready       ## train on synthetic people, evaluate, save three pi
 test test-slow: export OMP_NUM_THREADS = 1
 test test-slow: export PYTHONWARNINGS = ignore
 
-test: lint                 ## everything needed to trust a change, in ten minutes
+test: lint                 ## all checks a change needs, in about ten minutes
 	$(BIN)/python dev/notebooks.py --jobs $(JOBS)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow'
 
@@ -19,9 +19,9 @@ test-slow: $(VENV)/.ready  ## the rest: slow cells and slow tests
 	$(BIN)/python dev/notebooks.py --jobs $(JOBS) --slow-only
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow
 
-test-all: test test-slow   ## all there is
+test-all: test test-slow   ## both
 
-lint: $(VENV)/.ready       ## notebooks and modules in sync, style, the contract of rooms, README fresh
+lint: $(VENV)/.ready       ## modules in sync with notebooks, style, imports between rooms, README up to date
 	$(BIN)/python dev/check_sync.py
 	$(BIN)/python dev/readme.py --check
 	$(BIN)/ruff check --quiet .
@@ -29,13 +29,13 @@ lint: $(VENV)/.ready       ## notebooks and modules in sync, style, the contract
 	$(BIN)/lint-imports --quiet
 	$(BIN)/python dev/rooms.py --check
 
-export: $(VENV)/.ready     ## modules from notebooks
-	$(BIN)/python dev/export.py
+export: $(VENV)/.ready     ## write the modules from the notebooks
+	$(BIN)/nbdev-export
 
-readme: $(VENV)/.ready     ## README.md from nbs/index.ipynb
+readme: $(VENV)/.ready     ## write README.md from nbs/index.ipynb
 	$(BIN)/python dev/readme.py
 
-docs: $(VENV)/.ready       ## the documentation site, in docs/
+docs: $(VENV)/.ready       ## build the documentation site in docs/
 	$(BIN)/python dev/docs.py
 
 $(VENV)/.ready: settings.ini setup.py pyproject.toml

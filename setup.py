@@ -1,4 +1,4 @@
-"Package metadata comes from `settings.ini`, its one place."
+"Package metadata comes from `settings.ini`, the only place for it."
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""What the benchmarks share: one training on synthetic people or a folder, a grid of trainings over seeds, and a table
-with the circumstances it was measured in."""
+"""Shared by the benchmarks: one training on synthetic people or a folder, a grid of trainings over seeds, and a table
+with the conditions of its measurements."""
 import gc
 import hashlib
 import json
@@ -40,7 +40,7 @@ def hardware():
     return f'{names[0] if names else platform.processor()}, {os.cpu_count()} cores'
 
 def circumstances():
-    "Command (without folders of this machine), hardware, date and versions, as they belong beside every number"
+    "Command (without folders of this machine), hardware, date and versions, which are recorded with every number"
     import fastai
     import torchvision
     arguments = [Path(arg).name for arg in sys.argv[1:]]
@@ -63,10 +63,10 @@ def train_folder(name, seed, data, **kwargs):
     return train(name, seed, dataset_table(data), **kwargs)
 
 def check_losses(only, dynamic, mode):
-    "Raise a `ValueError` for losses that cannot be trained so"
-    if only and dynamic: raise ValueError(f"only={only!r}: one loss alone leaves nothing to weigh; pass dynamic=False")
+    "Raise a `ValueError` for a combination of losses and batches that cannot be trained"
+    if only and dynamic: raise ValueError(f"only={only!r}: with a single loss there is nothing to weight; pass dynamic=False")
     if only=='triplet' and mode!='pk':
-        raise ValueError("The triplet loss alone needs P×K batches: a random batch has hardly a positive pair")
+        raise ValueError("The triplet loss alone needs P×K batches: a random batch has hardly any positive pairs")
 
 def one_loss(only):
     "A `PyramidLoss` that computes the loss named `only` and no other; None for both"
@@ -132,7 +132,7 @@ def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=
 # ---- a grid of trainings
 
 def noted(fname, settings=None):
-    "The runs that `results/fname` holds; a `ValueError` if they were made with other `settings`"
+    "The runs recorded in `results/fname`. Raises `ValueError` if they were made with other `settings`"
     file = results/fname
     if not file.exists(): return []
     note = json.loads(file.read_text())
@@ -140,8 +140,8 @@ def noted(fname, settings=None):
     old = note.get('settings') or {}
     changed = [key for key in {**old, **settings} if old.get(key)!=settings.get(key)]
     differ = [f"{key}: {old.get(key)!r} there, {settings.get(key)!r} now" for key in changed]
-    raise ValueError(f"{file.name} holds {len(note['runs'])} runs of another configuration ({'; '.join(differ)}). "
-                     "Name another file with --out, or delete this one")
+    raise ValueError(f"{file.name} contains {len(note['runs'])} runs of another configuration ({'; '.join(differ)}). "
+                     "Choose another file with --out, or delete this one")
 
 class InProcess(Executor):
     "An executor that works in this process"
@@ -168,7 +168,7 @@ class Grid:
         return [config for config in configs if run_key(config) not in known]
 
     def record(self, config, future):
-        "Note how a run ended; returns what to print"
+        "Record the result of a run; return what to print"
         self.count += 1
         error = future.exception()
         if isinstance(error, BrokenExecutor): raise error
@@ -180,8 +180,8 @@ class Grid:
         return shortened(self.done[-1])
 
 def run_grid(fname, configs, jobs, call=train_synthetic, settings=None, minutes=None):
-    """Run every config that `results/fname` does not hold yet, `jobs` at a time, and note each as it ends; none starts
-    after `minutes`. Returns all rows"""
+    """Run every config that `results/fname` does not hold yet, `jobs` at a time, and record each when it ends; none starts
+    after `minutes`. Return all rows"""
     grid,began,running = Grid(fname, settings),time.monotonic(),{}
     todo = grid.missing(configs)
     waiting = iter(todo)
@@ -197,14 +197,14 @@ def run_grid(fname, configs, jobs, call=train_synthetic, settings=None, minutes=
                 text = grid.record(running.pop(future), future)
                 print(f'{grid.count}/{len(todo)}', text, flush=True)
     if grid.count<len(todo):
-        print(f'{minutes} minutes are over, {len(todo)-grid.count} runs are left: the same command resumes', flush=True)
+        print(f'{minutes} minutes are over with {len(todo)-grid.count} runs left: run the same command to resume', flush=True)
     if grid.failed:
-        raise RuntimeError(f"{len(grid.failed)} of {grid.count} runs failed; the same command tries them again. "
+        raise RuntimeError(f"{len(grid.failed)} of {grid.count} runs failed; run the same command to retry them. "
                            f"The first: {grid.failed[0]}")
     return pd.DataFrame(grid.done)
 
 def write_runs(fname, runs, settings):
-    "Write all rows with the circumstances of the last, and the commands, machines and days of all"
+    "Write all rows with the conditions of the last, and the commands, machines and dates of all"
     info,file = circumstances(),results/fname
     for key in ('hardware', 'date'):
         info[key] = ', '.join(dict.fromkeys([*(run[key] for run in runs if key in run), info[key]]))
@@ -217,7 +217,7 @@ def write_runs(fname, runs, settings):
 # ---- tables
 
 def write_table(fname, title, table, text=''):
-    "Write `table` as Markdown with the circumstances of its numbers"
+    "Write `table` as Markdown with the conditions of its measurements"
     info = json.loads((results/f'{fname}.json').read_text())
     head = ' · '.join(f'{key}: {info[key]}' for key in ('hardware', 'date', 'torch', 'torchvision', 'fastai'))
     (results/f'{fname}.md').write_text(f"# {title}\n\n`{info['command']}`\n\n{head}\n\n{text}\n\n{table}\n")

@@ -1,5 +1,5 @@
-"""What a threshold promises and what comes of it: calibrated on some people, used in a deployment in which a third of
-the queries show people who are not in the gallery. Synthetic people and a small network from scratch;
+"""Expected and observed false-accept rates: a threshold is calibrated on some people, and used in a deployment in which
+a third of the queries show people who are not in the gallery. Synthetic people and a small network from scratch;
 `python benchmarks/openset.py [--seeds 3]`. `--people 90 --epochs 1 --splits 5` is a quick try.
 `--model FOLDER --data DIR` takes a trained model and the test people of a known dataset instead."""
 import argparse
@@ -61,7 +61,7 @@ def synthetic_people(args, seed):
     return learn.evaluate().mAP, searches_of(learn.to_rank()), what
 
 def calibrate(s, asking, there, n=4, **kwargs):
-    "The calibration of `n` queries of each person of `asking`, one from a camera, in a gallery of the people `there`"
+    "Calibration on `n` queries, from different cameras, of each person in `asking`, in a gallery of the people in `there`"
     queries = np.flatnonzero(np.isin(s.query_pids, asking))
     images = np.flatnonzero(np.isin(s.gallery_pids, there))
     nth = pd.Series(s.query_pids[queries]).groupby(s.query_pids[queries]).cumcount()
@@ -71,7 +71,7 @@ def calibrate(s, asking, there, n=4, **kwargs):
         s.gallery_cams[images], **kwargs)
 
 def deploy(s, seed, wanted):
-    "A third of the people calibrates, a third is in the deployment's gallery, a third is not and comes half as often"
+    "Calibrate on a third of the people; another third is in the gallery of the deployment, the last third is not"
     people = np.random.default_rng(seed).permutation(np.unique(s.query_pids))
     some,known,unknown = np.array_split(people, 3)
     first = calibrate(s, some, some)
@@ -88,10 +88,10 @@ def deploy(s, seed, wanted):
     return rows
 
 def with_verdicts(rows):
-    "The rows as a frame, with what lay within what"
+    "The rows as a frame, with columns that say which rates are inside which intervals"
     runs = pd.DataFrame(rows)
-    runs['promised'] = runs.rate.between(runs.low, runs.high)
-    runs['asked'] = (runs.own_low<=runs.far) & (runs.far<=runs.own_high)
+    runs['expected'] = runs.rate.between(runs.low, runs.high)
+    runs['wanted'] = (runs.own_low<=runs.far) & (runs.far<=runs.own_high)
     runs['overlap'] = (runs.own_low<=runs.high) & (runs.low<=runs.own_high)
     return runs
 
@@ -101,23 +101,24 @@ def table_of_first(first):
     "The first split of each seed"
     table = pd.DataFrame({
         'FAR wanted': first.far, 'threshold': first.threshold.map('{:.3f}'.format),
-        'promised': between(first.low, first.high), 'FAR at the door': first.rate.map('{:.3f}'.format),
+        'expected': between(first.low, first.high), 'FAR observed': first.rate.map('{:.3f}'.format),
         'its interval': between(first.own_low, first.own_high), 'DIR, rank 1': first.dir.map('{:.3f}'.format)})
     return table.set_index(first.seed.rename('seed'))
 
 def table_of_splits(runs):
     "Means over all splits"
     columns = {
-        'mean FAR at the door': ('rate', 'mean'), 'its standard deviation': ('rate', 'std'),
-        'within what was promised': ('promised', 'mean'), "wanted in the door's interval": ('asked', 'mean'),
-        'intervals overlap': ('overlap', 'mean'), 'DIR, rank 1': ('dir', 'mean')}
+        'mean FAR observed': ('rate', 'mean'), 'standard deviation': ('rate', 'std'),
+        "observed inside the calibration's interval": ('expected', 'mean'),
+        "wanted inside the observation's interval": ('wanted', 'mean'),
+        'intervals overlap': ('overlap', 'mean'), 'known people found at rank 1': ('dir', 'mean')}
     return runs.groupby('far').agg(**columns).round(4).rename_axis('FAR wanted')
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--people', type=int, default=900, help='not trained on; in three equal parts')
-    parser.add_argument('--train', type=int, default=200, help='trained on')
+    parser.add_argument('--people', type=int, default=900, help='people who are not trained on, in three equal parts')
+    parser.add_argument('--train', type=int, default=200, help='people to train on')
     parser.add_argument('--epochs', type=int, default=10)
     parser.add_argument('--splits', type=int, default=100, help='random splits of the people into three parts')
     parser.add_argument('--far', type=float, nargs='+', default=[.01,.05,.1])
@@ -126,13 +127,13 @@ def parse():
     parser.add_argument('--data', help='folder of a known dataset')
     parser.add_argument('--out', default='openset', help='name of the result')
     args = parser.parse_args()
-    if args.people%3: parser.error('--people: a multiple of 3')
+    if args.people%3: parser.error('--people must be a multiple of 3')
     if bool(args.model)!=bool(args.data): parser.error('--model and --data go together')
     if args.model: args.seeds = 1
     return args
 
 def settings_of(args):
-    "Arguments as they are noted, without folders of this machine"
+    "Arguments as they are recorded, without folders of this machine"
     paths = {name: Path(value).name for name,value in vars(args).items() if name in ('model', 'data') and value}
     return {**vars(args), **paths}
 
@@ -155,8 +156,8 @@ def main():
         f"{what} (mAP on the others {ranges[0]}, rank-1 in the deployment {ranges[1]}). {third} people calibrate, each "
         f"hidden from the others' gallery in turn; {third} others are the gallery of the deployment, and "
         f"{one.known:.0f} queries there show them, {one.strangers:.0f} show {third} people who are not in it. "
-        "“Promised” is the 95 % interval of the calibration, “its interval” that of the searches in the deployment "
-        "alone. Both are samples: over many splits the observed rate lies within what was promised less often than in "
+        "“Expected” is the 95 % interval of the calibration, “its interval” that of the searches in the deployment "
+        "alone. Both are samples: over many splits the observed rate is inside the expected interval in fewer than "
         "95 % of cases, but the two intervals overlap.")
     over = f'Over {args.splits} random splits of the same people, and {args.seeds} seeds:'
     tables = f'{markdown(table_of_first(first))}\n\n{over}\n\n{markdown(splits)}'

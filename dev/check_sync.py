@@ -1,4 +1,4 @@
-"Exit with an error unless every generated module, at any depth, is what its notebook exports now."
+"Exit with an error unless every generated module is what its notebook exports."
 import filecmp
 import re
 import shutil
@@ -33,7 +33,7 @@ def stale(package):
             name = module.relative_to(copy/'pyramidreid')
             ours = package/name
             if not ours.exists() or not filecmp.cmp(module, ours, shallow=False):
-                yield f'pyramidreid/{name} is not what its notebook exports: run make export'
+                yield f'pyramidreid/{name} is out of date: run make export'
 
 def main():
     package = root/'pyramidreid'

@@ -13,10 +13,10 @@ from api import entries, is_exported, module_of, read_cells, root, source_of
 
 ROOMS = {
     'synth': 'Synthetic people', 'data': 'Data', 'models': 'Model and losses', 'evaluation': 'Evaluation',
-    'training': 'Training', 'explain': 'Why it matched', 'gallery': 'Galleries', 'export': 'Export',
+    'training': 'Training', 'explain': 'Explanations', 'gallery': 'Galleries', 'export': 'Export',
     'cli': 'Command line'}
 GUIDES = ['overview', 'tutorial', 'own_folder', 'research_sets', 'several_gpus', 'gallery', 'command_line', 'results']
-GROUND = ['00_core', '01_images'] # pages of no room
+GROUND = ['00_core', '01_images'] # pages outside the rooms
 COPIED = ('benchmarks', 'examples') # folders outside nbs/ that pages link to
 
 # ---- entries of the API
@@ -84,7 +84,7 @@ def link_names(text, names):
     return ''.join(lines)
 
 def site_link(label, target, page):
-    "A link to a file outside nbs/: tables of results are pages of the site, all else is offered as a download"
+    "A link to a file outside nbs/: tables of results are pages of the site, other files are downloads"
     path = (page.parent/target.split('#')[0]).resolve()
     if not path.is_relative_to(root): return None
     name = path.relative_to(root)
@@ -182,7 +182,7 @@ def stage(staged):
     shutil.copytree(root/'nbs'/'images', staged/'images')
     for folder in COPIED: shutil.copytree(root/folder, staged/folder, dirs_exist_ok=True)
     write_results_index(staged)
-    for page in ('CONTRIBUTING', 'CHANGELOG'): # their links are seen from the top folder
+    for page in ('CONTRIBUTING', 'CHANGELOG'): # their links are relative to the top folder
         text = (root/f'{page}.md').read_text(encoding='utf-8').replace('](nbs/', '](')
         (staged/f'{page}.md').write_text(text, encoding='utf-8')
     for room,title in ROOMS.items():
@@ -190,7 +190,7 @@ def stage(staged):
         (staged/room/'index.md').write_text(room_page(title, pages))
     guides = [o for o in GUIDES if (staged/'guides'/f'{o}.ipynb').exists()]
     (staged/'guides'/'index.md').write_text(room_page('Guides', guides))
-    ground = '## Ground\n\n' + toctree(GROUND) + '\n## Project\n\n' + toctree(['CONTRIBUTING', 'CHANGELOG'])
+    ground = '## Basics\n\n' + toctree(GROUND) + '\n## Project\n\n' + toctree(['CONTRIBUTING', 'CHANGELOG'])
     rooms = [f'{room}/index' for room in ('guides', *ROOMS, 'benchmarks')]
     (staged/'contents.md').write_text(f'# Contents\n\n{toctree(["index", *rooms], depth=2)}\n{ground}')
     (staged/'_static').mkdir()
@@ -199,7 +199,7 @@ def stage(staged):
 
 def write_results_index(staged):
     pages = sorted(f'results/{o.stem}' for o in (staged/'benchmarks'/'results').glob('*.md'))
-    intro = 'Tables that the scripts in `benchmarks/` wrote, each with its command, hardware and date.'
+    intro = 'Tables written by the scripts in `benchmarks/`, each with its command, hardware and date.'
     (staged/'benchmarks'/'index.md').write_text(room_page('Measurements', pages, intro))
 
 def main():
@@ -215,7 +215,7 @@ def main():
     warnings = problems.read_text(encoding='utf-8')
     shutil.rmtree(staged)
     problems.unlink()
-    if warnings: sys.exit(f'The site has faults:\n{warnings}')
+    if warnings: sys.exit(f'Sphinx warns:\n{warnings}')
     print(f'The site is in {out}: open {out/"index.html"}')
 
 if __name__=='__main__': main()

@@ -1,6 +1,6 @@
-"""Run notebooks as tests, several at a time, each in its own process: one that fails or hangs takes no other with it.
+"""Run notebooks as tests, several at a time, each in its own process, so one that fails or hangs does not affect the others.
 `python dev/notebooks.py`, or with notebooks or folders to run. Cells marked `#| slow` run with `--slow` only;
-`--slow-only` runs the notebooks that have such cells, whole."""
+`--slow-only` runs only the notebooks with such cells, in full."""
 import argparse
 import multiprocessing as mp
 import os

@@ -1,5 +1,5 @@
 """Draw the rooms of the code, with their modules and the imports between them, into nbs/images/rooms.svg.
-`python dev/rooms.py`, or with --check, which fails if the drawing is not that of today's imports."""
+`python dev/rooms.py`, or with --check, which fails if the drawing is out of date."""
 import re
 import sys
 from pathlib import Path
@@ -16,16 +16,16 @@ picture = root/'nbs'/'images'/'rooms.svg'
 
 ABOUT = {
     'cli': 'the command pyramidreid',
-    'gallery': 'people in use: add, search, keep',
-    'export': 'files to share, ONNX runtime',
+    'gallery': 'store people and search for them',
+    'export': 'model files to share, ONNX runtime',
     'explain': 'why two people matched, where a model errs',
     'training': 'learner, dynamic loss weights, recipes, checkpoints',
     'evaluation': 'exact metrics, protocols, re-ranking, open sets',
     'models': 'backbone, pyramid, losses',
     'data': 'from folders to batches',
     'synth': 'synthetic people',
-    'images': 'reading and finding pictures',
-    'core': 'roles, extras, atomic files'}
+    'images': 'finding and reading image files',
+    'core': 'roles, extras, atomic writes'}
 
 def layers():
     "Rooms from the top down, as the contract in pyproject.toml orders them; rooms of one layer stand side by side"
@@ -68,7 +68,7 @@ def draw(arrows):
         arrow = FancyArrowPatch((8.05, height[a]), (8.05, height[b]), connectionstyle=f'arc3,rad={-.18-.022*distance}',
                                 arrowstyle='-|>', mutation_scale=9, color=plt.cm.tab10(order.index(a)%10), linewidth=1)
         ax.add_patch(arrow)
-    ax.text(0, .75, 'A room imports what stands below it, never above. Arrows: the imports there are.', fontsize=9.5)
+    ax.text(0, .75, 'A room imports from the rooms below it, never from those above. Arrows show the actual imports.', fontsize=9.5)
     ax.set(xlim=(-.1, 11.4), ylim=(min(height.values())-.6, 1))
     ax.axis('off')
     picture.parent.mkdir(exist_ok=True)
@@ -81,7 +81,7 @@ def main():
     shown = re.search('Imports: [^<]*', text)
     names = [name for room in ABOUT for name in modules(room) if name not in text]
     if not shown or shown[0]!=describe(arrows) or names:
-        sys.exit('nbs/images/rooms.svg does not show the imports of today: run python dev/rooms.py')
-    print('The picture of the rooms is fresh.')
+        sys.exit('nbs/images/rooms.svg is out of date: run python dev/rooms.py')
+    print('The picture of the rooms is up to date.')
 
 if __name__=='__main__': main()

@@ -51,6 +51,6 @@ def main():
     notebooks = [o.resolve() for o in find_notebooks(sys.argv[1:] or [root/'nbs'])]
     found = [problem for notebook in notebooks for problem in problems(notebook)]
     if found: sys.exit('\n'.join([*found, f'{len(found)} problems']))
-    print('Exported cells are short, and public names documented.')
+    print('Exported cells are short, and public names are documented.')
 
 if __name__=='__main__': main()

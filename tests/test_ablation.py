@@ -118,7 +118,7 @@ def test_command_line(tmp_path, people):
     assert str(tmp_path) not in (tmp_path/'tiny.md').read_text()+(tmp_path/'tiny.json').read_text()
 
     was = (tmp_path/'tiny.json').read_bytes()
-    with pytest.raises(SystemExit, match=r'tiny.json holds 7 runs of another configuration \(steps: 1 there, 9 now\).*--out'): ablation.main([*args, '--steps', '9'])
+    with pytest.raises(SystemExit, match=r'tiny.json contains 7 runs of another configuration \(steps: 1 there, 9 now\).*--out'): ablation.main([*args, '--steps', '9'])
     with pytest.raises(SystemExit, match='hold_out: 0.2 there, None now'): ablation.main([*args, '--test'])
     assert (tmp_path/'tiny.json').read_bytes()==was
 

@@ -120,7 +120,7 @@ def test_ranks_as_in_evaluation_on_real_numbers():
 
 def test_queries_all_known():
     dist = [[.1,.2],[.3,.1]]
-    with pytest.raises(ValueError, match="every query's person is in the gallery. Take unknown='hide'"):
+    with pytest.raises(ValueError, match="every query's person is in the gallery. Use unknown='hide'"):
         calibrate_distances(dist, [1,2], [1,2], unknown='absent')
     assert calibrate_distances(dist, [1,2], [1,2]).impostor.tolist()==pytest.approx([-.2,-.3])
 

@@ -214,7 +214,7 @@ def changed(file, dest, about=None, model=None):
     proto = onnx.load(file)
     if model: model(proto)
     for entry in proto.metadata_props:
-        if entry.key=='seal': entry.value = BLANK_CHECKSUM
+        if entry.key=='checksum': entry.value = BLANK_CHECKSUM
         elif about: entry.value = about(json.loads(entry.value))
     dest.write_bytes(add_checksum(proto.SerializeToString()))
     return dest

@@ -19,7 +19,7 @@ from ..images import load_pixels
 
 # %% ../../nbs/export/01_runtime.ipynb #7df0ed7f
 class BaseEmbedder:
-    "Base of what embeds images: subclasses turn uint8 pixels (N, H, W, 3) into embeddings in `run`"
+    "Base class of embedders: subclasses turn uint8 pixels (N, H, W, 3) into embeddings in `run`"
     def __init__(self,
         about # Description of the model, a dict as in `model.json`
     ):
@@ -82,7 +82,7 @@ def add_checksum(
 def checksum_ok(
     data # Bytes of a file
 ):
-    "Does the checksum in `data` fit? None if there is none"
+    "Is the checksum in `data` right? None if there is none"
     found = data.rfind(_PREFIX)
     if found<0: return None
     start = found + len(_PREFIX)
@@ -214,7 +214,7 @@ def _open_session(
     "An onnxruntime session for a file of this library. Raises `ValueError` if it is damaged or of another library"
     ort,data = _import_onnxruntime(),file.read_bytes()
     intact = checksum_ok(data)
-    if intact is False: raise ValueError(f"{file} is damaged: its checksum does not fit. Copy or export it again")
+    if intact is False: raise ValueError(f"{file} is damaged: its checksum is wrong. Copy or export it again")
     names = _provider_names(ort, providers)
     try: session = _new_session(ort, data, threads, providers)
     except Exception as e:
