@@ -72,8 +72,8 @@ def _find_arch(source, name):
     if source=='torchvision' and name in torchvision.models.list_models(torchvision.models):
         return torchvision.models.get_model_builder(name)
     if source=='timm' and require_extra('timm', 'timm').is_model(name): return name
-    raise ValueError(f"The backbone {name!r:.60} of {source!r:.60} is not known here. Known are resnet10 and the models "
-                     "of torchvision and timm")
+    raise ValueError(f"The backbone {name!r:.60} of {source!r:.60} is not known here. Known are resnet10 and the "
+                     "models of torchvision and timm")
 
 def _arch_source(learn):
     "The library that has the backbone of a learner"
@@ -162,8 +162,8 @@ def _write_weights(net, about, file):
         save_file({name: tensor.contiguous() for name,tensor in weights.items()}, partial_file)
         try: again = _load_embedder(about, partial_file)
         except ValueError as e:
-            raise ValueError(f"This learner's backbone differs from {about['arch']} as built by its name: it was changed "
-                             "by hand. Only a model that can be rebuilt can be shared") from e
+            raise ValueError(f"This learner's backbone differs from {about['arch']} as built by its name: it was "
+                             "changed by hand. Only a model that can be rebuilt can be shared") from e
         _check_agreement(again.run, net, about['size'], 'The file of weights')
 
 @patch
