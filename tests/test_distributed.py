@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip('accelerate')
 root = Path(__file__).resolve().parent.parent
-LIMIT = 240 # Seconds after which a process counts as hung
+LIMIT = 480 # Seconds after which a process counts as hung
 
 def free_port():
     with socket.socket() as s:
