@@ -30,7 +30,7 @@ lint: $(VENV)/.ready       ## modules in sync with notebooks, style, imports bet
 	$(BIN)/python dev/rooms.py --check
 
 export: $(VENV)/.ready     ## write the modules from the notebooks
-	$(BIN)/nbdev-export
+	$(BIN)/python dev/export.py
 
 readme: $(VENV)/.ready     ## write README.md from nbs/index.ipynb
 	$(BIN)/python dev/readme.py

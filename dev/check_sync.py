@@ -28,7 +28,7 @@ def stale(package):
     with TemporaryDirectory() as folder:
         copy = Path(folder)/'copy'
         shutil.copytree(root, copy, ignore=unexported)
-        subprocess.run([str(Path(sys.executable).parent/'nbdev-export')], cwd=copy, check=True)
+        subprocess.run([sys.executable, str(root/'dev'/'export.py')], cwd=copy, check=True)
         for module in sorted((copy/'pyramidreid').rglob('*.py')):
             name = module.relative_to(copy/'pyramidreid')
             ours = package/name

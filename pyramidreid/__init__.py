@@ -1,7 +1,7 @@
 "Pyramidal person re-identification with multi-loss dynamic training, as a fastai library."
 from importlib import import_module
 
-# The names of the README's first page. Each is imported when it is asked for, so that `import pyramidreid` needs no torch.
+# The names of the README's first page. Each is imported when asked for, so that `import pyramidreid` needs no torch.
 _HOMES = {
     'pyramid_learner':    'all', # brings all methods of a learner, from every room
     'ReIDDataLoaders':    'data.loaders',

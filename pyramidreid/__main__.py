@@ -1,6 +1,6 @@
-"`python -m pyramidreid` is the command `pyramidreid`."
+"`python -m pyramidreid` runs the command line."
 import sys
 
-from pyramidreid.cli.frame import main
+from pyramidreid.cli.entry import main
 
 if __name__=='__main__': sys.exit(main())

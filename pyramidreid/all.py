@@ -6,7 +6,7 @@ from fastai.vision.all import *
 import pyramidreid.explain.bands
 import pyramidreid.export.files
 import pyramidreid.training.distributed
-import pyramidreid.training.recipes  # noqa: F401
+import pyramidreid.training.recipes
 from pyramidreid.core import ReIDWarning, Role
 from pyramidreid.data.cache import ImageCache
 from pyramidreid.data.cuhk03 import cuhk03_table

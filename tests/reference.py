@@ -1,4 +1,4 @@
-"The same as the library's fast parts, written for reading: what tests compare with and benchmarks race against."
+"Plain versions of the library's fast functions, written to be read: tests compare with them, benchmarks time them."
 import numpy as np
 
 
@@ -6,24 +6,27 @@ def plain_scores(dist, query_pids, gallery_pids, query_cams=None, gallery_cams=N
     "Per query a dict of `ap`, `trapezoid`, `inp` and `first`, or None without a match: sort, walk down, count"
     res = []
     for i,row in enumerate(dist):
-        hits = []
+        is_match = []
         for j in np.argsort(row, kind='stable'):
             if gallery_pids[j]==junk_pid: continue
-            same = gallery_pids[j]==query_pids[i]
-            if same and query_cams is not None and gallery_cams[j]==query_cams[i]: continue
-            hits.append(bool(same))
-        if not any(hits): res.append(None); continue
-        n_match,found,ap,trapezoid,before = sum(hits),0,0.,0.,1.
-        for place,hit in enumerate(hits, 1):
-            found += hit
-            precision = found/place
-            if hit:
-                ap += precision/n_match
-                trapezoid += (before+precision)/2/n_match
-                last = place
-            before = precision
-        res.append(dict(ap=ap, trapezoid=trapezoid, inp=n_match/last, first=hits.index(True)+1))
+            same_pid = gallery_pids[j]==query_pids[i]
+            if same_pid and query_cams is not None and gallery_cams[j]==query_cams[i]: continue
+            is_match.append(bool(same_pid))
+        res.append(_scores_of_ranking(is_match) if any(is_match) else None)
     return res
+
+def _scores_of_ranking(is_match):
+    "The scores of one ranking, given which of its images match, nearest first"
+    n_match,n_found,ap,trapezoid,before = sum(is_match),0,0.,0.,1.
+    for rank,match in enumerate(is_match, 1):
+        n_found += match
+        precision = n_found/rank
+        if match:
+            ap += precision/n_match
+            trapezoid += (before+precision)/2/n_match
+            last = rank
+        before = precision
+    return dict(ap=ap, trapezoid=trapezoid, inp=n_match/last, first=is_match.index(True)+1)
 
 def plain_mAP(*args):
     "Mean of the average precisions of `plain_scores`"
@@ -33,22 +36,29 @@ def plain_rerank(dist, n_query, k1=20, k2=6, lambda_=.3):
     "k-reciprocal re-ranking of all images (queries first) from their (N, N) distances, step by step as in the paper"
     sq = (np.asarray(dist)**2).astype(np.float32)
     n = len(sq)
+    # each image ranks itself first, and equal distances by position
     rank = np.stack([np.lexsort((np.arange(n), np.arange(n)!=i, sq[i])) for i in range(n)])
     far = sq.max(1, keepdims=True)
     d = sq/np.where(far==0, 1, far)
-    def mutual(i, k):
-        names = rank[i,:k]
-        return names[[i in rank[j,:k] for j in names]]
     V = np.zeros((n,n))
     for i in range(n):
-        mine = mutual(i, k1+1)
-        wide = [mine]
-        for j in mine:
-            other = mutual(j, int(np.around(k1/2))+1)
-            if 3*len(np.intersect1d(other, mine)) > 2*len(other): wide.append(other)
-        wide = np.unique(np.concatenate(wide))
-        V[i,wide] = np.exp(-d[i,wide])
+        members = _expanded_set(rank, i, k1)
+        V[i,members] = np.exp(-d[i,members])
         V[i] /= V[i].sum()
     if k2>1: V = np.stack([V[rank[i,:k2]].mean(0) for i in range(n)])
     shared = np.stack([np.minimum(V[i], V[n_query:]).sum(1) for i in range(n_query)])
     return (1-lambda_)*(1-shared/(2-shared)) + lambda_*d[:n_query,n_query:]
+
+def _reciprocal_set(rank, i, k):
+    "Those of the `k` nearest images of `i` that have `i` among their own `k` nearest"
+    nearest = rank[i,:k]
+    return nearest[[i in rank[j,:k] for j in nearest]]
+
+def _expanded_set(rank, i, k1):
+    "The reciprocal set of `i`, with the smaller sets of its members of which it holds more than two thirds"
+    own = _reciprocal_set(rank, i, k1+1)
+    res = [own]
+    for j in own:
+        other = _reciprocal_set(rank, j, int(np.around(k1/2))+1)
+        if 3*len(np.intersect1d(other, own)) > 2*len(other): res.append(other)
+    return np.unique(np.concatenate(res))

@@ -1,6 +1,8 @@
-"Bodies of many makers: the last stride, misfit and broken weights, models without a map, and parameter groups"
+"Bodies of many families: the last stride, weights that do not fit or are damaged, models without a feature map"
 import importlib.util
 import re
+from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -13,7 +15,6 @@ from fastai.vision.all import (
     resnet18,
     resnet50,
     vgg11_bn,
-    vgg16_bn,
     xresnet18,
 )
 from safetensors.torch import save_file
@@ -25,171 +26,206 @@ from pyramidreid.models import backbone
 from pyramidreid.models.backbone import *
 from pyramidreid.models.pyramid import PyramidNet, pyramid_split
 
-timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is an extra')
-T = lambda name: pytest.param(name, marks=timm)
-archs = [resnet10, resnet18, densenet121, vgg11_bn, xresnet18, models.mobilenet_v3_small, T('tf_efficientnet_lite0'), T('test_resnet')]
+has_timm = importlib.util.find_spec('timm') is not None
+needs_timm = pytest.mark.skipif(not has_timm, reason='timm is an extra')
 
-def fmap(body, h=192, w=96):
-    with torch.no_grad(): return body.eval()(torch.zeros(1,3,h,w)).shape
+def timm_model(name): return pytest.param(name, marks=needs_timm)
+
+# VGG's classifier, which is cut off, takes seconds to initialise
+vgg = pytest.param(vgg11_bn, marks=pytest.mark.slow)
+archs = [resnet10, resnet18, densenet121, vgg, xresnet18, models.mobilenet_v3_small,
+         timm_model('tf_efficientnet_lite0'), timm_model('test_resnet')]
+
+def map_shape(body, height=192, width=96):
+    with torch.no_grad(): return tuple(body.eval()(torch.zeros(1,3,height,width)).shape)
+
+def weight_shapes(body): return {name:weight.shape for name,weight in body.state_dict().items()}
+
+# The last stride
 
 @pytest.mark.parametrize('arch', archs)
 def test_last_stride(arch):
-    "Twice the height and width of what the makers intended, and the same weights"
-    bodies = {s:create_backbone(arch, pretrained=False, last_stride=s) for s in (1,2)}
-    (n1,c1,*hw1),(n2,c2,*hw2) = fmap(bodies[1]),fmap(bodies[2])
-    assert hw2==[6,3] and hw1==[12,6] and c1==c2
-    assert body_shape(bodies[1])==(c1,16) and body_shape(bodies[2])==(c2,32)
-    shapes = [{k:v.shape for k,v in b.state_dict().items()} for b in bodies.values()]
-    assert shapes[0]==shapes[1]
+    "Stride 1 doubles height and width of the feature map, with the same weights"
+    fine,coarse = (create_backbone(arch, pretrained=False, last_stride=stride) for stride in (1,2))
+    _,channels,height,width = map_shape(coarse)
+    assert (height,width)==(6,3)
+    assert map_shape(fine)==(1,channels,12,6)
+    assert body_shape(fine)==(channels,16) and body_shape(coarse)==(channels,32)
+    assert weight_shapes(fine)==weight_shapes(coarse)
 
-@pytest.mark.parametrize('arch', [T('test_convnext'), models.convnext_tiny])
+@pytest.mark.parametrize('arch', [timm_model('test_convnext'), models.convnext_tiny])
 def test_last_stride_of_a_kernel_of_two(arch):
-    "ConvNeXt downsamples with 2×2 kernels and no padding; with stride 1 they must not eat a row"
+    "ConvNeXt downsamples with 2×2 kernels without padding; with stride 1 they must not lose a row"
     body = create_backbone(arch, pretrained=False)
-    assert fmap(body)[2:]==(12,6)
+    assert map_shape(body)[2:]==(12,6)
     assert body_shape(body)[1]==16
 
 def test_last_stride_of_resnet50_at_the_paper_s_size():
-    assert fmap(create_backbone(resnet50, pretrained=False), 384, 128)==(1,2048,24,8)
+    assert map_shape(create_backbone(resnet50, pretrained=False), 384, 128)==(1,2048,24,8)
 
-def test_looking_at_a_body_leaves_it_as_it_was():
-    "No hook stays, no statistic moves, the mode is kept"
-    body = create_backbone(resnet10, pretrained=False)
-    before = {k:v.clone() for k,v in body.state_dict().items()}
-    for mode in (True,False):
-        body.train(mode)
-        body_shape(body)
-        assert all(m.training==mode for m in body.modules())
+@pytest.mark.parametrize('training', [True,False])
+def test_body_shape_leaves_the_body_unchanged(training):
+    "No hook stays, no statistic changes, the mode is kept"
+    body = create_backbone(resnet10, pretrained=False).train(training)
+    before = {name:value.clone() for name,value in body.state_dict().items()}
+    body_shape(body)
+    assert all(m.training==training for m in body.modules())
     assert not any(m._forward_hooks for m in body.modules())
-    assert all(torch.equal(v, before[k]) for k,v in body.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name,value in body.state_dict().items())
 
-@pytest.mark.parametrize('arch', [models.vit_b_16, T('test_vit'), T('vit_tiny_patch16_224'), T('swin_tiny_patch4_window7_224')])
+transformers = [models.vit_b_16, timm_model('test_vit'), timm_model('vit_tiny_patch16_224'),
+                timm_model('swin_tiny_patch4_window7_224')]
+
+@pytest.mark.parametrize('arch', transformers)
 def test_a_transformer_is_refused(arch):
-    name = arch if isinstance(arch, str) else arch.__name__
-    with pytest.raises(ValueError, match=f'{name}.*CNN'): create_backbone(arch, pretrained=False)
+    with pytest.raises(ValueError, match=f'{arch_name(arch)}.*CNN'): create_backbone(arch, pretrained=False)
 
-@pytest.mark.parametrize('arch', [models.swin_t, T('resnetblur18'), T('hrnet_w18_small')])
+@pytest.mark.parametrize('arch', [models.swin_t, timm_model('resnetblur18'), timm_model('hrnet_w18_small')])
 def test_a_last_stride_that_cannot_be_undone_is_an_error(arch):
-    "Merging patches, blurring before a stride, several resolutions at once: never another stride than the last, never a crash inside the body"
-    name = arch if isinstance(arch, str) else arch.__name__
-    with pytest.raises(ValueError, match=f'{name}.*last_stride=2'): create_backbone(arch, pretrained=False)
+    "Merged patches, blur before a stride, several resolutions: no other stride is changed, and the body does not crash"
+    with pytest.raises(ValueError, match=f'{arch_name(arch)}.*last_stride=2'): create_backbone(arch, pretrained=False)
 
 def test_wrong_arguments():
     with pytest.raises(ValueError, match='last_stride=3'): create_backbone(resnet10, False, last_stride=3)
     with pytest.raises(ValueError, match='pretrained=False'): create_backbone(resnet10, True)
 
-def test_a_missing_timm_names_the_extra(monkeypatch):
-    real = importlib.import_module
-    def fake(name, *args):
-        if name=='timm': raise ModuleNotFoundError("No module named 'timm'")
-        return real(name, *args)
-    monkeypatch.setattr(core.importlib, 'import_module', fake)
-    for f in (lambda: create_backbone('tf_efficientnet_lite0', False), lambda: backbone_stats('tf_efficientnet_lite0')):
-        with pytest.raises(ImportError, match=re.escape("pip install 'pyramidreid[timm]'")): f()
+# timm
 
-@timm
-def test_an_unknown_timm_name_is_named():
+@pytest.mark.parametrize('use', [lambda name: create_backbone(name, False), backbone_stats])
+def test_a_missing_timm_names_the_extra(monkeypatch, use):
+    import_module = importlib.import_module
+    def without_timm(name, *args):
+        if name=='timm': raise ModuleNotFoundError("No module named 'timm'")
+        return import_module(name, *args)
+    monkeypatch.setattr(core.importlib, 'import_module', without_timm)
+    with pytest.raises(ImportError, match=re.escape("pip install 'pyramidreid[timm]'")): use('tf_efficientnet_lite0')
+
+@needs_timm
+def test_an_unknown_timm_model_is_named():
     with pytest.raises(Exception, match='resnet_of_nobody'): create_backbone('resnet_of_nobody', False)
 
-# weights
+def test_stats_of_torchvision_are_those_of_imagenet():
+    assert backbone_stats(resnet18)==([.485,.456,.406],[.229,.224,.225])
 
-@pytest.fixture
-def sd():
+@needs_timm
+def test_stats_of_timm_models():
+    assert backbone_stats('tf_efficientnet_lite0')==([.5]*3,[.5]*3)
+    assert [round(mean, 3) for mean in backbone_stats('resnet18')[0]]==[.485,.456,.406]
+
+# Weights
+
+@pytest.fixture(scope='module')
+def weights():
     torch.manual_seed(3)
     return resnet10().state_dict()
 
-def save(sd, path):
-    save_file(sd, path) if path.suffix=='.safetensors' else torch.save(sd, path)
+def body_only(weights): return {name:value for name,value in weights.items() if not name.startswith('fc.')}
+
+def save(weights, path):
+    if path.suffix=='.safetensors': save_file(weights, path)
+    else: torch.save(weights, path)
     return path
 
+def other_classifier(weights): return {**body_only(weights), 'fc.weight':torch.zeros(5,512), 'fc.bias':torch.zeros(5)}
+def without_counters(weights): return {name:value for name,value in weights.items() if 'num_batches' not in name}
+
 @pytest.mark.parametrize('name', ['w.pth','w.pt','w.safetensors'])
-def test_weights_from_a_file(sd, tmp_path, name):
-    "With the classifier, without it, or with one of another width"
-    own = {k:v for k,v in sd.items() if not k.startswith('fc.')}
-    for part in (sd, own, {**own, 'fc.weight':torch.zeros(5,512), 'fc.bias':torch.zeros(5)},
-                 {k:v for k,v in sd.items() if 'num_batches' not in k}):
-        body = create_backbone(resnet10, weights=save(part, tmp_path/name))
-        got = list(body.state_dict().values())
-        assert len(got)==len(own) and all(torch.equal(a, b) for a,b in zip(got, own.values()))
+@pytest.mark.parametrize('change', [dict, body_only, other_classifier, without_counters])
+def test_weights_from_a_file(weights, tmp_path, name, change):
+    "With the classifier, without it, with one of another width, or without batch counters"
+    body = create_backbone(resnet10, weights=save(change(weights), tmp_path/name))
+    want = list(body_only(weights).values())
+    loaded = list(body.state_dict().values())
+    assert len(loaded)==len(want)
+    assert all(torch.equal(a, b) for a,b in zip(loaded, want))
 
-def test_half_precision_weights_become_float32(sd, tmp_path):
-    body = create_backbone(resnet10, weights=save({k:v.half() if v.is_floating_point() else v for k,v in sd.items()}, tmp_path/'h.safetensors'))
-    assert all(p.dtype==torch.float32 for p in body.parameters())
+def test_half_precision_weights_become_float32(weights, tmp_path):
+    half = {name:value.half() if value.is_floating_point() else value for name,value in weights.items()}
+    body = create_backbone(resnet10, weights=save(half, tmp_path/'h.safetensors'))
+    assert all(weight.dtype==torch.float32 for weight in body.parameters())
 
-def test_misfit_weights_say_what_does_not_fit(sd, tmp_path):
-    def message(sd):
-        with pytest.raises(ValueError) as e: create_backbone(resnet10, weights=save(sd, tmp_path/'misfit.pth'))
-        assert 'misfit.pth' in str(e.value)
+@pytest.fixture
+def misfit_message(tmp_path):
+    "`misfit_message(weights)`: what the error says about weights that do not fit"
+    def message(weights):
+        with pytest.raises(ValueError, match='misfit.pth') as e:
+            create_backbone(resnet10, weights=save(weights, tmp_path/'misfit.pth'))
         return str(e.value)
-    less = {k:v for k,v in sd.items() if not k.startswith('layer2')}
-    msg = message(less)
-    assert 'missing' in msg and 'layer2' in msg and str(sum(k.startswith('layer2') and 'num_batches' not in k for k in sd)) in msg
-    msg = message({**sd, 'neck.weight':torch.zeros(2)})
-    assert '1 unknown (neck.weight)' in msg
-    msg = message({**sd, 'conv1.weight':torch.zeros(64,1,7,7)})
-    assert 'conv1.weight' in msg and '(64, 1, 7, 7)' in msg and '(64, 3, 7, 7)' in msg
-    msg = message(resnet18().state_dict())
-    assert 'unknown' in msg and 'layer1.1' in msg
+    return message
 
-def test_missing_and_broken_files(sd, tmp_path):
-    with pytest.raises(FileNotFoundError, match='nowhere.pth'): create_backbone(resnet10, weights=tmp_path/'nowhere.pth')
-    with pytest.raises(FileNotFoundError, match='nowhere.pth'): create_backbone(resnet10, weights=str(tmp_path/'nowhere.pth'))
-    for name in ('cut.pth','cut.safetensors'):
-        f = save(sd, tmp_path/name)
-        data = f.read_bytes()
-        for part in (data[:len(data)//2], data[:5], b'', b'no weights at all, just words'):
-            f.write_bytes(part)
-            with pytest.raises(ValueError, match=name): create_backbone(resnet10, weights=f)
+def test_missing_weights_are_counted(weights, misfit_message):
+    less = {name:value for name,value in weights.items() if not name.startswith('layer2')}
+    n_missing = sum(name.startswith('layer2') and 'num_batches' not in name for name in weights)
+    assert f'{n_missing} missing (layer2' in misfit_message(less)
 
-def test_a_file_that_is_no_state_dict_is_named(tmp_path):
-    for i,o in enumerate((torch.zeros(3), [1,2], {'model':{'conv1.weight':torch.zeros(1)}})):
-        f = tmp_path/f'odd{i}.pth'
-        torch.save(o, f)
-        with pytest.raises(ValueError, match=f.name): create_backbone(resnet10, weights=f)
+def test_unknown_weights_are_named(weights, misfit_message):
+    assert '1 unknown (neck.weight)' in misfit_message({**weights, 'neck.weight':torch.zeros(2)})
+    message = misfit_message(resnet18().state_dict())
+    assert 'unknown' in message and 'layer1.1' in message
+
+def test_weights_of_another_shape_are_named_with_both_shapes(weights, misfit_message):
+    message = misfit_message({**weights, 'conv1.weight':torch.zeros(64,1,7,7)})
+    assert '1 of another shape (conv1.weight (64, 1, 7, 7), not (64, 3, 7, 7))' in message
+
+@pytest.mark.parametrize('kind', [Path,str])
+def test_missing_files_are_named(tmp_path, kind):
+    with pytest.raises(FileNotFoundError, match='nowhere.pth'):
+        create_backbone(resnet10, weights=kind(tmp_path/'nowhere.pth'))
+
+@pytest.mark.parametrize('name', ['cut.pth','cut.safetensors'])
+def test_damaged_files_are_named(weights, tmp_path, name):
+    file = save(weights, tmp_path/name)
+    data = file.read_bytes()
+    for damaged in (data[:len(data)//2], data[:5], b'', b'no weights at all, just words'):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=name): create_backbone(resnet10, weights=file)
+
+@pytest.mark.parametrize('content', [torch.zeros(3), [1,2], {'model':{'conv1.weight':torch.zeros(1)}}])
+def test_a_file_without_a_state_dict_is_named(tmp_path, content):
+    torch.save(content, tmp_path/'odd.pth')
+    with pytest.raises(ValueError, match='odd.pth does not hold a state dict'):
+        create_backbone(resnet10, weights=tmp_path/'odd.pth')
 
 def test_a_failed_download_says_what_to_do(monkeypatch):
-    from urllib.error import URLError
     def fail(*args): raise URLError('no network')
     monkeypatch.setattr(backbone, '_new_model', fail)
     with pytest.raises(OSError, match='no network.*weights=.*pretrained=False'): create_backbone(resnet18)
 
-def test_stats():
-    mean,std = backbone_stats(resnet18)
-    assert len(mean)==len(std)==3
-    if importlib.util.find_spec('timm'):
-        assert backbone_stats('tf_efficientnet_lite0')==([.5]*3,[.5]*3)
-        assert [round(o,3) for o in backbone_stats('resnet18')[0]]==[.485,.456,.406]
+# Parameter groups
 
-# parameter groups
+def pyramid_net(arch): return PyramidNet(create_backbone(arch, pretrained=False), 3, n_parts=2, emb_sz=4)
 
-def net(arch): return PyramidNet(create_backbone(arch, pretrained=False), 3, n_parts=2, emb_sz=4)
-
-@pytest.mark.parametrize('arch', archs+[vgg16_bn])
+@pytest.mark.parametrize('arch', archs)
 def test_parameter_groups_cover_every_weight_once(arch):
-    m = net(arch)
-    groups = pyramid_split(m)
-    ids = [id(p) for g in groups for p in g]
-    assert len(groups)==3 and len(ids)==len(set(ids)) and set(ids)=={id(p) for p in m.parameters()}
-    assert [id(p) for p in groups[2]]==[id(p) for p in m.head.parameters()]
+    "None of the three may be empty, or discriminative learning rates and freeze_to(-2) do nothing"
+    model = pyramid_net(arch)
+    groups = [[id(weight) for weight in group] for group in pyramid_split(model)]
+    ids = sum(groups, [])
+    assert len(groups)==3 and all(groups)
+    assert len(ids)==len(set(ids)) and set(ids)=={id(weight) for weight in model.parameters()}
+    assert groups[2]==[id(weight) for weight in model.head.parameters()]
 
-@pytest.mark.parametrize('arch', archs+[vgg16_bn])
-def test_no_parameter_group_is_empty(arch):
-    "The body has a first and a second half, or discriminative learning rates and freeze_to(-2) do nothing"
-    groups = pyramid_split(net(arch))
-    assert [len(g)>0 for g in groups]==[True]*3
+@pytest.fixture
+def learner():
+    empty = DataLoaders(DataLoader([1]), DataLoader([1]))
+    return Learner(empty, pyramid_net(resnet18), loss_func=lambda *args: None, splitter=pyramid_split, opt_func=SGD)
 
-def test_learning_rate_slices_reach_the_groups():
-    m = net(resnet18)
-    learn = Learner(DataLoaders(DataLoader([1]),DataLoader([1])), m, loss_func=lambda *a: None, splitter=pyramid_split, opt_func=SGD)
-    learn.create_opt()
-    learn.opt.set_hyper('lr', slice(1e-5,1e-3))
-    assert [h['lr'] for h in learn.opt.hypers]==pytest.approx([1e-5,1e-4,1e-3])
-    lr_of = {id(p):h['lr'] for p,_,_,h in learn.opt.all_params()}
-    assert lr_of[id(m.head.reduce.weight)]==pytest.approx(1e-3) and lr_of[id(m.body[0].weight)]==pytest.approx(1e-5)
-    assert lr_of[id(m.body[-1][-1].conv2.weight)]==pytest.approx(1e-4)
-    learn.freeze()
-    assert m.head.reduce.weight.requires_grad and not any(p.requires_grad for mod in m.body.modules() if isinstance(mod, nn.Conv2d) for p in mod.parameters())
-    learn.freeze_to(-2)
-    assert m.body[-1][-1].conv2.weight.requires_grad and not m.body[0].weight.requires_grad
-    learn.unfreeze()
-    assert all(p.requires_grad for p in m.parameters())
+def test_learning_rate_slices_reach_the_groups(learner):
+    learner.create_opt()
+    learner.opt.set_hyper('lr', slice(1e-5,1e-3))
+    assert [hyper['lr'] for hyper in learner.opt.hypers]==pytest.approx([1e-5,1e-4,1e-3])
+    lr_of = {id(weight):hyper['lr'] for weight,_,_,hyper in learner.opt.all_params()}
+    body,head = learner.model.body,learner.model.head
+    assert lr_of[id(body[0].weight)]==pytest.approx(1e-5)
+    assert lr_of[id(body[-1][-1].conv2.weight)]==pytest.approx(1e-4)
+    assert lr_of[id(head.reduce.weight)]==pytest.approx(1e-3)
+
+def test_freezing_acts_on_the_groups(learner):
+    body,head = learner.model.body,learner.model.head
+    learner.freeze()
+    convs = [m for m in body.modules() if isinstance(m, nn.Conv2d)]
+    assert head.reduce.weight.requires_grad and not any(conv.weight.requires_grad for conv in convs)
+    learner.freeze_to(-2)
+    assert body[-1][-1].conv2.weight.requires_grad and not body[0].weight.requires_grad
+    learner.unfreeze()
+    assert all(weight.requires_grad for weight in learner.model.parameters())

@@ -1,4 +1,4 @@
-"The command line as a person or a program meets it: in a shell, in a terminal, in a pipe, interrupted"
+"The command line: in this process, in a shell, in a terminal, in a pipe, interrupted"
 import json
 import os
 import re
@@ -7,643 +7,921 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
+import warnings
+from collections import namedtuple
+from contextlib import contextmanager
 from importlib.metadata import entry_points, version
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
 
+import click
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
+import pyramidreid.cli.inputs
 import pyramidreid.export.files
-from pyramidreid.cli.frame import main
+from pyramidreid.cli.entry import app, main
 from pyramidreid.cli.inputs import held_out, image_files, open_model, read_data
-from pyramidreid.core import atomic_write
 from pyramidreid.data.datasets import market_table
 from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.gallery.gallery import Gallery
+from pyramidreid.training.checkpoints import Checkpoints
 
 root = Path(__file__).resolve().parent.parent
-env = {**os.environ, 'PATH':os.pathsep.join([sysconfig.get_path('scripts'), os.environ.get('PATH','')]), 'OMP_NUM_THREADS':'1', 'COLUMNS':'100', 'TERM':'xterm'}
-env.pop('PYTHONPATH', None)
-terminal = pytest.mark.skipif(os.name=='nt', reason='pseudo-terminals and their signals are of Unix')
-SMALL = '--arch resnet10 --weights none --size 96 48 --workers 0'
+env = {**os.environ, 'OMP_NUM_THREADS':'1', 'COLUMNS':'100', 'TERM':'xterm'}
+PROGRAM = [sys.executable,'-m','pyramidreid']
+TRAINING = '--arch resnet10 --weights none --size 96 48 --workers 0'.split() # a small one, from scratch
+SMALLER = '--size 48 24 --workers 0 --p 4 --k 4 --epochs 1'.split() # too small for six parts
+unix = pytest.mark.skipif(os.name=='nt', reason='pseudo-terminals, signals and limits of Unix')
+linux = pytest.mark.skipif(sys.platform!='linux', reason='other systems refuse such a file name')
 
-def page():
-    "Commands of the page, each with the exit code that the page asserts"
-    cells = [''.join(c['source']) for c in json.loads((root/'nbs'/'56_command_line.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
-    after = dict(zip(cells, cells[1:]+['']))
-    code = lambda c: int(m[1]) if (m:=re.search(r'exit_code==(\d)', after[c])) else 0
-    return [(line[1:],code(c)) for c in cells for line in c.splitlines() if line.startswith('!pyramidreid')]
+# helpers
 
-def readme():
-    "Commands of the README, made smaller where a training or a real data set is meant"
-    text = (root/'README.md').read_text(encoding='utf-8')
-    found = re.findall(r'^(?: {4}|\$ )?(pyramidreid [a-z-][^\n]*)', text, re.M)+re.findall(r'`(pyramidreid [a-z-][^`\n]*)`', text)
-    lines = [shlex.join(shlex.split(o, comments=True)) for o in found]
-    more = lambda o: o+' --epochs 1' if o.startswith('pyramidreid demo') else f'{o} {SMALL} --epochs 1' if o.startswith('pyramidreid train') and 'resnet10' not in o else o
-    return [more(re.sub(r'Market-1501\S*', 'people', o)) for o in dict.fromkeys(lines)]
+class Outcome(namedtuple('Outcome', 'code out err')):
+    "What a command returned and printed"
+    @property
+    def json(self): return json.loads(self.out)
 
-def sh(line, cwd, **kwargs): return subprocess.run(line, shell=True, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, **kwargs)
-def rubbish(path): return [o for o in Path(path).rglob('*') if o.name.startswith('.partial-')]
+@pytest.fixture
+def cli(capfd):
+    "`cli(*args)`: run a command in this process"
+    def run(*args):
+        capfd.readouterr()
+        code = main(args)
+        return Outcome(code, *capfd.readouterr())
+    return run
+
+def in_shell(line, cwd):
+    "Run a shell command, with this Python's program as `pyramidreid`"
+    program = shlex.join(PROGRAM)
+    script = f'pyramidreid() {{ {program} "$@"; }}\n{line}'
+    done = subprocess.run(['bash','-c',script], cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+def partial_files(path): return [o for o in Path(path).rglob('*') if o.name.startswith('.partial-')]
+def keys(gallery): return sorted(Gallery.load(gallery).table.key)
+def is_error(outcome): return outcome.code==2 and not outcome.out and re.search('^Error: ', outcome.err, re.M)
+def never(*args, **kwargs): raise AssertionError('it was called')
 
 @pytest.fixture(scope='module')
-def desk(tmp_path_factory):
-    "A folder in which all commands of page and README were typed into a shell, and what came of each"
-    d = tmp_path_factory.mktemp('desk')
-    lines = page()
-    known = {shlex.join(shlex.split(o)) for o,_ in lines}
-    lines += [(o,None) for o in readme() if o not in known]
-    return d,[(line,code,sh(line, d)) for line,code in lines]
+def desk(trained, people, tmp_path_factory):
+    "A folder with people, a small model, the same exported to ONNX, and a gallery"
+    folder = tmp_path_factory.mktemp('desk').resolve()
+    shutil.copytree(people, folder/'people')
+    model = trained.save_model(folder/'run'/'model')
+    onnx,street = folder/'person.onnx',folder/'street'
+    assert main(['export', folder/'run', '--to', 'onnx', '--out', onnx, '-q'])==0
+    assert main(['gallery','add', street, folder/'people'/'bounding_box_test', '--model', onnx, '-q'])==0
+    return SimpleNamespace(folder=folder, people=folder/'people', queries=image_files([folder/'people'/'query']),
+                           model=model, onnx=onnx, street=street)
 
-# every command as typed
+@pytest.fixture(scope='module')
+def other_model(make_learner, tmp_path_factory):
+    return make_learner(emb_sz=4).save_model(tmp_path_factory.mktemp('other')/'model')
 
-def test_commands_of_page_and_readme(desk):
-    d,done = desk
-    assert len(done)>=12
-    for line,code,res in done:
-        said = f'{line}\n{res.stdout}\n{res.stderr}'
-        assert res.returncode in ((0,1) if code is None else (code,)), said
-        assert 'Traceback' not in said and not {'\r','\x1b'} & set(res.stdout+res.stderr), said
-        if '--json' in line: assert isinstance(json.loads(res.stdout), dict)
-        if res.returncode==2: assert not res.stdout and res.stderr.rstrip().splitlines()[-1].startswith('Error: ')
-    assert not rubbish(d)
+# the guide and the README
 
-def test_page_covers_every_command():
-    import click
+def guide_lines():
+    "Commands of the guide, each with the exit code that the next cell asserts"
+    notebook = json.loads((root/'nbs'/'guides'/'command_line.ipynb').read_text(encoding='utf-8'))
+    cells = [''.join(o['source']) for o in notebook['cells'] if o['cell_type']=='code']
+    lines,code = [],0
+    for cell in reversed(cells):
+        if cell.startswith('!pyramidreid'):
+            lines.insert(0, (cell[1:].strip(), code))
+            code = 0
+        asserted = re.search(r'exit_code==(\d)', cell)
+        if asserted: code = int(asserted[1])
+    return lines
 
-    from pyramidreid.cli.frame import app
-    def names(group, before=''):
-        for k,c in group.commands.items(): yield from names(c, f'{before}{k} ') if isinstance(c, click.Group) else [f'{before}{k}']
-    typed = [o.removeprefix('pyramidreid ') for o,_ in page()]
-    assert {o for o in names(app) if not any(t.startswith(o) for t in typed)}<={'demo'} # takes minutes; the tests of packaging and its own page run it
+def readme_lines():
+    "Commands of the README"
+    text = (root/'README.md').read_text(encoding='utf-8')
+    found = re.findall(r'^(?: {4}|\$ )?(pyramidreid [a-z-][^\n]*)', text, re.M)
+    found += re.findall(r'`(pyramidreid [a-z-][^`\n]*)`', text)
+    return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in found))
 
-def test_lines_in_a_pipe(desk):
-    out = next(res.stdout for line,_,res in desk[1] if line.startswith('pyramidreid train'))
-    epochs = [o for o in out.splitlines() if o.startswith('epoch ')]
-    assert [o.split('  ')[0] for o in epochs]==[f'epoch {i} of 6' for i in range(1,7)] and all('mAP 0.' in o for o in epochs)
-    assert 'images' in next(res.stdout for line,_,res in desk[1] if line.startswith('pyramidreid embed'))
+def smaller(line):
+    "A command of the README that needs neither real data nor much time"
+    line = re.sub(r'Market-1501\S*', 'people', line)
+    if line.startswith('pyramidreid demo'): return f'{line} --epochs 1'
+    if line.startswith('pyramidreid train'): return ' '.join([line, *TRAINING, '--epochs', '1'])
+    return line
 
-# nothing heavy
+def command_names(group=app, before=()):
+    "The words that name each command"
+    for name,command in group.commands.items():
+        if isinstance(command, click.Group): yield from command_names(command, [*before,name])
+        else: yield [*before,name]
+
+def find_command(words):
+    command = app
+    while isinstance(command, click.Group): command,words = command.commands[words[0]],words[1:]
+    return command,words
+
+def test_guide_covers_every_command():
+    lines = [line for line,_ in guide_lines()]
+    assert len(lines)>=12
+    used = [' '.join(names) for names in command_names() if any(f'pyramidreid {" ".join(names)}' in o for o in lines)]
+    missing = {' '.join(names) for names in command_names()}-set(used)
+    assert missing=={'demo'} # it takes minutes; its own page runs a short one
+
+def test_readme_uses_options_that_exist():
+    lines = readme_lines()
+    assert lines
+    for line in lines:
+        command,words = find_command(shlex.split(line)[1:])
+        options = {o for param in command.params for o in param.opts}
+        assert {o for o in words if o.startswith('-')}<=options, line
+
+@pytest.mark.slow
+@pytest.mark.parametrize('source', ['guide','readme'])
+def test_commands_in_a_shell(tmp_path, source):
+    lines = guide_lines() if source=='guide' else [(smaller(line), None) for line in readme_lines()]
+    for line,code in lines:
+        done = in_shell(line, tmp_path)
+        said = f'{line}\n{done.out}\n{done.err}'
+        assert done.code in ((0,1) if code is None else (code,)), said
+        assert 'Traceback' not in said and not {'\r','\x1b'} & set(said), said
+        if '--json' in line: assert isinstance(done.json, dict)
+        if done.code==2: assert is_error(done), said
+    assert not partial_files(tmp_path)
+
+# help
 
 def test_help_imports_nothing_heavy():
-    "All helps in one process: each with examples, none with more than click behind it"
+    "All help texts in one process: each has examples, none imports more than click"
     code = '''
-import click,io,sys
+import io, sys
 from contextlib import redirect_stdout
-from pyramidreid.cli.frame import app,main
+import click
+from pyramidreid.cli.entry import app, main
+
 def walk(group, before):
-    for k,c in group.commands.items():
-        if isinstance(c, click.Group): yield from walk(c, [*before,k])
-        yield [*before,k],isinstance(c, click.Group)
+    for name,command in group.commands.items():
+        if isinstance(command, click.Group): yield from walk(command, [*before,name])
+        yield [*before,name],isinstance(command, click.Group)
+
 assert main(['--help'])==main(['--version'])==0
-for names,is_group in list(walk(app, [])):
+for names,is_group in walk(app, []):
     with redirect_stdout(io.StringIO()) as out: assert main([*names,'--help'])==0
-    assert is_group or ('Examples:' in out.getvalue() and f"pyramidreid {' '.join(names)} " in out.getvalue()), names
-heavy = {'torch','torchvision','fastai','pandas','numpy','matplotlib','PIL','scipy','safetensors','onnxruntime'} & set(sys.modules)
-assert not heavy, heavy
+    text = out.getvalue()
+    assert is_group or ('Examples:' in text and f"pyramidreid {' '.join(names)} " in text+' '), names
+heavy = {'torch','torchvision','fastai','pandas','numpy','matplotlib','PIL','scipy','safetensors','onnxruntime'}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
 '''
     subprocess.run([sys.executable,'-c',code], env=env, check=True)
 
 def test_entry_point_and_module(tmp_path):
-    assert [o.value for o in entry_points(group='console_scripts', name='pyramidreid')][:1]==['pyramidreid.cli.frame:main']
-    for line in ('pyramidreid --version', f'{shlex.quote(sys.executable)} -m pyramidreid --version'):
-        assert version('pyramidreid') in sh(line, tmp_path).stdout
+    found = entry_points(group='console_scripts', name='pyramidreid')
+    assert [o.value for o in found][:1]==['pyramidreid.cli.entry:main']
+    script = Path(sys.executable).with_name('pyramidreid')
+    for program in ([script],PROGRAM):
+        done = subprocess.run([*program,'--version'], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert version('pyramidreid') in done.stdout
 
 def test_completion(tmp_path):
-    res = subprocess.run(['pyramidreid'], env={**env, '_PYRAMIDREID_COMPLETE':'bash_complete', 'COMP_WORDS':'pyramidreid gallery se', 'COMP_CWORD':'2'}, cwd=tmp_path, capture_output=True, text=True)
-    assert 'search' in res.stdout
+    words = dict(_PYRAMIDREID_COMPLETE='bash_complete', COMP_WORDS='pyramidreid gallery se', COMP_CWORD='2')
+    done = subprocess.run(PROGRAM, env={**env,**words}, cwd=tmp_path, capture_output=True, text=True)
+    assert 'search' in done.stdout
 
-# in a real terminal
+@pytest.mark.parametrize('group,names', [
+    ([], 'draw demo doctor train evaluate embed export gallery'),
+    (['gallery'], 'add remove search calibrate info')], ids=['app','gallery'])
+def test_help_lists_commands_in_order_of_use(group, names, cli, monkeypatch):
+    "Each on one line, at the width of a common terminal"
+    monkeypatch.setenv('COLUMNS', '80')
+    out = cli(*group, '--help').out
+    lines = out.split('Commands:\n')[1].split('\n\n')[0].splitlines()
+    assert [o.split()[0] for o in lines]==names.split()
+    assert all('...' not in o and len(o)<=80 for o in lines)
 
-def in_terminal(line, cwd, until=None, timeout=300):
-    "Type `line`, and Ctrl-C once `until()` holds; what the terminal showed, and the exit code"
-    import pty
-    import select
-    pid,fd = pty.fork()
-    if not pid:
-        os.chdir(cwd)
-        os.execvpe('pyramidreid', shlex.split(line), env)
-    shown,end,typed = b'',time.monotonic()+timeout,False
-    while time.monotonic()<end:
-        if select.select([fd], [], [], .05)[0]:
-            try: data = os.read(fd, 65536)
-            except OSError: break # the other side has gone
-            if not data: break
-            shown += data
-        if until and not typed and until(): typed = os.write(fd, b'\x03')
-    else: os.kill(pid, signal.SIGKILL)
-    os.close(fd)
-    return shown.decode('utf-8', 'replace'),os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+# interrupted
 
-@terminal
-def test_ctrl_c_in_a_training_and_resume(desk):
-    "In a terminal: bars; Ctrl-C: 130, the newest checkpoint is whole and nothing else is there; the command it names finishes the run"
-    d,_ = desk
-    shown,code = in_terminal(f'pyramidreid train people --out cut --epochs 2 {SMALL}', d, until=lambda: any(time.time()-o.stat().st_mtime>.3 for o in (d/'cut'/'checkpoints').glob('1-*.pth'))) # not just when fastprogress begins a bar: it has an `except:` there that eats Ctrl-C
-    assert code==130, shown
-    assert '█' in shown and '\r' in shown and 'Traceback' not in shown
-    assert re.search(r'[\r\n]1 +\d+\.\d{6} ', shown) and ' nan ' not in shown # the row of the first epoch
-    assert not rubbish(d/'cut') and not (d/'cut'/'card.json').exists() and not (d/'cut'/'model').exists()
-    again = re.search(r'pyramidreid train .*--resume', shown)[0]
-    res = sh(again+' --json', d)
-    assert res.returncode==0, res.stderr
-    assert '1 of 2 epochs are done' in res.stderr and 'epoch 2 of 2' in res.stderr
-    assert json.loads(res.stdout)['mAP']==pytest.approx(json.loads((d/'cut'/'card.json').read_text())['mAP'])
-    assert open_model(d/'cut').emb_sz==2688
+class Terminal:
+    "A command in a pseudo-terminal"
+    def __init__(self, args, cwd):
+        import pty
+        self.pid,self.fd = pty.fork()
+        if not self.pid:
+            os.chdir(cwd)
+            os.execve(sys.executable, [*PROGRAM, *args], env)
+        self.shown = b''
 
-@terminal
-@pytest.mark.parametrize('how,code', [(signal.SIGINT,130),(signal.SIGTERM,143)], ids=['int','term'])
-def test_interrupted_while_it_embeds(desk, how, code):
-    d,_ = desk
-    p = subprocess.Popen(['pyramidreid','embed','person.onnx',*['people/query']*400,'--out',f'big-{code}.npz'], cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert 'Embedding 19,200 images' in p.stdout.readline()
-    time.sleep(.5)
-    p.send_signal(how)
-    out,err = p.communicate(timeout=60)
-    assert p.returncode==code, err
-    assert 'Traceback' not in err and not (d/f'big-{code}.npz').exists() and not rubbish(d)
+    def read(self):
+        "Read what is shown next; False at the end"
+        import select
+        if not select.select([self.fd], [], [], .05)[0]: return True
+        try: data = os.read(self.fd, 65536)
+        except OSError: return False # the other side is gone
+        self.shown += data
+        return bool(data)
 
-@terminal
-def test_interrupted_while_it_adds(desk):
-    "In a terminal: a bar; the gallery stays what it was"
-    d,_ = desk
-    shutil.copytree(d/'street', d/'lane')
-    before = {o.name:o.read_bytes() for o in (d/'lane').iterdir()}
-    (d/'crowd').mkdir()
-    for i in range(60): shutil.copytree(d/'people'/'query', d/'crowd'/f'{i}')
-    began = time.monotonic()
-    shown,code = in_terminal('pyramidreid gallery add lane crowd --model person.onnx', d, until=lambda: time.monotonic()-began>4)
-    shutil.rmtree(d/'crowd')
-    if code==0: pytest.skip('this machine had added them all before Ctrl-C')
+    def run(self, interrupt_if, timeout=300):
+        "Press Ctrl-C once `interrupt_if(shown)`; return the exit code and what was shown"
+        end,interrupted = time.monotonic()+timeout,False
+        while self.read():
+            if time.monotonic()>end: os.kill(self.pid, signal.SIGKILL)
+            if not interrupted and interrupt_if(self.shown.decode('utf-8', 'replace')):
+                os.write(self.fd, b'\x03')
+                interrupted = True
+        os.close(self.fd)
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return code,self.shown.decode('utf-8', 'replace')
+
+@contextmanager
+def signal_in_epoch_2(number, monkeypatch):
+    "Send this process a signal when the second epoch of a training begins"
+    before_epoch = Checkpoints.before_epoch
+    def send(self):
+        if self.epoch==1: os.kill(os.getpid(), number)
+        return before_epoch(self)
+    with monkeypatch.context() as m:
+        m.setattr(Checkpoints, 'before_epoch', send)
+        yield
+
+def test_interrupted_training_is_resumed(desk, cli, monkeypatch):
+    "Ctrl-C: exit code 130, a complete checkpoint and nothing else; the command that the message names finishes the run"
+    monkeypatch.chdir(desk.folder)
+    out = desk.folder/'cut'
+    with signal_in_epoch_2(signal.SIGINT, monkeypatch):
+        done = cli('train', 'people', '--out', 'cut', '--epochs', 2, *TRAINING)
+    assert done.code==130 and 'Traceback' not in done.err
+    assert re.search(r'^epoch 1 of 2  .*mAP 0\.', done.out, re.M) and 'epoch 2' not in done.out
+    assert not partial_files(out) and {o.name for o in out.iterdir()}=={'checkpoints'}
+    resume = re.search(r'^pyramidreid (train .*--resume)$', done.err, re.M)[1]
+    resumed = cli(*shlex.split(resume), '--json')
+    assert resumed.code==0, resumed.err
+    assert '1-0001.pth' in resumed.err and 'epoch 2 of 2' in resumed.err
+    card = json.loads((out/'card.json').read_text(encoding='utf-8'))
+    assert resumed.json['mAP']==pytest.approx(card['mAP'])
+    assert open_model(out).emb_sz==2688
+
+def test_terminated_training(desk, capfd, monkeypatch):
+    "SIGTERM, as a queue sends it: exit code 143, and the log says how to resume"
+    monkeypatch.chdir(desk.folder)
+    with signal_in_epoch_2(signal.SIGTERM, monkeypatch), pytest.raises(SystemExit) as e:
+        main(['train','people','--out','terminated','--epochs',2,*TRAINING])
+    err = capfd.readouterr().err
+    assert e.value.code==143 and 'Traceback' not in err
+    assert re.search(r'Terminated\. .*terminated/checkpoints/1-\d{4}\.pth', err)
+    assert re.search(r'^pyramidreid train .*--resume$', err, re.M)
+    assert not partial_files('terminated')
+
+@unix
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(desk):
+    "With bars. The wait spares the moment in which fastprogress draws one and swallows the interrupt"
+    def has_checkpoint(shown):
+        checkpoints = (desk.folder/'cut_tty'/'checkpoints').glob('1-*.pth')
+        return any(time.time()-o.stat().st_mtime>.3 for o in checkpoints)
+    args = ['train','people','--out','cut_tty','--epochs','20',*TRAINING]
+    code,shown = Terminal(args, desk.folder).run(has_checkpoint)
     assert code==130 and 'Traceback' not in shown, shown
-    assert {o.name:o.read_bytes() for o in (d/'lane').iterdir()}==before
+    assert '█' in shown and '\r' in shown
+    assert re.search(r'[\r\n]1 +\d+\.\d{6} ', shown) and ' nan ' not in shown # the row of the first epoch
+    assert not partial_files(desk.folder/'cut_tty')
 
-@terminal
-def test_the_reader_goes_away(desk):
-    res = subprocess.run(['bash','-c','pyramidreid gallery info street | true; echo ${PIPESTATUS[0]}'], cwd=desk[0], env=env, capture_output=True, text=True)
-    assert res.stdout.strip()=='141' and not res.stderr
+@unix
+@pytest.mark.slow
+def test_sigterm_to_a_process(desk):
+    args = ['train','people','--out','ended','--epochs','40',*TRAINING]
+    process = subprocess.Popen([*PROGRAM,*args], cwd=desk.folder, env=env, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL, text=True)
+    checkpoints = desk.folder/'ended'/'checkpoints'
+    while not list(checkpoints.glob('1-*.pth')) and process.poll() is None: time.sleep(.05)
+    process.terminate()
+    _,err = process.communicate(timeout=120)
+    assert process.returncode==143 and 'Terminated.' in err and 'Traceback' not in err, err
+    assert not partial_files(desk.folder/'ended')
 
-def test_interrupted_while_it_writes(desk, monkeypatch, tmp_path):
-    "The file that was there stays"
-    def half(f, **arrays):
-        Path(f).write_bytes(b'half')
+@unix
+@pytest.mark.parametrize('number,code', [(signal.SIGINT,130),(signal.SIGTERM,143)], ids=['int','term'])
+def test_interrupted_while_embedding(desk, number, code):
+    file = desk.folder/f'big-{code}.npz'
+    args = ['embed','person.onnx',*['people/query']*1000,'--out',file.name]
+    process = subprocess.Popen([*PROGRAM,*args], cwd=desk.folder, env=env, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert 'Embedding 24,000 images' in process.stdout.readline()
+    time.sleep(.2)
+    process.send_signal(number)
+    _,err = process.communicate(timeout=60)
+    assert process.returncode==code and 'Traceback' not in err, err
+    assert not file.exists() and not partial_files(desk.folder)
+
+@unix
+@pytest.mark.slow
+def test_interrupted_while_adding_in_a_terminal(desk, tmp_path):
+    "With a bar; the gallery remains what it was"
+    lane,crowd = tmp_path/'lane',tmp_path/'crowd'
+    shutil.copytree(desk.street, lane)
+    for i in range(300): shutil.copytree(desk.people/'query', crowd/f'{i}')
+    before = {o.name:o.read_bytes() for o in lane.iterdir()}
+    args = ['gallery','add',lane,crowd,'--model',desk.onnx]
+    code,shown = Terminal(list(map(str, args)), tmp_path).run(lambda shown: '█' in shown)
+    assert code==130 and 'Traceback' not in shown, shown
+    assert {o.name:o.read_bytes() for o in lane.iterdir()}==before
+
+def test_interrupted_while_writing(desk, monkeypatch, tmp_path):
+    "The old file remains"
+    def write_half(file, **arrays):
+        Path(file).write_bytes(b'half')
         raise KeyboardInterrupt
     file = tmp_path/'emb.npz'
     file.write_bytes(b'old')
-    monkeypatch.setattr(np, 'savez', half)
-    assert main(['embed', desk[0]/'person.onnx', desk[0]/'people'/'query', '--out', file])==130
+    monkeypatch.setattr(np, 'savez', write_half)
+    assert main(['embed', desk.onnx, desk.people/'query', '--out', file])==130
     assert file.read_bytes()==b'old' and [o.name for o in tmp_path.iterdir()]==['emb.npz']
 
-# figures and formats
+@unix
+def test_reader_goes_away(tmp_path):
+    assert in_shell('pyramidreid --help | true; exit ${PIPESTATUS[0]}', tmp_path).code==141
 
-def run(capfd, *args):
-    "Exit code, stdout and stderr of a command in this process"
-    capfd.readouterr()
-    code = main(args)
-    out,err = capfd.readouterr()
-    return code,out,err
+@unix
+@pytest.mark.slow
+def test_reader_of_an_answer_goes_away(desk):
+    done = in_shell('pyramidreid gallery info street | true; exit ${PIPESTATUS[0]}', desk.folder)
+    assert done.code==141 and not done.err
 
-@pytest.fixture(scope='module')
-def shared(trained, tmp_path_factory): return trained.save_model(tmp_path_factory.mktemp('shared')/'model')
+# evaluation and embeddings
 
 @pytest.mark.parametrize('options', [dict(), dict(flip=True), dict(rerank=True)], ids=['plain','flip','rerank'])
-def test_evaluate_is_the_learners(trained, shared, people, options, capfd, tmp_path):
-    ours = trained.evaluate(**options)
-    code,out,err = run(capfd, 'evaluate', shared, people, *[f'--{o}' for o in options], '--json', '--card', tmp_path/'card.json')
-    assert code==0
-    theirs = json.loads(out)
-    for k in ('mAP','rank1','rank5','mINP','mAP_trapezoid'): assert theirs[k]==pytest.approx(getattr(ours, k), abs=1e-6)
-    assert {**ours.words(), 'data':''}=={**theirs['choices'], 'data':''}
-    assert json.loads((tmp_path/'card.json').read_text(encoding='utf-8'))['n_query']==ours.n_query
+def test_evaluation_is_that_of_the_learner(trained, desk, people, options, cli, tmp_path):
+    card = trained.evaluate(**options)
+    flags = [f'--{o}' for o in options]
+    done = cli('evaluate', desk.model, people, *flags, '--json', '--card', tmp_path/'card.json')
+    assert done.code==0
+    for metric in ('mAP','rank1','rank5','mINP','mAP_trapezoid'):
+        assert done.json[metric]==pytest.approx(getattr(card, metric), abs=1e-6)
+    assert {**card.words(), 'data':''}=={**done.json['choices'], 'data':''}
+    assert json.loads((tmp_path/'card.json').read_text(encoding='utf-8'))['n_query']==card.n_query
 
-def test_evaluate_by_onnx(desk, capfd):
-    d,_ = desk
-    by = [json.loads(run(capfd, 'evaluate', d/o, d/'people', '--json', '-q')[1]) for o in ('run','person.onnx')]
-    assert by[0]['mAP']==pytest.approx(by[1]['mAP'], abs=1e-4) and by[0]['choices']['trained on']==by[1]['choices']['trained on']
+def test_evaluation_of_an_onnx_file(desk, cli):
+    torch,onnx = [cli('evaluate', model, desk.people, '--json', '-q').json for model in (desk.model, desk.onnx)]
+    assert torch['mAP']==pytest.approx(onnx['mAP'], abs=1e-4)
+    assert torch['choices']['trained on']==onnx['choices']['trained on']
 
-def test_formats(trained, shared, people, capfd, tmp_path):
-    "All three hold the same, in the order of names"
-    files = image_files([people/'query'])
-    emb = trained.embed(trained.dls.test_dl(files)).numpy()
-    for o in ('e.safetensors','e.npz','e.csv'): assert run(capfd, 'embed', shared, people/'query', '--out', tmp_path/o)[0]==0
-    with safe_open(tmp_path/'e.safetensors', 'np') as f: st,names,fp = f.get_tensor('embeddings'),json.loads(f.metadata()['names']),f.metadata()['fingerprint']
-    with np.load(tmp_path/'e.npz') as f: nz,nz_names,nz_fp = f['embeddings'],f['names'].tolist(),str(f['fingerprint'])
-    import pandas as pd
-    csv = pd.read_csv(tmp_path/'e.csv', index_col='fn')
-    for o in (st,nz,csv.to_numpy()): np.testing.assert_allclose(o, emb, atol=2e-5)
-    assert names==nz_names==csv.index.tolist()==[str(f) for f in files]
-    assert fp==nz_fp==open_model(shared).fingerprint
+def read_safetensors(file):
+    with safe_open(file, 'np') as f:
+        about = f.metadata()
+        return f.get_tensor('embeddings'),json.loads(about['names']),about['fingerprint']
 
-def test_the_same_people_are_held_out(people, tmp_path):
+def read_npz(file):
+    with np.load(file) as f: return f['embeddings'],f['names'].tolist(),str(f['fingerprint'])
+
+def read_embeddings_csv(file):
+    df = pd.read_csv(file, index_col='fn')
+    return df.to_numpy(),df.index.tolist(),None
+
+@pytest.mark.parametrize('name,read', [
+    ('e.safetensors',read_safetensors), ('e.npz',read_npz), ('e.csv',read_embeddings_csv)])
+def test_formats_of_embeddings(trained, desk, cli, tmp_path, name, read):
+    expected = trained.embed(trained.dls.test_dl(desk.queries)).numpy()
+    done = cli('embed', desk.model, desk.people/'query', '--out', tmp_path/name, '--json')
+    assert done.code==0 and (done.json['images'],done.json['dimensions'])==expected.shape
+    embeddings,names,fingerprint = read(tmp_path/name)
+    np.testing.assert_allclose(embeddings, expected, atol=2e-5)
+    assert names==[str(o) for o in desk.queries]
+    assert fingerprint in (None, open_model(desk.model).fingerprint)
+
+def test_same_people_are_held_out(people, tmp_path):
     "By train and by evaluate, from a CSV file as from a folder"
     df = market_table(people)
     df[df.split=='train'].drop(columns='split').to_csv(tmp_path/'own.csv', index=False)
-    for src in (people, tmp_path/'own.csv'):
-        dls = ReIDDataLoaders.from_table(read_data(src), p=4, k=4, size=(48,24), valid_pct=.25, seed=7, num_workers=0)
-        ours,name = held_out(read_data(src), .25, seed=7)
-        assert sorted(map(str, ours.fn))==sorted(map(str, dls.valid.items.fn)) and name==dls.data_name
+    for source in (people, tmp_path/'own.csv'):
+        table = read_data(source)
+        dls = ReIDDataLoaders.from_table(table, p=4, k=4, size=(48,24), valid_pct=.25, seed=7, num_workers=0)
+        held,name = held_out(table, .25, seed=7)
+        assert sorted(map(str, held.fn))==sorted(map(str, dls.valid.items.fn)) and name==dls.data_name
 
-def test_folder_for_each_person(people, capfd, tmp_path):
+# training and the doctor
+
+def test_one_folder_per_person(people, cli, tmp_path):
+    mine,run = tmp_path/'mine',tmp_path/'run'
     for fn,pid in market_table(people).query('split=="train"')[['fn','pid']].itertuples(index=False):
-        (tmp_path/'mine'/f'p{pid}').mkdir(parents=True, exist_ok=True)
-        shutil.copy(fn, tmp_path/'mine'/f'p{pid}')
-    assert read_data(tmp_path/'mine').pid.nunique()==12
-    assert run(capfd, 'doctor', tmp_path/'mine', '--quick')[0]==0
-    code,out,err = run(capfd, 'train', tmp_path/'mine', '--out', tmp_path/'run', *SMALL.split(), '--epochs', 1, '--p', 4, '--k', 4, '--recipe', 'paper', '--quiet')
-    assert code==0 and not err and 'epoch' not in out and 'mAP' in out
-    card = json.loads((tmp_path/'run'/'card.json').read_text(encoding='utf-8'))
-    code,out,_ = run(capfd, 'evaluate', tmp_path/'run', tmp_path/'mine', '--hold-out', .2, '--json', '-q')
-    assert json.loads(out)['mAP']==pytest.approx(card['mAP'], abs=1e-6)
-    code,out,err = run(capfd, 'evaluate', tmp_path/'run', tmp_path/'mine')
-    assert code==2 and '--hold-out' in err and not out
+        (mine/f'p{pid}').mkdir(parents=True, exist_ok=True)
+        shutil.copy(fn, mine/f'p{pid}')
+    assert read_data(mine).pid.nunique()==12
+    assert cli('doctor', mine, '--quick').code==0
+    options = '--epochs 1 --p 4 --k 4 --recipe paper --quiet'.split()
+    done = cli('train', mine, '--out', run, *TRAINING, *options)
+    assert done.code==0 and not done.err and 'epoch' not in done.out and 'mAP' in done.out
+    card = json.loads((run/'card.json').read_text(encoding='utf-8'))
+    again = cli('evaluate', run, mine, '--hold-out', .2, '--json', '-q')
+    assert again.json['mAP']==pytest.approx(card['mAP'], abs=1e-6)
+    without = cli('evaluate', run, mine)
+    assert without.code==2 and '--hold-out' in without.err and not without.out
 
-# a model to begin with, and the doctor
+def test_training_continues_a_model(desk, people, cli, tmp_path):
+    base = ['train', people, '--weights', desk.model, *SMALLER]
+    done = cli(*base, '--out', tmp_path/'run', '--cache', 'memory', '--json')
+    assert done.code==0, done.err
+    assert open_model(done.json['model']).about['n_parts']==3
+    assert cli(*base, '--out', tmp_path/'other', '--arch', 'resnet18').code==2
 
-def test_train_on_from_a_model(shared, people, capfd, tmp_path):
-    code,out,err = run(capfd, 'train', people, '--out', tmp_path/'run', '--weights', shared, '--size', 48, 24, '--workers', 0, '--p', 4, '--k', 4, '--epochs', 1, '--cache', 'memory', '--json')
-    assert code==0, err
-    assert open_model(json.loads(out)['model']).about['n_parts']==3
-    assert run(capfd, 'train', people, '--out', tmp_path/'other', '--weights', shared, '--arch', 'resnet18', '--size', 48, 24, '--p', 4)[0]==2
+def test_old_run_is_not_overwritten(people, cli, tmp_path):
+    (tmp_path/'checkpoints').mkdir()
+    (tmp_path/'checkpoints'/'1-0003.pth').write_bytes(b'')
+    done = cli('train', people, '--out', tmp_path)
+    assert is_error(done) and '1-0003.pth' in done.err and '--resume' in done.err
 
-def test_doctor(people, capfd, tmp_path):
+def test_doctor(people, cli, tmp_path):
     bad = tmp_path/'bad'
     shutil.copytree(people, bad)
-    next((bad/'query').glob('*.jpg')).write_bytes(b'no image')
-    code,out,err = run(capfd, 'doctor', bad, '--json', '--plot', tmp_path/'p.png')
-    assert code==1 and json.loads(out)['findings'][0]['finding']=='unreadable' and Image.open(tmp_path/'p.png').size[0]>500
-    assert run(capfd, 'doctor', people)[0]==0
+    next((bad/'query').glob('*.jpg')).write_bytes(b'not an image')
+    done = cli('doctor', bad, '--json', '--plot', tmp_path/'p.png')
+    assert done.code==1 and done.json['findings'][0]['finding']=='unreadable'
+    assert Image.open(tmp_path/'p.png').size[0]>500
+    assert cli('doctor', people).code==0
 
 # galleries
 
-def test_gallery(desk, capfd, tmp_path):
-    d,_ = desk
-    model,street = ['--model',d/'person.onnx'],tmp_path/'street'
-    files = image_files([d/'people'/'query'])[:8]
-    table = tmp_path/'seen.csv'
-    table.write_text('fn,pid,cam,time,coat\n'+''.join(f'{os.path.relpath(f, tmp_path)},{i//4},{i%2+1},2026-11-23 08:{i:02d},{"red" if i%2 else "blue"}\n' for i,f in enumerate(files)))
-    assert run(capfd, 'gallery', 'add', street, '--csv', table, *model)[0]==0
-    search = lambda *args: run(capfd, 'gallery', 'search', street, files[0], *model, '--json', '-q', *args)
-    code,out,_ = search()
-    found = json.loads(out)['matches']
-    assert code==0 and len(found)==8 and found[0]['similarity']==pytest.approx(1, abs=1e-5) and Path(found[0]['key']).resolve()==files[0].resolve()
-    assert [o['similarity'] for o in found]==sorted((o['similarity'] for o in found), reverse=True)
-    only = lambda *args: {(o['cam'],o['coat']) for o in json.loads(search(*args)[1])['matches']}
-    assert only('--exclude-cam', 1)=={(2,'red')} and only('--where', 'coat=="blue"')=={(1,'blue')}
-    assert len(json.loads(search('--since', '2026-11-23 08:05')[1])['matches'])==3 and len(json.loads(search('-k', 2)[1])['matches'])==2
-    assert search('--threshold', 1.5)[0]==search('--exclude-cam', 1, '--exclude-cam', 2)[0]==1
-    for args in (['--far','.1'],['--where','colour==1'],['--since','yesterday evening'],['--exclude-cam','door'],['--far','.1','--threshold','.5']):
-        code,out,err = search(*args)
-        assert code==2 and not out and 'Error: ' in err and 'Traceback' not in err, args
-    code,out,_ = run(capfd, 'gallery', 'calibrate', street, d/'people', *model, '--far', .2, '--json', '-q')
-    found_at = json.loads(out)
-    assert code==0 and found_at['interval'][0]<.2<found_at['interval'][1] and found_at['searches']==len(image_files([d/'people'/'query']))
-    assert search('--far', .2)[1]==search('--threshold', found_at['threshold'])[1]
-    for args in (('--far',.0001),('--far',2)):
-        before = (street/'gallery.json').read_bytes()
-        assert run(capfd, 'gallery', 'calibrate', street, d/'people', *model, *args)[0]==2 and (street/'gallery.json').read_bytes()==before
-    assert run(capfd, 'gallery', 'add', street, '--csv', table, *model)[0]==2
-    assert '0 added, 8 in all' in run(capfd, 'gallery', 'add', street, '--csv', table, *model, '--skip-known')[1]
-    code,out,_ = run(capfd, 'gallery', 'info', street, '--json')
-    info = json.loads(out)
-    assert (info['entries'],info['people'],info['cameras'],info['calibrated']['searches'])==(8,2,2,found_at['searches'])
-    assert run(capfd, 'gallery', 'remove', street, found[0]['key'])[0]==0 and run(capfd, 'gallery', 'remove', street, 'nobody')[0]==2
-    assert json.loads(run(capfd, 'gallery', 'info', street, '--json')[1])['entries']==7
+@pytest.fixture(scope='module')
+def seen(desk, tmp_path_factory):
+    "A gallery of eight images from a table: two people, two cameras, a time and a coat"
+    folder = tmp_path_factory.mktemp('seen').resolve()
+    files = desk.queries[:8]
+    table,gallery = folder/'seen.csv',folder/'street'
+    rows = [f'{os.path.relpath(file, folder)},{i//4},{i%2+1},2026-11-23 08:{i:02d},{"red" if i%2 else "blue"}'
+            for i,file in enumerate(files)]
+    table.write_text('\n'.join(['fn,pid,cam,time,coat',*rows,'']))
+    assert main(['gallery','add', gallery, '--csv', table, '--model', desk.onnx, '-q'])==0
+    return SimpleNamespace(gallery=gallery, table=table, files=files)
 
-def keys(street): # of a gallery in a folder
-    from pyramidreid.gallery.gallery import Gallery
-    return sorted(Gallery.load(street).table.key)
+@pytest.fixture
+def search(desk, seen, cli):
+    "`search(*args)`: search for the first image in the gallery `seen`"
+    base = ['gallery','search', seen.gallery, seen.files[0], '--model', desk.onnx, '--json', '-q']
+    return lambda *args: cli(*base, *args)
 
-def test_keys_are_text(desk, capfd, tmp_path):
-    d,_ = desk
-    files = [f.resolve() for f in image_files([d/'people'/'query'])[:3]]
-    (tmp_path/'seen.csv').write_text('fn,key,pid\n'+''.join(f'{f},{k},{i}\n' for i,(f,k) in enumerate(zip(files, ('0001','0002','')))))
-    assert run(capfd, 'gallery', 'add', tmp_path/'street', '--csv', tmp_path/'seen.csv', '--model', d/'person.onnx')[0]==0
-    assert keys(tmp_path/'street')==sorted(['0001','0002',str(files[2])])
+def test_search(seen, search):
+    done = search()
+    matches = done.json['matches']
+    similarities = [o['similarity'] for o in matches]
+    assert done.code==0 and len(matches)==8
+    assert similarities==sorted(similarities, reverse=True) and similarities[0]==pytest.approx(1, abs=1e-5)
+    assert Path(matches[0]['key']).resolve()==seen.files[0].resolve()
+
+def test_filters_of_a_search(search):
+    def coats(*args): return {(o['cam'],o['coat']) for o in search(*args).json['matches']}
+    assert coats('--exclude-cam', 1)=={(2,'red')}
+    assert coats('--where', 'coat=="blue"')=={(1,'blue')}
+    assert len(search('--since', '2026-11-23 08:05').json['matches'])==3
+    assert len(search('-k', 2).json['matches'])==2
+    assert search('--threshold', 1.5).code==1
+    assert search('--exclude-cam', 1, '--exclude-cam', 2).code==1
+
+@pytest.mark.parametrize('args', [
+    ['--far','.1'], ['--where','colour==1'], ['--since','yesterday evening'], ['--exclude-cam','door'],
+    ['--far','.1','--threshold','.5']], ids=' '.join)
+def test_search_with_wrong_options(search, args):
+    done = search(*args)
+    assert is_error(done) and 'Traceback' not in done.err
+
+def test_calibration(desk, seen, cli, tmp_path):
+    street = tmp_path/'street'
+    shutil.copytree(seen.gallery, street)
+    calibrate = ['gallery','calibrate', street, desk.people, '--model', desk.onnx]
+    search = ['gallery','search', street, seen.files[0], '--model', desk.onnx, '--json', '-q']
+    done = cli(*calibrate, '--far', .2, '--json', '-q')
+    low,high = done.json['interval']
+    assert done.code==0 and low<.2<high and done.json['searches']==len(desk.queries)
+    assert cli(*search, '--far', .2).out==cli(*search, '--threshold', done.json['threshold']).out
+    assert cli('gallery','info', street, '--json').json['calibrated']['searches']==len(desk.queries)
+    before = (street/'gallery.json').read_bytes()
+    for far in (.0001, 2):
+        assert cli(*calibrate, '--far', far).code==2
+        assert (street/'gallery.json').read_bytes()==before
+
+def test_add_again_and_remove(desk, seen, cli, tmp_path):
+    street = tmp_path/'street'
+    shutil.copytree(seen.gallery, street)
+    add = ['gallery','add', street, '--csv', seen.table, '--model', desk.onnx]
+    assert cli(*add).code==2
+    assert '0 added, 8 in total' in cli(*add, '--skip-known').out
+    info = cli('gallery','info', street, '--json').json
+    assert (info['entries'],info['people'],info['cameras'],info['calibrated'])==(8,2,2,None)
+    assert cli('gallery','remove', street, keys(street)[0]).code==0
+    assert cli('gallery','remove', street, 'nobody').code==2
+    assert cli('gallery','info', street, '--json').json['entries']==7
+
+def test_info_as_text(seen, cli):
+    lines = cli('gallery','info', seen.gallery).out.splitlines()
+    values = dict(line.split(maxsplit=1) for line in lines)
+    assert (values['entries'],values['people'],values['calibrated'])==('8','2','no')
+    assert values['time']=='2026-11-23 08:00:00 to 2026-11-23 08:07:00'
+    assert 'cam (number)' in values['columns'] and 'coat (text)' in values['columns']
+
+def test_keys_are_text(desk, cli, tmp_path):
+    street,table = tmp_path/'street',tmp_path/'seen.csv'
+    add = ['gallery','add', street, '--csv', table, '--model', desk.onnx]
+    files = desk.queries[:3]
+    rows = [f'{file},{key},{i}' for i,(file,key) in enumerate(zip(files, ['0001','0002','']))]
+    table.write_text('\n'.join(['fn,key,pid',*rows,'']))
+    assert cli(*add).code==0
+    assert keys(street)==sorted(['0001','0002',str(files[2])])
     shutil.copy(files[0], tmp_path/'0007')
-    (tmp_path/'seen.csv').write_text('fn\n0007\n')
-    assert run(capfd, 'gallery', 'add', tmp_path/'street', '--csv', tmp_path/'seen.csv', '--model', d/'person.onnx')[0]==0
-    assert str(tmp_path/'0007') in keys(tmp_path/'street')
+    table.write_text('fn\n0007\n')
+    assert cli(*add).code==0
+    assert str(tmp_path/'0007') in keys(street)
 
-def test_a_file_is_one_entry_however_it_is_typed(desk, capfd, tmp_path, monkeypatch):
-    d,_ = desk
-    (tmp_path/'in'/'deep').mkdir(parents=True)
-    for i,f in enumerate(image_files([d/'people'/'query'])[:3]): shutil.copy(f, tmp_path/'in'/f'{i}.jpg')
-    add = lambda *files: run(capfd, 'gallery', 'add', tmp_path/'street', *files, '--model', d/'person.onnx', '--json', '-q')
-    monkeypatch.chdir(tmp_path)
-    assert json.loads(add('in/0.jpg')[1])['entries']==1
-    for cwd,typed in ((tmp_path,tmp_path/'in'/'0.jpg'),(tmp_path/'in','0.jpg'),(tmp_path/'in'/'deep','../0.jpg')):
+@pytest.fixture
+def three_images(desk, tmp_path, monkeypatch):
+    "The working directory, with three images in the folder `in`"
+    folder = tmp_path.resolve()
+    (folder/'in'/'deep').mkdir(parents=True)
+    for i,file in enumerate(desk.queries[:3]): shutil.copy(file, folder/'in'/f'{i}.jpg')
+    monkeypatch.chdir(folder)
+    return folder
+
+def test_file_is_one_entry_however_it_is_typed(desk, cli, three_images, monkeypatch):
+    folder,street = three_images,three_images/'street'
+    def add(*files): return cli('gallery','add', street, *files, '--model', desk.onnx, '--json', '-q')
+    assert add('in/0.jpg').json['entries']==1
+    for cwd,typed in ((folder,folder/'in'/'0.jpg'), (folder/'in','0.jpg'), (folder/'in'/'deep','../0.jpg')):
         monkeypatch.chdir(cwd)
-        code,_,err = add(typed)
-        assert code==2 and 'already' in err
-        assert json.loads(add(typed, '--skip-known')[1])==dict(gallery=str(tmp_path/'street'), added=0, skipped=1, entries=1)
-    monkeypatch.chdir(tmp_path)
-    assert json.loads(add('in', 'in/1.jpg', '--skip-known')[1])['added']==2 # a folder and a file in it
-    assert keys('street')==[str(tmp_path/'in'/f'{i}.jpg') for i in range(3)]
-    out = run(capfd, 'gallery', 'search', 'street', 'in/1.jpg', '--model', d/'person.onnx')[1]
+        done = add(typed)
+        assert done.code==2 and 'already' in done.err
+        assert add(typed, '--skip-known').json==dict(gallery=str(street), added=0, skipped=1, entries=1)
+    monkeypatch.chdir(folder)
+    assert add('in', 'in/1.jpg', '--skip-known').json['added']==2 # a folder, and a file in it
+    assert keys(street)==[str(folder/'in'/f'{i}.jpg') for i in range(3)]
+    out = cli('gallery','search', 'street', 'in/1.jpg', '--model', desk.onnx).out
     assert out.splitlines()[1].split()[-1]==os.path.join('in','1.jpg')
-    monkeypatch.chdir(tmp_path/'in')
-    assert run(capfd, 'gallery', 'remove', '../street', '1.jpg', tmp_path/'in'/'2.jpg')[0]==0 and keys('../street')==[str(tmp_path/'in'/'0.jpg')]
-    code,_,err = run(capfd, 'gallery', 'remove', '../street', '9.jpg')
-    assert code==2 and "'9.jpg'" in err
-    assert run(capfd, 'gallery', 'remove', '../street', '0.jpg', '../in/0.jpg')[1].startswith('../street: 1 removed, 0 in all')
-    for args in ([],['--json'],['--far','.1']):
-        code,out,err = run(capfd, 'gallery', 'search', '../street', '0.jpg', '--model', d/'person.onnx', *args)
-        assert code==1 and not err and ('Nobody found.' in out or json.loads(out)['matches']==[])
 
-def test_all_kinds_of_pictures_are_found(desk, capfd, tmp_path):
-    d,_ = desk
-    im = Image.open(image_files([d/'people'/'query'])[0])
-    for o in ('a.webp','b.JFIF','c.png','d.tiff'): im.save(tmp_path/o, 'JPEG' if o=='b.JFIF' else None)
-    for o in ('._a.jpg','notes.txt','film.mpg','paper.pdf'): (tmp_path/o).write_bytes(b'not a picture')
+def test_remove_by_file(desk, cli, three_images, monkeypatch):
+    assert cli('gallery','add', 'street', 'in', '--model', desk.onnx).code==0
+    monkeypatch.chdir('in')
+    assert cli('gallery','remove', '../street', '1.jpg', three_images/'in'/'2.jpg').code==0
+    assert keys('../street')==[str(three_images/'in'/'0.jpg')]
+    done = cli('gallery','remove', '../street', '9.jpg')
+    assert done.code==2 and "'9.jpg'" in done.err
+    done = cli('gallery','remove', '../street', '0.jpg', '../in/0.jpg')
+    assert done.out.startswith('../street: 1 removed, 0 in total')
+    search = ['gallery','search', '../street', '0.jpg', '--model', desk.onnx]
+    for args in ([],['--far','.1']):
+        done = cli(*search, *args)
+        assert done.code==1 and not done.err and 'Nobody was found.' in done.out
+    assert cli(*search, '--json').json['matches']==[]
+
+def test_all_kinds_of_images_are_found(desk, cli, tmp_path):
+    image = Image.open(desk.queries[0])
+    for name in ('a.webp','c.png','d.tiff'): image.save(tmp_path/name)
+    image.save(tmp_path/'b.JFIF', 'JPEG')
+    for name in ('._a.jpg','notes.txt','film.mpg','paper.pdf'): (tmp_path/name).write_bytes(b'not an image')
     (tmp_path/'.trash').mkdir()
-    im.save(tmp_path/'.trash'/'e.jpg')
-    assert [f.name for f in image_files([tmp_path])]==['a.webp','b.JFIF','c.png','d.tiff']
-    assert json.loads(run(capfd, 'gallery', 'add', tmp_path/'street', tmp_path, '--model', d/'person.onnx', '--json', '-q')[1])['added']==4
+    image.save(tmp_path/'.trash'/'e.jpg')
+    assert [o.name for o in image_files([tmp_path])]==['a.webp','b.JFIF','c.png','d.tiff']
+    done = cli('gallery','add', tmp_path/'street', tmp_path, '--model', desk.onnx, '--json', '-q')
+    assert done.json['added']==4
 
-def test_what_cannot_be_added_is_said_before_anything_is_embedded(desk, capfd, tmp_path, monkeypatch):
-    d,_ = desk
-    files,model,street = [f.resolve() for f in image_files([d/'people'/'query'])[:4]],['--model',d/'person.onnx'],tmp_path/'street'
-    (tmp_path/'seen.csv').write_text('fn,pid,coat\n'+''.join(f'{f},{i},red\n' for i,f in enumerate(files[:2])))
-    assert run(capfd, 'gallery', 'add', street, '--csv', tmp_path/'seen.csv', *model)[0]==0
-    def never(*args): raise AssertionError('embedded')
+@pytest.mark.parametrize('table,args,message', [
+    (None, ['{2}','--pid','ann'], '--pid ann: this column of the gallery holds numbers'),
+    (None, ['{2}','--time','tomorrow'], "'time'"),
+    (['fn,pid,coat','{2},7,3'], [], "'coat'"),
+    (['fn,pid','{2},ann'], [], "'pid'"),
+    (['fn,key','{2},x','{3},x'], [], 'same key as another'),
+    (['fn','{2}'], ['{2}'], 'same key as another'),
+    (['fn','{2}','gone.jpg'], [], '1 of 2 files do not exist')],
+    ids=['pid','time','number for text','text for number','two keys','twice','missing file'])
+def test_wrong_entries_are_refused_before_embedding(desk, seen, cli, tmp_path, monkeypatch, table, args, message):
     monkeypatch.setattr('pyramidreid.cli.inputs.embed_files', never)
-    table = lambda head,*rows: (tmp_path/'new.csv').write_text('\n'.join([head,*rows])+'\n') and ['--csv',tmp_path/'new.csv']
-    for args,words in ((lambda: [files[2],'--pid','ann'],'--pid ann: this column of the gallery holds numbers'), (lambda: [files[2],'--time','tomorrow'],"'time'"),
-                       (lambda: table('fn,pid,coat', f'{files[2]},7,3'),"'coat' held text"), (lambda: table('fn,pid', f'{files[2]},ann'),"'pid' held number"),
-                       (lambda: table('fn,key', f'{files[2]},x', f'{files[3]},x'),'key of another'), (lambda: [files[2],*table('fn', f'{files[2]}')],'key of another'),
-                       (lambda: table('fn', f'{files[2]}', 'gone.jpg'),'1 of 2 files are not there')):
-        code,out,err = run(capfd, 'gallery', 'add', street, *args(), *model)
-        assert code==2 and words in err and not out, err
-    code,_,err = run(capfd, 'gallery', 'search', street, files[0], *model, '--exclude-cam', 'door')
-    assert code==2 and "exclude_cam" in err
+    files = [None,None,*desk.queries[8:10]]
+    args = [o.format(*files) for o in args]
+    if table:
+        (tmp_path/'new.csv').write_text('\n'.join([*table,'']).format(*files))
+        args += ['--csv', tmp_path/'new.csv']
+    done = cli('gallery','add', seen.gallery, *args, '--model', desk.onnx)
+    assert is_error(done) and message in done.err
 
-@pytest.mark.skipif(sys.platform!='linux', reason='other systems refuse such a name')
-def test_a_name_that_is_not_utf8(desk, tmp_path):
-    d,_ = desk
+@linux
+def test_file_name_that_is_not_utf8(desk, tmp_path):
     bad = os.fsencode(tmp_path)+b'/caf\xe9.jpg'
-    shutil.copy(os.fsencode(image_files([d/'people'/'query'])[0]), bad)
-    res = subprocess.run([b'pyramidreid',b'gallery',b'add',b'there',bad,b'--model',b'person.onnx'], cwd=d, env=env, capture_output=True, text=True)
-    assert res.returncode==2 and 'caf\\udce9.jpg' in res.stderr and 'not UTF-8' in res.stderr and not (d/'there').exists()
+    shutil.copy(os.fsencode(desk.queries[0]), bad)
+    args = [b'gallery',b'add',b'there',bad,b'--model',b'person.onnx']
+    done = subprocess.run([*PROGRAM,*args], cwd=desk.folder, env=env, capture_output=True, text=True)
+    assert done.returncode==2 and 'caf\\udce9.jpg' in done.stderr and 'not UTF-8' in done.stderr
+    assert not (desk.folder/'there').exists()
 
-def test_another_command_was_quicker(desk, capfd, tmp_path, monkeypatch):
-    "Two that make one folder, and two that add to it: the second is told to begin again, and then all are there"
-    import pyramidreid.cli.inputs as m
-    d,_ = desk
-    files,embed = image_files([d/'people'/'query'])[:3],m.embed_files
-    add = lambda f: run(capfd, 'gallery', 'add', tmp_path/'street', f, '--model', d/'person.onnx', '-q')
-    def late(*args):
-        monkeypatch.setattr(m, 'embed_files', embed)
-        assert add(other)[0]==0
-        return embed(*args)
-    for mine,other in ((files[0],files[1]),(files[0],files[2])):
-        monkeypatch.setattr(m, 'embed_files', late)
-        code,_,err = add(mine)
-        assert code==2 and 'Nothing was added: run the command again' in err
-    assert add(files[0])[0]==0 and len(keys(tmp_path/'street'))==3
+@pytest.mark.parametrize('existing', [False,True], ids=['new gallery','existing gallery'])
+def test_another_command_was_faster(desk, cli, tmp_path, monkeypatch, existing):
+    "Two commands add at the same time: the second is told to run again, and then both are there"
+    inputs = pyramidreid.cli.inputs
+    embed_files = inputs.embed_files
+    first,second,third = desk.queries[:3]
+    def add(file): return cli('gallery','add', tmp_path/'street', file, '--model', desk.onnx, '-q')
+    def embed_after_another_command(*args):
+        monkeypatch.setattr(inputs, 'embed_files', embed_files)
+        assert add(second).code==0
+        return embed_files(*args)
+    if existing: assert add(third).code==0
+    monkeypatch.setattr(inputs, 'embed_files', embed_after_another_command)
+    done = add(first)
+    assert done.code==2 and 'Nothing was added: run the command again' in done.err
+    assert add(first).code==0 and len(keys(tmp_path/'street'))==2+existing
 
-def test_our_own_warnings_are_said_and_no_others(desk, capfd, tmp_path, monkeypatch):
-    import warnings
-    d,_ = desk
-    df,model,street = market_table(d/'people').query('split!="train" and pid>0'),['--model',d/'person.onnx'],tmp_path/'street'
-    df[df.pid.isin(df.pid.unique()[:5])].to_csv(tmp_path/'few.csv', index=False)
-    assert run(capfd, 'gallery', 'add', street, d/'people', *model)[0]==0
-    code,out,err = run(capfd, 'gallery', 'calibrate', street, tmp_path/'few.csv', *model, '--far', .3, '--json')
-    said = [o for o in err.splitlines() if o.startswith('Warning: ')]
-    assert code==0 and len(said)==1 and 'The calibration searched' in said[0] and isinstance(json.loads(out), dict)
-    ask = ['gallery','search',street,df.fn.iloc[0],*model,'--far',.3]
-    from pyramidreid.gallery.gallery import Gallery
-    real = Gallery.search
-    def noisy(*args, **kwargs):
-        warnings.warn('of the tests')
-        return real(*args, **kwargs)
-    monkeypatch.setattr(Gallery, 'search', noisy)
-    for _ in range(2):
-        code,out,err = run(capfd, *ask)
-        assert code==0 and err.startswith('Warning: The calibration searched') and len(err.splitlines())==1 and 'Warning' not in out
-    assert not run(capfd, *ask, '--quiet')[2]
-    with pytest.warns(UserWarning, match='of the tests'): run(capfd, *ask, '--debug')
+def test_only_own_warnings_are_shown(desk, cli, tmp_path, monkeypatch):
+    street,few,model = tmp_path/'street',tmp_path/'few.csv',['--model',desk.onnx]
+    df = market_table(desk.people).query('split!="train" and pid>0')
+    df[df.pid.isin(df.pid.unique()[:5])].to_csv(few, index=False)
+    assert cli('gallery','add', street, desk.people, *model).code==0
+    done = cli('gallery','calibrate', street, few, *model, '--far', .3, '--json')
+    assert done.code==0 and isinstance(done.json, dict)
+    assert [o[:9] for o in done.err.splitlines()].count('Warning: ')==1
 
-def test_devices_of_an_onnx_file(desk, capfd, monkeypatch):
+    search = Gallery.search
+    def search_with_warning(*args, **kwargs):
+        warnings.warn('of another library', stacklevel=2)
+        return search(*args, **kwargs)
+    monkeypatch.setattr(Gallery, 'search', search_with_warning)
+    args = ['gallery','search', street, df.fn.iloc[0], *model, '--far', .3]
+    for _ in range(2): # also the second time
+        done = cli(*args)
+        assert done.code==0 and re.fullmatch(r'Warning: .*calibration.*\n', done.err) and 'Warning' not in done.out
+    assert not cli(*args, '--quiet').err
+    with pytest.warns(UserWarning, match='of another library'): cli(*args, '--debug')
+
+def test_devices_of_an_onnx_file(desk, cli):
     import onnxruntime
-    d,_ = desk
-    file,ask = d/'person.onnx',lambda device: run(capfd, 'gallery', 'search', d/'street', image_files([d/'people'/'query'])[0], '--model', d/'person.onnx', '--device', device)
-    assert ask('cpu')[0]==0
-    for o in ('gpu','cuda:','cuda:x','cuda:-1','tpu'):
-        code,_,err = ask(o)
-        assert code==2 and f'--device {o}: an ONNX file runs on cpu, cuda' in err
+    embed = ['embed', desk.onnx, desk.queries[0], '--out', desk.folder/'device.npz', '--device']
+    assert cli(*embed, 'cpu').code==0
+    for device in ('gpu','cuda:','cuda:x','cuda:-1','tpu'):
+        done = cli(*embed, device)
+        assert is_error(done) and f'--device {device}: an ONNX file runs on cpu, cuda' in done.err
     if 'CUDAExecutionProvider' not in onnxruntime.get_available_providers():
-        code,_,err = ask('cuda:1')
-        assert code==2 and err.splitlines()[-1].startswith('Error: --device cuda:1: onnxruntime finds no such GPU')
-    asked,real = [],onnxruntime.InferenceSession
+        done = cli(*embed, 'cuda:1')
+        assert done.code==2 and 'Error: --device cuda:1: onnxruntime finds no such GPU' in done.err
+
+def test_device_is_passed_to_onnxruntime(desk, monkeypatch):
+    import onnxruntime
+    asked,real_session = [],onnxruntime.InferenceSession
     class Session:
-        def __init__(self, data, opts, providers): self.real,self.providers = real(data, opts, providers=['CPUExecutionProvider']),asked.append(providers) or [o[0] if isinstance(o, tuple) else o for o in providers]
-        def get_providers(self): return self.providers
+        def __init__(self, data, options, providers):
+            asked.append(providers[0])
+            self.real = real_session(data, options, providers=['CPUExecutionProvider'])
+            self.names = [o[0] if isinstance(o, tuple) else o for o in providers]
+        def get_providers(self): return self.names
         def __getattr__(self, name): return getattr(self.real, name)
     monkeypatch.setattr(onnxruntime, 'InferenceSession', Session)
-    for o in ('cuda','cuda:3',None,'cpu'): open_model(file, o)
-    assert [o[0] for o in asked]==[('CUDAExecutionProvider',dict(device_id=0)),('CUDAExecutionProvider',dict(device_id=3)),'CPUExecutionProvider','CPUExecutionProvider']
+    for device in ('cuda','cuda:3',None,'cpu'): open_model(desk.onnx, device)
+    cuda = [('CUDAExecutionProvider', dict(device_id=i)) for i in (0,3)]
+    assert asked==[*cuda,'CPUExecutionProvider','CPUExecutionProvider']
 
 def test_what_runs_without_torch(desk, tmp_path):
-    "And what is said where it does not"
-    d,_ = desk
-    code = """
-import sys
+    "And the message where torch is needed"
+    code = '''
+import json, sys
 class Forbid:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('torch','torchvision','fastai'): raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+        if name.split('.')[0] in ('torch','torchvision','fastai'):
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 sys.meta_path.insert(0, Forbid())
-from pyramidreid.cli.frame import main
-sys.exit(main())"""
-    alone = lambda *args: subprocess.run([sys.executable,'-W','ignore','-c',code,*map(str, args)], cwd=d, env=env, capture_output=True, text=True)
-    query = image_files([d/'people'/'query'])[0]
-    street,model = tmp_path/'street',['--model','person.onnx']
-    for args in (['add',street,'people/query',*model],['search',street,query,*model],['info',street],['remove',street,query]):
-        res = alone('gallery', *args)
-        assert res.returncode==0, res.stderr
-    assert alone('embed', 'person.onnx', query, '--out', tmp_path/'e.npz').returncode==0
-    for args in (['embed','person.onnx',query,'--out',tmp_path/'f.npz','--flip'],['gallery','calibrate',street,'people',*model,'--far','.1']):
-        res = alone(*args)
-        assert res.returncode==2 and 'is not installed, and this command needs it' in res.stderr, res.stderr
+from pyramidreid.cli.entry import main
+print(json.dumps([main(args) for args in json.loads(sys.argv[1])]))'''
+    query,street,model = str(desk.queries[0]),str(tmp_path/'street'),['--model','person.onnx']
+    works = [['gallery','add',street,'people/query',*model], ['gallery','search',street,query,*model],
+             ['gallery','info',street], ['gallery','remove',street,query],
+             ['embed','person.onnx',query,'--out',str(tmp_path/'e.npz')]]
+    fails = [['embed','person.onnx',query,'--out',str(tmp_path/'f.npz'),'--flip'],
+             ['gallery','calibrate',street,'people',*model,'--far','.1']]
+    done = subprocess.run([sys.executable,'-W','ignore','-c',code,json.dumps(works+fails)], cwd=desk.folder, env=env,
+                          capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1])==[0]*len(works)+[2]*len(fails), done.stderr
+    assert done.stderr.count('is not installed, but this command needs it')==len(fails)
 
-def test_gallery_of_another_model(desk, shared, capfd):
-    d,_ = desk
-    code,_,err = run(capfd, 'gallery', 'search', d/'street', image_files([d/'people'/'query'])[0], '--model', shared)
-    assert code==2 and 'Another model' in err
+def test_gallery_of_another_model(desk, other_model, cli):
+    done = cli('gallery','search', desk.street, desk.queries[0], '--model', other_model)
+    assert is_error(done)
+    for model in (desk.model, other_model): assert open_model(model).fingerprint[:8] in done.err
 
-# what a newcomer sees
-
-def test_help_names_every_command_in_a_whole_line(tmp_path):
-    "In the order of use, at the width of a common terminal"
-    for group,names in (('','draw demo doctor train evaluate embed export gallery'),('gallery','add remove search calibrate info')):
-        res = subprocess.run(['pyramidreid',*group.split(),'--help'], cwd=tmp_path, env={**env,'COLUMNS':'80'}, capture_output=True, text=True)
-        commands = res.stdout.split('Commands:\n')[1].split('\n\n')[0].splitlines()
-        assert [o.split()[0] for o in commands]==names.split() and all('...' not in o and len(o)<=80 for o in commands)
-
-def test_search_shows_the_key_last_and_a_dash_for_gaps(desk, capfd, tmp_path, monkeypatch):
-    "Also where a name holds what would move the cursor of a terminal"
-    d,_ = desk
+def test_search_result_as_text(desk, cli, tmp_path, monkeypatch):
+    "The key is last, a dash stands for a gap, and no name moves the cursor of the terminal"
     monkeypatch.chdir(tmp_path)
-    files,odd = image_files([d/'people'/'query'])[:2],'new\nline\x1b[31m\u202e.jpg'
-    shutil.copy(files[0], 'a b.jpg')
-    shutil.copy(files[1], odd)
-    (tmp_path/'seen.csv').write_text('fn,pid\na b.jpg,3\n')
-    model = ['--model',d/'person.onnx']
-    assert run(capfd, 'gallery', 'add', 'street', '--csv', 'seen.csv', *model)[0]==run(capfd, 'gallery', 'add', 'street', odd, *model)[0]==0
-    code,out,_ = run(capfd, 'gallery', 'search', 'street', 'a b.jpg', *model)
-    head,*rows = out.splitlines()
-    assert code==0 and head.split()==['similarity','pid','key'] and [o.split(maxsplit=2)[2] for o in rows]==['a b.jpg',r'new\nline\x1b[31m\u202e.jpg']
-    assert [o.split()[1] for o in rows]==['3','–'] and rows[0].split()[0]=='1.0000' and not any(o.endswith(' ') for o in (head,*rows))
-    assert json.loads(run(capfd, 'gallery', 'search', 'street', 'a b.jpg', *model, '--json')[1])['matches'][1]['key'].endswith(odd)
+    odd,model = 'new\nline\x1b[31m\u202e.jpg',['--model',desk.onnx]
+    shutil.copy(desk.queries[0], 'a b.jpg')
+    shutil.copy(desk.queries[1], odd)
+    Path('seen.csv').write_text('fn,pid\na b.jpg,3\n')
+    assert cli('gallery','add', 'street', '--csv', 'seen.csv', *model).code==0
+    assert cli('gallery','add', 'street', odd, *model).code==0
+    done = cli('gallery','search', 'street', 'a b.jpg', *model)
+    head,*rows = done.out.splitlines()
+    assert done.code==0 and head.split()==['similarity','pid','key']
+    assert [o.split(maxsplit=2)[2] for o in rows]==['a b.jpg', r'new\nline\x1b[31m\u202e.jpg']
+    assert [o.split()[1] for o in rows]==['3','–'] and rows[0].split()[0]=='1.0000'
+    assert not any(o.endswith(' ') for o in (head,*rows))
+    matches = cli('gallery','search', 'street', 'a b.jpg', *model, '--json').json['matches']
+    assert matches[1]['key'].endswith(odd)
 
-def test_numbers_that_are_none(desk, people, capfd, tmp_path):
-    d,_ = desk
-    query = image_files([d/'people'/'query'])[0]
-    search = ['gallery','search',d/'street',query,'--model',d/'person.onnx']
-    for args in ([*search,'--threshold','nan'],[*search,'--threshold','inf'],[*search,'--far','nan'],[*search,'--far','0'],['train',people,'--out',tmp_path/'x','--lr','nan'],
-                 ['train',people,'--out',tmp_path/'x','--hold-out','nan'],['gallery','calibrate',d/'street',people,'--model',d/'person.onnx','--far','nan']):
-        code,out,err = run(capfd, *args)
-        assert code==2 and not out and f"Invalid value for '{args[-2]}'" in err, err
+# numbers
 
-def test_a_rate_out_of_reach_is_refused_before_anything_is_embedded(desk, capfd, monkeypatch):
-    d,_ = desk
-    def never(*args): raise AssertionError('embedded')
+@pytest.mark.parametrize('line', [
+    'gallery search {street} {query} --model {onnx} --threshold nan',
+    'gallery search {street} {query} --model {onnx} --threshold inf',
+    'gallery search {street} {query} --model {onnx} --far nan',
+    'gallery search {street} {query} --model {onnx} --far 0',
+    'gallery calibrate {street} {people} --model {onnx} --far nan',
+    'train {people} --out {new} --lr nan',
+    'train {people} --out {new} --hold-out nan'])
+def test_numbers_out_of_range(desk, cli, tmp_path, line):
+    words = dict(vars(desk), query=desk.queries[0], new=tmp_path/'new')
+    args = [o.format(**words) for o in line.split()]
+    done = cli(*args)
+    assert is_error(done) and f"Invalid value for '{args[-2]}'" in done.err
+
+def test_rate_out_of_reach_is_refused_before_embedding(desk, cli, monkeypatch):
     monkeypatch.setattr('pyramidreid.cli.inputs.embed_files', never)
-    code,_,err = run(capfd, 'gallery', 'calibrate', d/'street', d/'people', '--model', d/'person.onnx', '--far', '.001')
-    assert code==2 and '48 queries' in err and 'at least 1,000' in err
-    code,_,err = run(capfd, 'gallery', 'calibrate', d/'street', d/'people', '--model', d/'person.onnx', '--far', 1/48)
-    assert code==3 and 'embedded' in err # just within reach
+    calibrate = ['gallery','calibrate', desk.street, desk.people, '--model', desk.onnx, '--far']
+    done = cli(*calibrate, '.001')
+    assert is_error(done) and '24 queries' in done.err and 'at least 1,000' in done.err
+    done = cli(*calibrate, 1/24) # just within reach
+    assert done.code==3 and 'it was called' in done.err
 
 # where nothing can be written
 
-def test_no_right_to_write_is_said_before_the_work(desk, shared, people, capfd, tmp_path, monkeypatch):
-    d,_ = desk
-    def never(*args, **kwargs): raise AssertionError('worked')
-    for o in ('cli_inputs.embed_files','cli_inputs.open_model','data.ReIDDataLoaders.from_table','synth.synth_persons','doctor.doctor'): monkeypatch.setattr(f'pyramidreid.{o}', never)
+@pytest.mark.parametrize('line', [
+    'train {people} --out {new}/deep/run',
+    'draw {new}/people',
+    'embed {model} {query} --out {new}/e.npz',
+    'export {model} --to onnx --out {new}/m.onnx',
+    'evaluate {model} {people} --card {new}/c.json',
+    'doctor {people} --plot {new}/p.png',
+    'gallery add {new}/street {query} --model {onnx}',
+    'gallery remove {new}/street {query}',
+    'gallery calibrate {new}/street {people} --model {onnx}'])
+def test_no_permission_to_write_is_reported_first(desk, cli, tmp_path, monkeypatch, line):
+    for name in ('cli.inputs.embed_files', 'cli.inputs.open_model', 'data.loaders.ReIDDataLoaders.from_table',
+                 'synth.dataset.synth_persons', 'data.health.doctor'):
+        monkeypatch.setattr(f'pyramidreid.{name}', never)
     monkeypatch.setattr(os, 'access', lambda path, mode, **kwargs: not mode & os.W_OK)
-    t,query,model = tmp_path,image_files([d/'people'/'query'])[0],['--model',d/'person.onnx']
-    for args in (['train',people,'--out',t/'deep'/'run'],['draw',t/'p'],['embed',shared,query,'--out',t/'e.npz'],['export',shared,'--to','onnx','--out',t/'m.onnx'],['evaluate',shared,people,'--card',t/'c.json'],
-                 ['doctor',people,'--plot',t/'p.png'],['gallery','add',t/'street',query,*model],['gallery','remove',t/'street',query],['gallery','calibrate',t/'street',people,*model]):
-        code,out,err = run(capfd, *args)
-        assert code==2 and not out and 'cannot be written: no right to write in' in err, err
-    assert not list(t.iterdir())
-    assert run(capfd, 'gallery', 'info', d/'street')[0]==0 # who reads needs no right
+    words = dict(vars(desk), query=desk.queries[0], new=tmp_path)
+    done = cli(*line.format(**words).split())
+    assert is_error(done) and 'cannot be written: no permission to write in' in done.err
+    assert not list(tmp_path.iterdir())
 
-@pytest.mark.skipif(os.name=='nt', reason='limits are of Unix')
-@pytest.mark.parametrize('out', ['e.npz','e.csv','e.safetensors','street'])
-def test_a_full_disk(desk, tmp_path, out):
-    "As the limit on a file's size makes one: exit code 2, what could not be written, and nothing left"
+def test_reading_needs_no_permission_to_write(desk, cli, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda path, mode, **kwargs: not mode & os.W_OK)
+    assert cli('gallery','info', desk.street).code==0
+
+@contextmanager
+def full_disk(n_bytes):
+    "Let no file grow beyond `n_bytes`"
     import resource
-    d,_ = desk
-    what = ['gallery','add',tmp_path/out,'people/query','--model','person.onnx'] if out=='street' else ['embed','person.onnx','people/query','--out',tmp_path/out]
-    res = subprocess.run(['pyramidreid',*map(str, what)], cwd=d, env=env, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,100_000)))
-    assert res.returncode==2 and f'{tmp_path/out} could not be written: ' in res.stderr and 'Errno' not in res.stderr and 'partial' not in res.stderr, res.stderr
-    assert not rubbish(tmp_path) and [o.name for o in tmp_path.rglob('*') if o.is_file()]==['gallery.json']*(out=='street')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes,limits[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-def test_a_first_add_that_failed_leaves_the_folder_free(desk, shared, capfd, tmp_path, monkeypatch):
+@unix
+@pytest.mark.parametrize('name', ['e.npz','e.csv','e.safetensors','street'])
+def test_full_disk(desk, cli, tmp_path, name):
+    "Exit code 2, the name of what could not be written, and nothing left behind"
+    out = tmp_path/name
+    if name=='street': args = ['gallery','add', out, desk.people/'query', '--model', desk.onnx]
+    else: args = ['embed', desk.onnx, desk.people/'query', '--out', out]
+    cli('--version') # whatever is imported late, or written to a cache, is done before
+    with full_disk(2_000): done = cli(*args)
+    assert done.code==2 and f'{out} could not be written: ' in done.err
+    assert 'Errno' not in done.err and 'partial' not in done.err
+    files = [o.name for o in tmp_path.rglob('*') if o.is_file()]
+    assert files==(['gallery.json'] if name=='street' else []) and not partial_files(tmp_path)
+
+def test_failed_first_add_leaves_the_folder_free(desk, other_model, cli, tmp_path, monkeypatch):
     "Also for another model"
-    d,_ = desk
+    street = tmp_path/'street'
     def full(*args): raise OSError(28, 'No space left on device')
-    add = lambda model: run(capfd, 'gallery', 'add', tmp_path/'street', image_files([d/'people'/'query'])[0], '--model', model)
+    def add(model): return cli('gallery','add', street, desk.queries[0], '--model', model)
     with monkeypatch.context() as m:
         m.setattr('pyramidreid.gallery.store.write_embeddings', full)
-        code,_,err = add(d/'person.onnx')
-        assert code==2 and err==f"Error: {tmp_path/'street'} could not be written: No space left on device\n"
-    assert add(shared)[0]==0 and len(keys(tmp_path/'street'))==1
+        done = add(desk.onnx)
+        assert done.code==2 and done.err==f"Error: {street} could not be written: No space left on device\n"
+    assert add(other_model).code==0 and len(keys(street))==1
 
-@terminal
-def test_closed_and_full_streams(desk, tmp_path):
-    "Nobody listens, as cron may have it; and help that cannot be printed"
-    d,_ = desk
-    query = image_files([d/'people'/'query'])[0]
-    sh_ = lambda line: subprocess.run(['bash','-c',line], cwd=d, env=env, capture_output=True, text=True)
-    for streams in ('<&-','>&-','2>&-','<&- >&- 2>&-'):
-        file = tmp_path/f'{len(streams)}.npz'
-        res = sh_(f'pyramidreid embed person.onnx {query} --out {file} {streams}')
-        assert res.returncode==0 and not res.stderr, res.stderr
-        with np.load(file) as o: assert len(o['embeddings'])==1
-    assert sh_('pyramidreid --help | true; exit ${PIPESTATUS[0]}').returncode==141
-    if Path('/dev/full').exists():
-        for line in ('pyramidreid --help','pyramidreid gallery info street'):
-            res = sh_(f'{line} >/dev/full')
-            assert res.returncode==2 and res.stderr.startswith('Error: ') and 'Traceback' not in res.stderr, res.stderr
+@unix
+@pytest.mark.parametrize('streams', [
+    '<&- >&- 2>&-', pytest.param('<&-', marks=pytest.mark.slow), pytest.param('>&-', marks=pytest.mark.slow),
+    pytest.param('2>&-', marks=pytest.mark.slow)])
+def test_closed_streams(desk, tmp_path, streams):
+    "As in some cron jobs"
+    file = tmp_path/'e.npz'
+    done = in_shell(f'pyramidreid embed person.onnx {desk.queries[0]} --out {file} {streams}', desk.folder)
+    assert done.code==0 and not done.err, done.err
+    with np.load(file) as arrays: assert len(arrays['embeddings'])==1
 
-@terminal
-def test_a_training_that_is_asked_to_end(desk):
-    "SIGTERM, as a queue sends it: 143, and the log says how to go on"
-    d,_ = desk
-    p = subprocess.Popen(shlex.split(f'pyramidreid train people --out ended --epochs 40 {SMALL}'), cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list((d/'ended'/'checkpoints').glob('1-*.pth')) and p.poll() is None: time.sleep(.05)
-    time.sleep(.3)
-    p.terminate()
-    out,err = p.communicate(timeout=120)
-    assert p.returncode==143 and re.search(r'Ended\. ended/checkpoints/1-\d{4}\.pth is whole\. To go on:\npyramidreid train .*--resume\n', err) and 'Traceback' not in err, err
-    assert not rubbish(d/'ended')
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full')
+@pytest.mark.parametrize('line', [
+    'pyramidreid --help', pytest.param('pyramidreid gallery info street', marks=pytest.mark.slow)])
+def test_full_stdout(desk, line):
+    done = in_shell(f'{line} >/dev/full', desk.folder)
+    assert done.code==2 and done.err.startswith('Error: ') and 'Traceback' not in done.err
 
-# errors of others, in words
+# errors of other libraries, in words
 
-def test_errors_of_a_training(people, capfd, tmp_path, monkeypatch):
-    from urllib.error import URLError
-    base = ['train',people,'--out',tmp_path/'run','--size',48,24,'--workers',0,'--p',4,'--k',4,'--epochs',1,'-q']
-    code,_,err = run(capfd, *base, '--arch', 'resnet19')
-    assert code==2 and '--arch resnet19: neither torchvision nor timm' in err
-    def no_way(*args): raise URLError('no route to host')
-    monkeypatch.setattr('pyramidreid.models.backbone._new_model', no_way)
-    code,_,err = run(capfd, *base, '--arch', 'resnet18')
-    assert code==2 and 'resnet18 could not be downloaded (no route to host)' in err and '--weights FILE' in err and '--weights none' in err
-    assert not tmp_path.joinpath('run').exists()
+def test_unknown_backbone(people, cli, tmp_path):
+    done = cli('train', people, '--out', tmp_path/'run', *SMALLER, '-q', '--arch', 'resnet19')
+    assert done.code==2 and '--arch resnet19: neither torchvision nor timm' in done.err
+    assert not (tmp_path/'run').exists()
 
-def test_a_loss_that_is_not_finite(people, capfd, tmp_path):
-    code,_,err = run(capfd, 'train', people, '--out', tmp_path/'run', *SMALL.split(), '--p', 4, '--k', 4, '--epochs', 1, '--lr', '1e9', '-q')
-    assert code==2 and err.startswith('Error: The loss is nan') and 'Exception occ' not in err
+def test_failed_download(people, cli, tmp_path, monkeypatch):
+    def no_route(*args): raise URLError('no route to host')
+    monkeypatch.setattr('pyramidreid.models.backbone._new_model', no_route)
+    done = cli('train', people, '--out', tmp_path/'run', *SMALLER, '-q', '--arch', 'resnet18')
+    assert done.code==2 and 'resnet18 could not be downloaded (no route to host)' in done.err
+    assert '--weights FILE' in done.err and '--weights none' in done.err
+    assert not (tmp_path/'run').exists()
 
-def test_what_data_is_said_to_be(people, shared, capfd, tmp_path):
-    "A file, a .CSV in capitals, a folder that is not recognised: the same for all commands that take DATA"
-    df = market_table(people)
-    df.to_csv(tmp_path/'ALL.CSV', index=False)
-    assert run(capfd, 'doctor', tmp_path/'ALL.CSV', '--quick')[0]==0
-    (tmp_path/'part'/'bounding_box_train').mkdir(parents=True)
-    for name,*args in (['doctor'],['evaluate',shared],['train','--out',tmp_path/'run']):
-        code,_,err = run(capfd, name, *args, df.fn[0])
-        assert code==2 and 'is a file, and not a .csv' in err, err
-        code,_,err = run(capfd, name, *args, tmp_path/'part')
-        assert code==2 and err.count('--data-set NAME')==1, err
-        code,_,err = run(capfd, name, *args, people, '--data-set', 'viper')
-        assert code==2 and 'market1501' in err and '--data-set NAME' not in err, err
+def test_loss_that_is_not_finite(people, cli, tmp_path):
+    options = '--p 4 --k 4 --epochs 1 --lr 1e9 -q'.split()
+    done = cli('train', people, '--out', tmp_path/'run', *TRAINING, *options)
+    assert done.code==2 and done.err.startswith('Error: The loss is nan') and 'Exception occ' not in done.err
 
-# what is wrong is said, and nothing is written
+@pytest.mark.parametrize('command', ['doctor', 'evaluate {model}', 'train --out {new}'])
+def test_data_that_is_not_recognised(desk, people, cli, tmp_path, command):
+    "The same for all commands that take DATA"
+    args = command.format(model=desk.model, new=tmp_path/'run').split()
+    (tmp_path/'unpacked'/'bounding_box_train').mkdir(parents=True)
+    done = cli(*args, desk.queries[0])
+    assert done.code==2 and 'is a file, but not a .csv' in done.err
+    done = cli(*args, tmp_path/'unpacked')
+    assert done.code==2 and done.err.count('--dataset NAME')==1
+    done = cli(*args, people, '--dataset', 'viper')
+    assert done.code==2 and 'market1501' in done.err and '--dataset NAME' not in done.err
 
-def test_bad_input(desk, shared, people, capfd, tmp_path):
-    d,_ = desk
-    (tmp_path/'in').mkdir()
-    cut = tmp_path/'in'/'cut.jpg'
-    cut.write_bytes(image_files([people/'query'])[0].read_bytes()[:300])
-    (tmp_path/'in'/'empty').mkdir()
-    (tmp_path/'in'/'no.csv').write_text('a,b\n1,2\n')
-    (tmp_path/'in'/'nobody.csv').write_text(f'fn\n{cut}\n')
-    (tmp_path/'in'/'bad.onnx').write_bytes(b'not a model')
-    i,out = tmp_path/'in',tmp_path/'out'
-    cases = {
-        ('trian',):"Did you mean 'train'", ('train',people,'--epoch','1'):'--epochs', ('train',people,'--epochs','0'):'0 is not in the range', ('train','nowhere'):'nowhere', ('train',):"Missing argument 'DATA'",
-        ('train',people,'--out',out,'--p','50'):'cannot be filled', ('train',people,'--out',out,'--weights','no.pth'):'no.pth', ('train',people,'--out',out,'--data-set','viper'):'no known data set',
-        ('train',i/'no.csv','--out',out):"no column 'fn'", ('train',i/'nobody.csv','--out',out):"no column 'pid'", ('train',people/'query','--out',out):'pass that path', ('train',i/'empty','--out',out):'No images',
-        ('evaluate',people,people):'There is no model', ('evaluate',i/'bad.onnx',people):'bad.onnx', ('evaluate',shared,i/'empty'):'No images',
-        ('embed',shared,cut,'--out',out/'e.npz'):'cut.jpg', ('embed',shared,i/'empty','--out',out/'e.npz'):'no images', ('embed',shared,people/'query','--out',out/'e.pkl'):'.safetensors',
-        ('embed',shared,people/'query','--out',cut/'e.npz'):'cut.jpg', ('embed',shared,people/'query'):"Missing option '--out'",
-        ('export',shared,'--to','onnx','--out',out/'m.pt2'):'.onnx', ('export',d/'person.onnx','--to','onnx','--out',out/'m.onnx'):'exported already',
-        ('gallery','info',i):'no gallery', ('gallery','search',out,cut,'--model',shared):'no gallery', ('gallery','add',out,'--model',shared):'Nothing to add', ('gallery','add',out,cut,'--model',shared):'cut.jpg',
-        ('doctor',people,'--plot','x.doc'):'.png'}
-    for args,words in cases.items():
-        code,shown,err = run(capfd, *args)
-        assert code==2 and words in err and 'Traceback' not in err, (args,shown,err)
-        assert err.splitlines()[-1].startswith('Error: ') or args[0]=='train' or words in err
-        assert not out.exists(), args
+def test_csv_in_capitals(people, cli, tmp_path):
+    market_table(people).to_csv(tmp_path/'ALL.CSV', index=False)
+    assert cli('doctor', tmp_path/'ALL.CSV', '--quick').code==0
 
-def test_faults_of_ours(monkeypatch, people, capfd):
+# wrong usage and input
+
+@pytest.fixture(scope='module')
+def damaged(desk, tmp_path_factory):
+    "A folder of files and folders with something wrong"
+    folder = tmp_path_factory.mktemp('damaged')
+    cut = folder/'cut.jpg'
+    cut.write_bytes(desk.queries[0].read_bytes()[:300])
+    (folder/'empty').mkdir()
+    (folder/'no_fn.csv').write_text('a,b\n1,2\n')
+    (folder/'no_pid.csv').write_text(f'fn\n{cut}\n')
+    (folder/'bad.onnx').write_bytes(b'not a model')
+    return folder
+
+WRONG = [
+    ('trian', "Did you mean 'train'"),
+    ('train {people} --epoch 1', '--epochs'),
+    ('train {people} --epochs 0', '0 is not in the range'),
+    ('train nowhere', 'nowhere'),
+    ('train', "Missing argument 'DATA'"),
+    ('train {people} --out {new} --p 50', 'p=50'),
+    ('train {people} --out {new} --weights no.pth', 'no.pth'),
+    ('train {people} --out {new} --dataset viper', "'viper'"),
+    ('train {damaged}/no_fn.csv --out {new}', "no column 'fn'"),
+    ('train {damaged}/no_pid.csv --out {new}', "no column 'pid'"),
+    ('train {people}/query --out {new}', '--dataset NAME'),
+    ('train {damaged}/empty --out {new}', 'damaged'),
+    ('evaluate {people} {people}', 'There is no model'),
+    ('evaluate {damaged}/bad.onnx {people}', 'bad.onnx'),
+    ('evaluate {model} {damaged}/empty', 'empty'),
+    ('embed {model} {damaged}/cut.jpg --out {new}/e.npz', 'cut.jpg'),
+    ('embed {model} {damaged}/empty --out {new}/e.npz', 'no images'),
+    ('embed {model} {people}/query --out {new}/e.pkl', '.safetensors'),
+    ('embed {model} {people}/query --out {damaged}/cut.jpg/e.npz', 'cut.jpg'),
+    ('embed {model} {people}/query', "Missing option '--out'"),
+    ('export {model} --to onnx --out {new}/m.pt2', '.onnx'),
+    ('export {onnx} --to onnx --out {new}/m.onnx', 'already exported'),
+    ('gallery info {damaged}', 'no gallery'),
+    ('gallery search {new} {damaged}/cut.jpg --model {model}', 'no gallery'),
+    ('gallery add {new} --model {model}', 'Nothing to add'),
+    ('gallery add {new} {damaged}/cut.jpg --model {model}', 'cut.jpg'),
+    ('doctor {people} --plot x.doc', '.png')]
+
+@pytest.mark.parametrize('line,message', WRONG, ids=[line for line,_ in WRONG])
+def test_wrong_usage_and_input(desk, damaged, cli, tmp_path, line, message):
+    new = tmp_path/'new'
+    words = dict(vars(desk), damaged=damaged, new=new)
+    done = cli(*[o.format(**words) for o in line.split()])
+    assert done.code==2 and message in done.err and 'Traceback' not in done.err
+    assert any(o.startswith('Error: ') for o in done.err.splitlines())
+    assert not new.exists()
+
+def test_bugs_of_ours(monkeypatch, people, cli):
     def broken(*args, **kwargs): raise KeyError('x')
     monkeypatch.setattr('pyramidreid.data.health.doctor', broken)
-    code,_,err = run(capfd, 'doctor', people)
-    assert code==3 and 'Traceback' not in err and '--debug' in err
-    code,_,err = run(capfd, 'doctor', people, '--debug')
-    assert code==3 and 'Traceback' in err
+    done = cli('doctor', people)
+    assert done.code==3 and 'Traceback' not in done.err and '--debug' in done.err
+    done = cli('doctor', people, '--debug')
+    assert done.code==3 and 'Traceback' in done.err
+
+@unix
+def test_stdout_without_unicode(monkeypatch, people, tmp_path):
+    "A name that stdout cannot encode is printed with question marks"
+    (tmp_path/'Łódź').symlink_to(people)
+    stream = TextIOWrapper(BytesIO(), encoding='latin-1')
+    monkeypatch.setattr(sys, 'stdout', stream)
+    assert main(['doctor', tmp_path/'Łódź', '--quick'])==0
+    stream.flush()
+    assert '?ód?: '.encode('latin-1') in stream.buffer.getvalue()

@@ -1,4 +1,4 @@
-"Two processes (gloo, on the CPU) against one: the same batches, losses, decisions, weights and figures"
+"Two processes (gloo, on the CPU) against one: the same batches, losses, decisions, weights and metrics"
 import multiprocessing
 import os
 import socket
@@ -11,11 +11,9 @@ import pytest
 import ranks
 import torch
 
-from pyramidreid.training.distributed import distrib_ctx
-
 pytest.importorskip('accelerate')
 root = Path(__file__).resolve().parent.parent
-LIMIT = 240 # Seconds after which what hangs has failed
+LIMIT = 240 # Seconds after which a process counts as hung
 
 def free_port():
     with socket.socket() as s:
@@ -26,93 +24,112 @@ def free_port():
 def both(people, tmp_path_factory):
     "What each of two ranks found"
     out = tmp_path_factory.mktemp('ranks')
-    ctx = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
-    ctx.set_forkserver_preload(['ranks']) # imports once for both
+    has_forkserver = 'forkserver' in multiprocessing.get_all_start_methods()
+    ctx = multiprocessing.get_context('forkserver' if has_forkserver else 'spawn')
+    ctx.set_forkserver_preload(['ranks']) # Imports once for both
     port,end = free_port(),time.time()+LIMIT
-    procs = [ctx.Process(target=ranks.main, args=(rank, 2, port, out, people), daemon=True) for rank in range(2)]
-    for p in procs: p.start()
-    for p in procs: p.join(max(0, end-time.time()))
-    hung = [p for p in procs if p.is_alive()]
-    for p in hung: p.kill()
+    processes = [ctx.Process(target=ranks.main, args=(rank, 2, port, out, people), daemon=True) for rank in range(2)]
+    for process in processes: process.start()
+    for process in processes: process.join(max(0, end-time.time()))
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung: process.kill()
     assert not hung, f'{len(hung)} of 2 processes did not end within {LIMIT} s'
-    assert [p.exitcode for p in procs]==[0,0]
+    assert [process.exitcode for process in processes]==[0,0]
     return [torch.load(out/f'rank{rank}.pt', weights_only=False) for rank in range(2)]
 
 @pytest.fixture(scope='module')
-def one(people, tmp_path_factory): return ranks.same_curve(people, tmp_path_factory.mktemp('one'), False)
+def one(people, tmp_path_factory):
+    "What one process found"
+    return ranks.same_curve(people, tmp_path_factory.mktemp('one'), together=False)
 
 def equal(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 
 def test_same_images(both, one):
-    "A rank has two whole people of four images each in a P×K batch, and the two have what one process has with four people"
+    "In a P×K batch a rank has four images each of two people; both ranks together have what one process has with four"
     first,second = (o['curve'] for o in both)
     assert one['labels']==[a+b for a,b in zip(first['labels'], second['labels'])]
     for step,*labels in zip(one['steps'], first['labels'], second['labels']):
-        if step['mode']=='pk':
-            for o in labels: assert len(set(o))==2 and all(len(set(o[i:i+4]))==1 for i in (0,4))
-            assert not set(labels[0]) & set(labels[1])
+        if step['mode']!='pk': continue
+        for own in labels: assert own==[own[0]]*4+[own[4]]*4 and own[0]!=own[4]
+        assert not set(labels[0]) & set(labels[1])
 
 def test_same_loss_curve(both, one):
-    "Losses, k, p, FL and weights of every step to float32's rounding, and the same decisions; between both ranks to the last bit"
+    "The same decisions, and losses, k, p, FL and weights of every step to float32's rounding"
     steps = both[0]['curve']['steps']
-    assert len(steps)==len(one['steps'])==27 and {o['mode'] for o in steps}=={'pk','random'} and {o['weight_triplet'] for o in steps}=={0.,1.}
-    for a,b in zip(steps, one['steps']):
-        assert a.keys()==b.keys() and a['mode']==b['mode']
-        for k in a.keys()-{'mode'}: assert a[k]==pytest.approx(b[k], rel=1e-6, abs=1e-7, nan_ok=True), k
+    assert len(steps)==len(one['steps'])==27
+    assert {step['mode'] for step in steps}=={'pk','random'} and {step['weight_triplet'] for step in steps}=={0.,1.}
+    for step,want in zip(steps, one['steps']):
+        assert step.keys()==want.keys() and step['mode']==want['mode']
+        for name in step.keys()-{'mode'}:
+            assert step[name]==pytest.approx(want[name], rel=1e-6, abs=1e-7, nan_ok=True), name
     assert both[0]['curve']['losses']==pytest.approx(one['losses'], rel=1e-6)
 
 def test_same_weights(both, one):
-    "The ranks' to the last bit, and one process' to rounding"
+    "The same on both ranks to the last bit, and as in one process to rounding"
     first,second = (o['curve']['weights'] for o in both)
     assert equal(first, second)
-    for k,v in first.items(): torch.testing.assert_close(v, one['weights'][k], rtol=1e-9, atol=1e-9)
+    for name,v in first.items(): torch.testing.assert_close(v, one['weights'][name], rtol=1e-9, atol=1e-9)
 
 def test_same_table(both, one):
-    "Also what is printed: mAP, rank-1 and the parts of the loss; all but `valid_loss`, which means nothing"
-    names = one['names']
-    for a,b,c in zip(both[0]['curve']['rows'], both[1]['curve']['rows'], one['rows']):
-        a,b,c = ({n:v for n,v in zip(names, o) if n!='valid_loss'} for o in (a,b,c))
-        assert a==pytest.approx(b, nan_ok=True) and a==pytest.approx(c, nan_ok=True)
+    "mAP, rank-1 and the parts of the loss; all but `valid_loss`, which says little"
+    def named(row): return {name:v for name,v in zip(one['names'], row) if name!='valid_loss'}
+    curves = [both[0]['curve'], both[1]['curve'], one]
+    for rows in zip(*(curve['rows'] for curve in curves), strict=True):
+        first,second,alone = map(named, rows)
+        assert first==pytest.approx(second, nan_ok=True) and first==pytest.approx(alone, nan_ok=True)
 
 def test_same_decisions_on_both_ranks(both):
     assert str(both[0]['curve']['steps'])==str(both[1]['curve']['steps'])
     assert str(both[0]['recipes']['steps'])==str(both[1]['recipes']['steps'])
 
-def test_the_stand_in_for_synchronised_batch_norm(both): assert max(o['norm'] for o in both)<1e-12
+def test_the_stand_in_for_synchronised_batch_norm(both):
+    for o in both: assert o['norm']<1e-12
 
-def test_evaluation(both):
-    "Of 78 images and fewer, by loaders of seven to a batch: every image once and in order, the card the same to the last digit"
+@pytest.mark.parametrize('n', ranks.N_IMAGES)
+def test_evaluation(both, n):
+    "By loaders of seven to a batch: each image once and in order, the card the same to the last digit"
     first,second = (o['evaluations'] for o in both)
-    for n in (78,77,76,14,13,2,1):
-        (emb,card),(together,card_together),(other,card_other) = first['alone'][n],first['together'][n],second['together'][n]
-        assert len(together)==n and torch.equal(together, other)
-        torch.testing.assert_close(together, emb, rtol=1e-5, atol=1e-6)
-        assert card==card_together==card_other and (card is not None)==(n>60)
+    emb,card = first['alone'][n]
+    together,card_together = first['together'][n]
+    other,card_other = second['together'][n]
+    assert len(together)==n and torch.equal(together, other)
+    torch.testing.assert_close(together, emb, rtol=1e-5, atol=1e-6)
+    assert card==card_together==card_other and (card is not None)==(n>60)
 
-def test_validation_and_predictions(both):
-    for o in (o['evaluations'] for o in both):
-        card = o['together'][78][1]
-        assert o['validated'][:2]==pytest.approx(card[:2]) and o['last']==pytest.approx(o['validated'], abs=1e-6)
-        torch.testing.assert_close(o['one'], o['preds_alone'][0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(o['preds'][0].as_subclass(torch.Tensor), o['preds_alone'], rtol=1e-5, atol=1e-6)
-        assert len(o['preds'][1])==78
+@pytest.mark.parametrize('rank', [0,1])
+def test_validation_and_predictions(both, rank):
+    res = both[rank]['evaluations']
+    card,alone = res['together'][78][1],res['preds_alone']
+    assert res['validated'][:2]==pytest.approx(card[:2]) and res['last']==pytest.approx(res['validated'], abs=1e-6)
+    torch.testing.assert_close(res['one'], alone[0], rtol=1e-5, atol=1e-6)
+    preds,targets = res['preds']
+    torch.testing.assert_close(preds.as_subclass(torch.Tensor), alone, rtol=1e-5, atol=1e-6)
+    assert len(targets)==78
 
-def test_recipes_checkpoints_and_files(both):
-    "`fit_paper`, a `fit_modern` that is stopped and resumed, `save` and `load`: the ranks agree, and the learner is given back as it was"
+def test_recipes_and_files_agree_on_both_ranks(both):
+    "`fit_paper`, a `fit_modern` that is stopped and resumed, `save` and `load`"
     first,second = (o['recipes'] for o in both)
-    for k in ('paper','second','loaded'):
-        assert equal(first[k], second[k]) and all(v.isfinite().all() for v in first[k].values()), k
+    for name in ('paper','second','loaded'):
+        assert equal(first[name], second[name]), name
+        assert all(v.isfinite().all() for v in first[name].values()), name
     assert equal(first['second'], first['loaded']) and not equal(first['first'], first['second'])
-    for o in (first,second):
-        assert o['first is plain'] and o['second is plain'] and len(o['steps'])==4*9
-        assert 'in one process' in o['lr_find'] and 'p=9 identities on each of 2 ranks' in o['too many'] and 'p=6 or less' in o['too many']
+
+@pytest.mark.parametrize('rank', [0,1])
+def test_the_learner_is_restored_and_errors_say_what_to_do(both, rank):
+    res = both[rank]['recipes']
+    assert res['first is plain'] and res['second is plain'] and len(res['steps'])==4*9
+    assert 'in one process' in res['lr_find']
+    assert 'p=9 identities on each of 2 ranks' in res['too many'] and 'p=6 or less' in res['too many']
 
 def test_the_script_runs(people, tmp_path):
-    "Started by `accelerate launch` as on two GPUs, but told to use the CPU"
-    args = [str(root/'examples'/'several_gpus.py'), '--data', str(people), '--arch', 'resnet10', '--no-pretrained', '--epochs', '1', '--recipe', 'one_cycle',
-            '--size', '48', '24', '--n-parts', '3', '--p', '2', '--k', '4', '--num-workers', '0', '--cpu', '--out', str(tmp_path)]
-    launch = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', str(free_port())]
-    res = subprocess.run(launch+args, capture_output=True, text=True, timeout=LIMIT, env={**os.environ, 'OMP_NUM_THREADS':'1'})
+    "Started by `accelerate launch` as on two GPUs, but with --cpu"
+    launch = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
+              '--main_process_port', str(free_port())]
+    network = ['--arch', 'resnet10', '--no-pretrained', '--size', '48', '24', '--n-parts', '3', '--p', '2', '--k', '4']
+    run = ['--data', people, '--out', tmp_path, '--epochs', '1', '--recipe', 'one_cycle', '--num-workers', '0', '--cpu']
+    command = [*launch, root/'examples'/'several_gpus.py', *network, *run]
+    env = {**os.environ, 'OMP_NUM_THREADS':'1'}
+    res = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=LIMIT, env=env)
     assert res.returncode==0, res.stderr[-3000:]
-    assert res.stdout.count('mINP')==1 and 'queries counted             24 of 24' in res.stdout # one rank prints
-    assert {'card.json','weights.pth','checkpoints'} <= {o.name for o in tmp_path.iterdir()}
+    assert res.stdout.count('mINP')==1 and 'queries counted             24 of 24' in res.stdout # One rank prints
+    assert {'card.json','weights.pth','checkpoints'} <= {file.name for file in tmp_path.iterdir()}

@@ -22,6 +22,7 @@ from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.evaluation.retrieval import evaluate
 from pyramidreid.export.files import *
 from pyramidreid.export.runtime import *
+from pyramidreid.images import load_pixels
 from pyramidreid.models.backbone import resnet10
 from pyramidreid.models.fingerprints import fingerprint, input_stats, learner_fingerprint
 from pyramidreid.synth.dataset import synth_persons

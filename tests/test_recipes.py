@@ -1,4 +1,4 @@
-"The two recipes against the paper's table, optimizers and a moving average by hand; and what they leave behind"
+"The two recipes against the paper's table, optimizers and a moving average by hand, and what they leave behind"
 import copy
 
 import pytest
@@ -6,6 +6,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException, CancelStepException, CancelValidException
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.vision.all import SaveModelCallback, set_seed, trainable_params
+from ranks import tiny
 
 from pyramidreid.data.transforms import *
 from pyramidreid.training.recipes import *
@@ -13,38 +14,51 @@ from pyramidreid.training.recipes import _unlike_paper
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
 
+@pytest.fixture(scope='module')
+def make_learner(make_learner):
+    "`make_learner` with a network of few channels"
+    def make(dls=None, **kwargs): return make_learner(dls, **{'arch':tiny, **kwargs})
+    return make
+
 def copied(model): return {k:v.clone() for k,v in model.state_dict().items()}
 def weights(model): return {k:v.detach().clone() for k,v in model.named_parameters()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 class Watch(Callback):
-    "Learning rates, gradients and weights (if `keep`) at each step, and who could learn"
+    "Hyper-parameters at each step, which weights were trainable, and with `keep` gradients and weights"
     order = 80
-    def __init__(self, keep=True): self.keep,self.lrs,self.moms,self.grads,self.after,self.free,self.epochs,self.smooth = keep,[],[],[],[],[],[],[]
+    def __init__(self, keep=True):
+        self.keep = keep
+        for name in ('lrs','moms','grads','after','free','epochs','smooth'): setattr(self, name, [])
+
     def before_fit(self): self.start = weights(self.learn.model)
+
     def before_step(self):
+        params = dict(self.learn.model.named_parameters())
         self.lrs.append([h['lr'] for h in self.opt.hypers])
         self.moms.append(self.opt.hypers[-1]['mom'])
         self.epochs.append(self.epoch)
-        if self.keep: self.grads.append({k:None if p.grad is None else p.grad.clone() for k,p in self.learn.model.named_parameters()})
-        self.free.append({k:p.requires_grad for k,p in self.learn.model.named_parameters()})
+        self.free.append({name:p.requires_grad for name,p in params.items()})
         self.smooth.append(self.loss_func.label_smoothing)
+        if self.keep: self.grads.append({name:None if p.grad is None else p.grad.clone() for name,p in params.items()})
+
     def after_step(self):
         if self.keep: self.after.append(weights(self.learn.model))
 
 class NoValid(Callback):
-    "Skips validation, after every other callback has heard of it"
+    "Skips validation, after all other callbacks have run"
     order = 99
     def before_validate(self): raise CancelValidException()
 
 class Break(Callback):
-    "An error in the training or the validation of an epoch"
+    "An interruption in the second batch of training, or in the first of validation, of the second epoch"
     order = 90
-    def __init__(self, when, epoch=1): self.when,self.at = when,epoch
+    def __init__(self, when): self.training_only = when=='train'
     def before_batch(self):
-        if self.training==(self.when=='train') and self.epoch==self.at and self.iter==1-(self.when!='train'): raise KeyboardInterrupt
+        if self.epoch!=1 or self.training!=self.training_only: return
+        if self.iter==(1 if self.training_only else 0): raise KeyboardInterrupt
 
-# learning rates
+# Learning rates
 
 # "0.01 for the backbone, 0.1 for new layers, halved at epochs 60, 70, 80, 90 and 100 of 120"
 PAPER = [(range(0,60), .01, .1), (range(60,70), .005, .05), (range(70,80), .0025, .025), (range(80,90), .00125, .0125),
@@ -60,15 +74,13 @@ def test_paper_rates_at_every_epoch_and_batch():
                 pct += 1/(7*120)
 
 def test_milestones_are_stretched(make_learner):
-    "A tenth of the epochs, a tenth of each milestone: in a real fit"
+    "In a fit of a tenth of the epochs they come after a tenth of the epochs"
     learn,watch = make_learner(),Watch(keep=False)
     learn.metrics = []
     learn.fit_paper(12, cbs=[watch,ShortEpochCallback(.2),NoValid()])
-    seen = {}
-    for e,lrs in zip(watch.epochs, watch.lrs): seen.setdefault(e, set()).add(tuple(round(o, 10) for o in lrs))
-    table = {e//10:(body,body,head) for epochs,body,head in PAPER for e in epochs}
-    assert seen.keys()==table.keys()
-    for e,lrs in seen.items(): assert len(lrs)==1 and list(lrs)[0]==pytest.approx(table[e], rel=1e-6)
+    want = {epoch//10:(body,body,head) for epochs,body,head in PAPER for epoch in epochs}
+    assert set(watch.epochs)==want.keys()
+    for epoch,lrs in zip(watch.epochs, watch.lrs): assert lrs==pytest.approx(want[epoch], rel=1e-6)
     assert set(watch.moms)=={.9}
 
 def test_milestones_within_an_epoch_and_of_ones_own():
@@ -85,19 +97,19 @@ def test_modern_rates():
     assert modern_sched([1.])['lr'](.25)==pytest.approx([1.])
     assert modern_sched([1.], frozen=1.)['lr'](.5)==pytest.approx([(1+.04)/2])
 
-# the optimizer
+# The optimizer
 
-def replayed(learn, watch, step):
-    "Is each weight after each step of the fit what `step(w, grad, lr, state)` makes of it?"
-    names = {id(p):n for n,p in learn.model.named_parameters()}
-    group = {names[id(p)]:i for i,g in enumerate(learn.splitter(learn.model)) for p in g}
-    weights,states = {n:w.double() for n,w in watch.start.items()},{n:{} for n in watch.start}
-    for t,(lrs,mom,grads,after) in enumerate(zip(watch.lrs, watch.moms, watch.grads, watch.after)):
-        for n,w in weights.items():
-            if n not in grads: continue
-            weights[n] = step(w, grads[n].double(), lrs[group[n]], mom, t+1, states[n])
-            torch.testing.assert_close(weights[n].float(), after[n], rtol=1e-5, atol=2e-6)
+def assert_replayed(learn, watch, step):
+    "Assert that each weight after each step of the fit is what `step(w, grad, lr, mom, t, state)` makes of it"
+    names = {id(p):name for name,p in learn.model.named_parameters()}
+    group = {names[id(p)]:i for i,params in enumerate(learn.splitter(learn.model)) for p in params}
+    weights,states = {name:w.double() for name,w in watch.start.items()},{name:{} for name in watch.start}
     assert len(watch.after)>4
+    for t,(lrs,mom,grads,after) in enumerate(zip(watch.lrs, watch.moms, watch.grads, watch.after, strict=True)):
+        assert grads.keys()==weights.keys()
+        for name,w in weights.items():
+            weights[name] = step(w, grads[name].double(), lrs[group[name]], mom, t+1, states[name])
+            torch.testing.assert_close(weights[name].float(), after[name], rtol=1e-5, atol=2e-6)
 
 def test_sgd_by_hand(make_learner):
     "Coupled L2, momentum and rates: v = 0.9 v + (g + wd w), w = w - lr v"
@@ -107,17 +119,20 @@ def test_sgd_by_hand(make_learner):
     def step(w, g, lr, mom, t, state):
         state['v'] = mom*state.get('v', 0) + g + 5e-2*w
         return w - lr*state['v']
-    replayed(learn, watch, step)
+    assert_replayed(learn, watch, step)
 
 def test_adamw_by_hand(make_learner):
     "Decoupled decay, a momentum that follows the schedule, bias corrections"
     learn,watch = make_learner(),Watch()
     learn.metrics = []
-    learn.fit_modern(2, 1e-4, 1e-3, wd=.1, moms=(.9,.9,.9), ema=None, opt_func=torch_opt(torch.optim.AdamW, betas=(.9,.99), eps=1e-5), cbs=[watch,NoValid()])
+    adamw = torch_opt(torch.optim.AdamW, betas=(.9,.99), eps=1e-5)
+    learn.fit_modern(2, 1e-4, 1e-3, wd=.1, moms=(.9,.9,.9), ema=None, opt_func=adamw, cbs=[watch,NoValid()])
     def step(w, g, lr, mom, t, state):
-        state['m'],state['s'] = mom*state.get('m', 0) + (1-mom)*g, .99*state.get('s', 0) + .01*g*g
-        return w*(1-lr*.1) - lr*(state['m']/(1-mom**t))/((state['s']/(1-.99**t)).sqrt()+1e-5)
-    replayed(learn, watch, step)
+        state['m'] = mom*state.get('m', 0) + (1-mom)*g
+        state['s'] = .99*state.get('s', 0) + .01*g*g
+        mean,square = state['m']/(1-mom**t),state['s']/(1-.99**t)
+        return w*(1-lr*.1) - lr*mean/(square.sqrt()+1e-5)
+    assert_replayed(learn, watch, step)
 
 def test_torchs_optimizer_is_saved_and_loaded(make_learner, tmp_path):
     learns = [make_learner(opt_func=torch_opt(torch.optim.AdamW, eps=1e-5), path=tmp_path) for _ in range(2)]
@@ -132,7 +147,7 @@ def test_says_what_is_not_the_papers(make_learner, make_dls, capsys):
     learn = make_learner()
     learn.metrics = []
     learn.fit_paper(1, cbs=ShortEpochCallback(.2))
-    out = [o for o in capsys.readouterr().out.splitlines() if 'paper' in o]
+    out = [line for line in capsys.readouterr().out.splitlines() if 'paper' in line]
     assert out==["Not the paper's loaders: images of 48×24, not 384×128; batches of 4×4, not 8×8"]
     assert _unlike_paper(make_learner(make_dls(p=8, k=8, size=(384,128))))==[]
 
@@ -142,34 +157,41 @@ def test_one_group_of_weights_is_refused(make_learner):
 # EMA
 
 def plain_average(watch, decay):
-    avg = watch.start
+    "The average over the steps that a `Watch` saw, by a plain loop"
+    average = watch.start
     for t,w in enumerate(watch.after):
         d = min(decay, (1+t)/(10+t))
-        avg = {k:d*v+(1-d)*w[k] for k,v in avg.items()}
-    return avg
+        average = {name:d*v+(1-d)*w[name] for name,v in average.items()}
+    return average
 
-def close(a, b): return all(torch.allclose(a[k], b[k], rtol=1e-5, atol=1e-6) for k in b)
+def close(a, b): return all(torch.allclose(a[name], b[name], rtol=1e-5, atol=1e-6) for name in b)
 
 class Cancel(Callback):
-    "Calls off every third step, after the gradients are there"
+    "Cancels every third step, after the gradients are computed"
     order = 11
     def before_step(self):
         if self.iter%3==2: raise CancelStepException()
 
-@pytest.mark.parametrize('cbs', [[], [GradientAccumulation(32)], [Cancel()]], ids=['plain','accumulated','cancelled'])
-def test_average_is_the_plain_one(make_learner, cbs):
-    learn,watch,ema = make_learner(),Watch(),EMA(.2)
+class WatchSteps(Watch):
+    "A `Watch` that keeps only the steps that were made"
+    name,cancelled = 'watch',False
+    def after_cancel_step(self): self.cancelled = True
+    def after_step(self):
+        if not self.cancelled: super().after_step()
+        self.cancelled = False
+
+@pytest.mark.parametrize('cb', [None, GradientAccumulation(32), Cancel()], ids=['plain','accumulated','cancelled'])
+def test_average_is_the_plain_one(make_learner, cb):
+    learn,watch,ema = make_learner(),WatchSteps(),EMA(.2)
     learn.metrics = []
-    if isinstance(cbs[0] if cbs else None, Cancel): # the plain loop sees the steps that were made
-        watch.after_cancel_step = lambda: setattr(watch, 'called_off', True)
-        watch.after_step = lambda: watch.after.append(weights(learn.model)) if not watch.__dict__.pop('called_off', False) else None
-    learn.fit(1, cbs=[*cbs,watch,ema,NoValid()])
-    assert 0<len(watch.after)<=len(learn.dls.train) and (not cbs or len(watch.after)<len(learn.dls.train))
+    learn.fit(1, cbs=[*([cb] if cb else []),watch,ema,NoValid()])
+    n_batches = len(learn.dls.train)
+    assert 0<len(watch.after)<n_batches if cb else len(watch.after)==n_batches
     assert close(weights(learn.model), plain_average(watch, .2))
     assert not close(weights(learn.model), watch.after[-1])
 
 class AtValidation(Callback):
-    "State of the model when validated, when an epoch ends, and when the next begins to train"
+    "State of the model after validation, at the end of an epoch, and before training"
     order = 95
     def __init__(self): self.valid,self.end,self.train = [],[],[]
     def after_validate(self): self.valid.append(copied(self.learn.model))
@@ -180,11 +202,12 @@ def test_validates_with_the_average_and_trains_with_its_own(make_learner):
     learn,watch,at = make_learner(),Watch(),AtValidation()
     learn.fit(3, cbs=[watch,at,EMA(.9)])
     n = len(learn.dls.train)
-    for e in range(3):
-        early = copy.copy(watch)
-        early.after = watch.after[:(e+1)*n]
-        assert close({k:at.valid[e][k] for k in watch.start}, plain_average(early, .9)) and same(at.valid[e], at.end[e])
-        if e: assert same(at.train[e], watch.after[e*n-1])
+    for epoch in range(3):
+        so_far = copy.copy(watch)
+        so_far.after = watch.after[:(epoch+1)*n]
+        validated = {name:at.valid[epoch][name] for name in watch.start}
+        assert close(validated, plain_average(so_far, .9)) and same(at.valid[epoch], at.end[epoch])
+        if epoch: assert same(at.train[epoch], watch.after[epoch*n-1])
     assert same(copied(learn.model), at.valid[-1])
     mAP = learn.recorder.values[-1][list(learn.recorder.metric_names).index('mAP')-1]
     assert learn.evaluate().mAP==pytest.approx(mAP, abs=1e-6)
@@ -233,7 +256,7 @@ def test_not_in_lr_find(make_learner):
     assert same(copied(learn.model), before)
 
 def test_frozen_weights_stay_to_the_bit(make_learner):
-    "Also after an epoch of training, whose gradients fastai leaves behind as zeros"
+    "Also after an epoch of training, from which fastai leaves gradients of zero"
     learn,watch = make_learner(),Watch()
     learn.metrics = []
     learn.fit(1, cbs=[ShortEpochCallback(.2),NoValid()])
@@ -247,7 +270,7 @@ def test_frozen_weights_stay_to_the_bit(make_learner):
 
 @pytest.mark.parametrize('when', ['after_epoch','after_batch'])
 def test_state_is_taken_up(make_learner, when):
-    "Model and state of one moment, in fresh objects: the same average from there on"
+    "Model and state of the same moment, loaded into new objects, give the same average from there on"
     class Keep(Callback):
         order = 97
         def keep(self):
@@ -259,12 +282,14 @@ def test_state_is_taken_up(make_learner, when):
     learn.fit(2, cbs=[watch,keep,ShortEpochCallback(.4),EMA(.9),NoValid()])
     model,state,n = keep.kept
     assert state['averaged']==(when=='after_epoch') and state['n_steps']==n
-    assert all(isinstance(v, (torch.Tensor,bool,int)) for v in (*state['weights'].values(),state['averaged'],state['n_steps']))
+    values = [*state['weights'].values(), state['averaged'], state['n_steps']]
+    assert all(isinstance(v, (torch.Tensor,bool,int)) for v in values)
     later,ema = make_learner(),EMA(.9)
     later.model.load_state_dict(model)
     ema.load_state_dict(state)
     ema.learn = later
-    ema.before_fit(); ema.before_train()
+    ema.before_fit()
+    ema.before_train()
     assert same(weights(later.model), watch.after[n-1])
     for w in watch.after[n:]:
         later.model.load_state_dict(w, strict=False)
@@ -281,11 +306,13 @@ def test_state_of_another_model_is_refused(make_learner):
 def test_impossible_decay(decay):
     with pytest.raises(ValueError, match='decay'): EMA(decay)
 
-# what is left behind
+# What is left behind
 
 def settings(learn):
+    "What a recipe must restore"
     return dict(opt_func=learn.opt_func, opt=learn.opt, cbs=list(learn.cbs), smooth=learn.loss_func.label_smoothing,
-                mode=learn.dls.train.mode, grad=[p.requires_grad for p in learn.model.parameters()], frozen=getattr(learn.opt, 'frozen_idx', None))
+                mode=learn.dls.train.mode, grad=[p.requires_grad for p in learn.model.parameters()],
+                frozen=getattr(learn.opt, 'frozen_idx', None))
 
 @pytest.mark.parametrize('dynamic,frozen', [(True,False),(False,True)])
 @pytest.mark.parametrize('fit', ['fit_paper','fit_modern'])
@@ -326,7 +353,7 @@ def test_one_average_is_enough(make_learner):
     learn.fit_modern(1, cbs=[ema,watch,NoValid()])
     assert ema.n_steps==len(watch.after) and close(weights(learn.model), plain_average(watch, .5))
 
-# images
+# Images
 
 def test_validation_images_are_only_resized(make_dls):
     item,batch = strong_tfms((48,24), pad=8, erase=1., colour=.5)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from pyramidreid.export.runtime import *
+from pyramidreid.images import load_pixels
 
 ort = pytest.importorskip('onnxruntime', reason='the onnx extra is not installed')
 pytest.importorskip('onnxscript', reason='the onnx extra is not installed')
@@ -21,6 +22,7 @@ def learn(make_learner): return make_learner()
 
 @pytest.fixture(scope='session')
 def file(learn, tmp_path_factory):
+    import pyramidreid.export.files  # noqa: F401  learn.to_onnx
     return learn.to_onnx(tmp_path_factory.mktemp('runtime')/'m.onnx')
 
 @pytest.fixture(scope='session')

@@ -1,0 +1,114 @@
+"Roles, optional dependencies, atomic writes and progress bars"
+import os
+import sys
+import types
+
+import pytest
+
+from pyramidreid import core
+from pyramidreid.core import Role, atomic_write, flush_to_disk, require_extra, with_progress
+
+# roles
+
+@pytest.mark.parametrize('name,role', [('train',Role.TRAIN), ('QUERY',Role.QUERY), ('Gallery',Role.GALLERY)])
+def test_a_role_by_its_name(name, role): assert Role.of(name) is role
+
+@pytest.mark.parametrize('name', ['valid', '', None, 1, 'of'])
+def test_an_unknown_role_is_named(name):
+    with pytest.raises(ValueError, match=f"^{name!r} is not a valid role"): Role.of(name)
+
+def test_the_numbers_of_roles_stay():
+    "They are stored in targets and files"
+    assert [int(role) for role in (Role.TRAIN,Role.QUERY,Role.GALLERY)]==[0,1,2]
+
+# optional dependencies
+
+def test_a_missing_module_names_its_extra():
+    with pytest.raises(ImportError, match=r"nothing_here is not installed.*pip install 'pyramidreid\[timm\]'") as e:
+        require_extra('nothing_here', 'timm')
+    assert isinstance(e.value.__cause__, ModuleNotFoundError)
+
+def test_a_module_that_is_there_is_returned(): assert require_extra('json', 'timm') is sys.modules['json']
+
+# atomic writes
+
+def files_below(path): return sorted(o.relative_to(path).as_posix() for o in path.rglob('*') if o.is_file())
+
+def test_the_content_is_there_after_the_block_only(tmp_path):
+    dest = tmp_path/'deep'/'down'/'f.txt'
+    with atomic_write(str(dest)) as tmp:
+        tmp.write_text('new')
+        assert tmp.name==dest.name and not dest.exists()
+    assert dest.read_text()=='new' and files_below(tmp_path)==['deep/down/f.txt']
+
+@pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize('old', [None,'old'])
+def test_a_failed_block_changes_nothing(tmp_path, error, old):
+    dest = tmp_path/'f.txt'
+    if old: dest.write_text(old)
+    before = files_below(tmp_path)
+    with pytest.raises(error), atomic_write(dest) as tmp:
+        tmp.write_text('half')
+        raise error
+    assert files_below(tmp_path)==before and os.listdir(tmp_path)==before
+    if old: assert dest.read_text()==old
+
+def test_a_block_that_writes_nothing_fails(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path/'f.txt'): pass
+    assert not os.listdir(tmp_path)
+
+def test_the_content_is_flushed_before_the_file_is_moved(tmp_path, monkeypatch):
+    "Or a power cut could leave the new name with no content"
+    steps,replace = [],os.replace
+    def flushed(path): steps.append(('flush', path.read_text() if path.is_file() else path))
+    def moved(src, dest):
+        steps.append(('move', dest))
+        replace(src, dest)
+    monkeypatch.setattr(core, 'flush_to_disk', flushed)
+    monkeypatch.setattr(os, 'replace', moved)
+    with atomic_write(tmp_path/'f.txt') as tmp: tmp.write_text('new')
+    assert steps==[('flush','new'), ('move',tmp_path/'f.txt'), ('flush',tmp_path)]
+
+def test_files_and_folders_are_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, 'fsync', lambda fd: flushed.append(os.fstat(fd).st_ino))
+    (tmp_path/'f.txt').touch()
+    for path in (tmp_path/'f.txt', tmp_path): flush_to_disk(path)
+    assert flushed==[path.stat().st_ino for path in (tmp_path/'f.txt', tmp_path)]
+
+# progress bars
+
+@pytest.fixture
+def bars(monkeypatch):
+    "Arguments of each bar that was made; the bar itself is its items"
+    made = []
+    def progress_bar(items, total, leave):
+        made.append((total,leave))
+        return items
+    monkeypatch.setattr('fastprogress.fastprogress.progress_bar', progress_bar)
+    return made
+
+def on_terminal(monkeypatch, terminal, jupyter=False):
+    monkeypatch.setattr(core, 'in_jupyter', lambda: jupyter)
+    monkeypatch.setattr(core.sys, 'stdout', types.SimpleNamespace(isatty=lambda: terminal))
+
+@pytest.mark.parametrize('terminal,jupyter,shown', [(True,False,True), (False,True,True), (False,False,False)])
+def test_a_bar_is_shown_where_somebody_sees_it(bars, monkeypatch, terminal, jupyter, shown):
+    with monkeypatch.context() as context:
+        on_terminal(context, terminal, jupyter)
+        result = list(with_progress([1,2,3]))
+    assert result==[1,2,3] and bars==[(3,False)]*shown
+
+def test_no_bar_for_a_single_item_or_if_not_wanted(bars, monkeypatch):
+    with monkeypatch.context() as context:
+        on_terminal(context, True)
+        assert list(with_progress([1]))==[1] and list(with_progress([]))==[]
+        assert list(with_progress([1,2], show=False))==[1,2]
+    assert not bars
+
+def test_the_length_of_an_iterator_is_given(bars, monkeypatch):
+    with monkeypatch.context() as context:
+        on_terminal(context, True)
+        result = list(with_progress(iter('abc'), total=3))
+    assert result==['a','b','c'] and bars==[(3,False)]
+    with pytest.raises(TypeError): with_progress(iter('abc'))
