@@ -61,7 +61,7 @@ def synthetic_people(args, seed):
     return learn.evaluate().mAP, searches_of(learn.to_rank()), what
 
 def calibrate(s, asking, there, n=4, **kwargs):
-    "Calibration on `n` queries, from different cameras, of each person in `asking`, in a gallery of the people in `there`"
+    "Calibration on `n` queries, from different cameras, of each person in `asking`, with the people `there` as gallery"
     queries = np.flatnonzero(np.isin(s.query_pids, asking))
     images = np.flatnonzero(np.isin(s.gallery_pids, there))
     nth = pd.Series(s.query_pids[queries]).groupby(s.query_pids[queries]).cumcount()

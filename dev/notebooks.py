@@ -1,4 +1,4 @@
-"""Run notebooks as tests, several at a time, each in its own process, so one that fails or hangs does not affect the others.
+"""Run notebooks as tests, several at a time, each in its own process, so that a failure does not affect the others.
 `python dev/notebooks.py`, or with notebooks or folders to run. Cells marked `#| slow` run with `--slow` only;
 `--slow-only` runs only the notebooks with such cells, in full."""
 import argparse
