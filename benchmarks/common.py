@@ -64,7 +64,8 @@ def train_folder(name, seed, data, **kwargs):
 
 def check_losses(only, dynamic, mode):
     "Raise a `ValueError` for a combination of losses and batches that cannot be trained"
-    if only and dynamic: raise ValueError(f"only={only!r}: a single loss has nothing to weight; pass dynamic=False")
+    if only and dynamic:
+        raise ValueError(f"only={only!r}: with a single loss there is nothing to weight; pass dynamic=False")
     if only=='triplet' and mode!='pk':
         raise ValueError("The triplet loss alone needs P×K batches: a random batch has hardly any positive pairs")
 
@@ -180,8 +181,8 @@ class Grid:
         return shortened(self.done[-1])
 
 def run_grid(fname, configs, jobs, call=train_synthetic, settings=None, minutes=None):
-    """Run every config that is not in `results/fname` yet, `jobs` at a time, and record each when it ends; none starts
-    after `minutes`. Return all rows"""
+    """Run every config that `results/fname` does not hold yet, `jobs` at a time, and record each when it ends; none
+    starts after `minutes`. Return all rows"""
     grid,began,running = Grid(fname, settings),time.monotonic(),{}
     todo = grid.missing(configs)
     waiting = iter(todo)
@@ -197,7 +198,8 @@ def run_grid(fname, configs, jobs, call=train_synthetic, settings=None, minutes=
                 text = grid.record(running.pop(future), future)
                 print(f'{grid.count}/{len(todo)}', text, flush=True)
     if grid.count<len(todo):
-        print(f'{minutes} minutes are over, {len(todo)-grid.count} runs are left: the same command resumes', flush=True)
+        left = len(todo)-grid.count
+        print(f'{minutes} minutes are over with {left} runs left: run the same command to resume', flush=True)
     if grid.failed:
         raise RuntimeError(f"{len(grid.failed)} of {grid.count} runs failed; run the same command to retry them. "
                            f"The first: {grid.failed[0]}")

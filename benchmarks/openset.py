@@ -33,18 +33,18 @@ class Searches(NamedTuple):
     query_cams: np.ndarray
     gallery_cams: np.ndarray
 
-def searches_of(ranked):
+def searches_of(distances):
     "`Searches` from what `learn.to_rank` returns"
-    ids = (np.asarray(ranked[name]) for name in ('query_pids', 'gallery_pids', 'query_cams', 'gallery_cams'))
-    return Searches(ranked['dist'][:], *ids)
+    ids = (np.asarray(distances[name]) for name in ('query_pids', 'gallery_pids', 'query_cams', 'gallery_cams'))
+    return Searches(distances['dist'][:], *ids)
 
 def real_people(args):
     "mAP and searches of a trained model on the test people of a dataset, distractors left out; and a description"
     from pyramidreid.cli.frame import Console
-    from pyramidreid.cli.inputs import held_out, open_model, ranked, read_data
+    from pyramidreid.cli.inputs import held_out, open_model, query_gallery_distances, read_data
     from pyramidreid.evaluation.retrieval import evaluate_distances
     torch.set_num_threads(args.threads)
-    found = ranked(Console(), open_model(args.model), *held_out(read_data(args.data)))
+    found = query_gallery_distances(Console(), open_model(args.model), *held_out(read_data(args.data)))
     about = found['dist'].about
     what = f"{Path(args.data).name}: {about['backbone']} at {about['input']}, trained on {about['trained on']}"
     return evaluate_distances(**found).mAP, searches_of(found), what
@@ -61,7 +61,7 @@ def synthetic_people(args, seed):
     return learn.evaluate().mAP, searches_of(learn.to_rank()), what
 
 def calibrate(s, asking, there, n=4, **kwargs):
-    "Calibration on `n` queries, from different cameras, of each person in `asking`, with the people `there` as gallery"
+    "Calibration on `n` queries of each person in `asking`, from different cameras, in a gallery of the people `there`"
     queries = np.flatnonzero(np.isin(s.query_pids, asking))
     images = np.flatnonzero(np.isin(s.gallery_pids, there))
     nth = pd.Series(s.query_pids[queries]).groupby(s.query_pids[queries]).cumcount()

@@ -1,4 +1,4 @@
-"""Run notebooks as tests, several at a time, each in its own process, so that a failure does not affect the others.
+"""Run notebooks as tests, several at a time, each in its own process: one that fails or hangs does not affect others.
 `python dev/notebooks.py`, or with notebooks or folders to run. Cells marked `#| slow` run with `--slow` only;
 `--slow-only` runs only the notebooks with such cells, in full."""
 import argparse
@@ -23,6 +23,8 @@ def has_slow_cells(notebook): return '#| slow' in notebook.read_text(encoding='u
 
 def run_here(notebook, slow):
     "Run one notebook in this process; exits with 1 if a cell fails"
+    # Workers of a DataLoader see the classes that a page defines only if they are forked
+    if sys.platform=='linux': mp.set_start_method('fork', force=True)
     from nbdev.test import test_nb
     passed,_ = test_nb(notebook, skip_flags=[] if slow else ['slow'], basepath=root)
     sys.exit(0 if passed else 1)

@@ -68,7 +68,8 @@ def draw(arrows):
         arrow = FancyArrowPatch((8.05, height[a]), (8.05, height[b]), connectionstyle=f'arc3,rad={-.18-.022*distance}',
                                 arrowstyle='-|>', mutation_scale=9, color=plt.cm.tab10(order.index(a)%10), linewidth=1)
         ax.add_patch(arrow)
-    ax.text(0, .75, 'A room imports from the rooms below it, never from those above. Arrows show the actual imports.', fontsize=9.5)
+    text = 'A room imports from the rooms below it, never from those above. Arrows show the actual imports.'
+    ax.text(0, .75, text, fontsize=9.5)
     ax.set(xlim=(-.1, 11.4), ylim=(min(height.values())-.6, 1))
     ax.axis('off')
     picture.parent.mkdir(exist_ok=True)

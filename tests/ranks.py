@@ -14,6 +14,7 @@ from toys import quiet
 
 from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.training.checkpoints import Checkpoints
+from pyramidreid.training.distributed import Ranks  # noqa: F401, the module adds distrib_ctx to learners
 from pyramidreid.training.learner import pyramid_learner
 from pyramidreid.training.recipes import *
 

@@ -1,8 +1,7 @@
-"The grid of ablations: what is in it, that a killed script goes on, and that runs of another configuration are never mixed in"
+"The grid of ablations: what is in it, that a killed script resumes, and that runs of other configurations never mix"
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import ablation
 import common
@@ -28,9 +27,11 @@ def test_what_is_asked():
     asked = ablation.questions(6, 6)
     assert list(asked)==list(ablation.titles)
     levels = [d['levels'] for d in asked['levels'].values() if d]
-    assert sorted(levels)==sorted([[2,3,4,5,6],[1,3,4,5,6],[1,2,4,5,6],[1,2,3,5,6],[1,2,3,4,6],[1,2,3,4,5],[1,2,3],[4,5,6],[1],[6]])
+    without_one = [[2,3,4,5,6], [1,3,4,5,6], [1,2,4,5,6], [1,2,3,5,6], [1,2,3,4,6], [1,2,3,4,5]]
+    assert sorted(levels)==sorted([*without_one, [1,2,3], [4,5,6], [1], [6]])
     assert [sum(not d for d in o.values()) for o in asked.values()]==[1]*5 # the default is in every question
-    assert list(asked['parts'])==['1','2','3','6'] and list(ablation.questions(6, 24)['parts'])==['1','2','3','4','6','8']
+    assert list(asked['parts'])==['1','2','3','6']
+    assert list(ablation.questions(6, 24)['parts'])==['1','2','3','4','6','8']
     assert list(asked['width'])==['32','64','128','256']
     assert len(full())==24
 
@@ -40,7 +41,8 @@ def test_no_empty_pyramid(n): assert all(c.get('levels', [1]) for c in full(n=n,
 def test_triplet_alone_never_on_random_batches():
     alone = [c for c in full() if c.get('only')=='triplet']
     assert alone and all(c.get('mode','pk')=='pk' and c['dynamic'] is False for c in alone)
-    with pytest.raises(ValueError, match='P×K'): common.train('x', 0, None, only='triplet', mode='random', dynamic=False)
+    with pytest.raises(ValueError, match='P×K'):
+        common.train('x', 0, None, only='triplet', mode='random', dynamic=False)
     with pytest.raises(ValueError, match='dynamic=False'): common.train('x', 0, None, only='triplet')
 
 def test_one_part_is_the_whole():
@@ -53,7 +55,8 @@ def test_one_part_is_the_whole():
     for a,b in zip(*(h(fmap) for h in heads)): torch.testing.assert_close(a, b)
 
 def test_differences_by_hand():
-    rows = [('default',0,.5),('default',1,.6),('shift=1000',0,.53),('shift=2000',0,.48),('shift=1000',1,.6),('emb_sz=32',1,.4)]
+    rows = [('default',0,.5), ('default',1,.6), ('shift=1000',0,.53), ('shift=2000',0,.48), ('shift=1000',1,.6),
+            ('emb_sz=32',1,.4)]
     runs = pd.DataFrame(rows, columns=['name','seed','mAP'])
     assert ablation.against_default(runs)['emb_sz=32'].dropna().round(6).to_dict()=={1:-.2}
     assert sorted(ablation.by_chance(runs).round(6))==[-.02,0,.03]
@@ -85,7 +88,9 @@ def test_a_failed_run_stops_no_other(tmp_path):
 
 def strict(name, seed, mAP, seconds): return dict(name=name, seed=seed, mAP=mAP, seconds=seconds)
 
-@pytest.mark.parametrize('other', (dict(size=[96,48], epochs=4), dict(size=[96,32], epochs=5), dict(size=[96,32]), dict(size=[96,32], epochs=4, data='Market-1501'), {}))
+@pytest.mark.parametrize('other', [
+    dict(size=[96,48], epochs=4), dict(size=[96,32], epochs=5), dict(size=[96,32]),
+    dict(size=[96,32], epochs=4, data='Market-1501'), {}])
 def test_never_mixed(tmp_path, other):
     f = tmp_path/'grid.json'
     common.run_grid(f, configs(1), 1, dict, dict(size=[96,32], epochs=4))
@@ -95,16 +100,23 @@ def test_never_mixed(tmp_path, other):
 
 def test_command_line(tmp_path, people):
     "One-step runs by the real command; then it goes on from a half-done file, and refuses other settings"
-    args = ['--data', str(people), '--cache', str(tmp_path/'images.safetensors'), *TINY, '--questions', 'parts', '--out', str(tmp_path/'tiny')]
+    files = ['--data', str(people), '--cache', str(tmp_path/'images.safetensors'), '--out', str(tmp_path/'tiny')]
+    args = [*files[:4], *TINY, '--questions', 'parts', *files[4:]]
     res = subprocess.run([sys.executable, '-W', 'ignore', ablation.__file__, *args], capture_output=True, text=True)
     assert res.returncode==0, res.stderr
     note = json.loads((tmp_path/'tiny.json').read_text())
     first = {o['name']:o for o in note['runs']}
-    assert list(first)==['default','shift=1000','shift=2000','levels=[3]'] and first['default']['steps']==1 and len(first['default']['code'])==7
-    assert note['settings']['hold_out']==.2 and note['settings']['images']==dict(train=144, query=24, gallery=54) and note['hardware']
-    assert note['command'].startswith('python benchmarks/ablation.py --data people --cache images.safetensors --size 48 24')
+    assert list(first)==['default','shift=1000','shift=2000','levels=[3]']
+    assert first['default']['steps']==1
+    assert len(first['default']['code'])==7
+    assert note['settings']['hold_out']==.2
+    assert note['settings']['images']==dict(train=144, query=24, gallery=54)
+    assert note['hardware']
+    command = 'python benchmarks/ablation.py --data people --cache images.safetensors --size 48 24'
+    assert note['command'].startswith(command)
     table = (tmp_path/'tiny.md').read_text()
-    assert '20% of the training identities held out' in table and '## Basic parts' in table and '**3** (default)' in table and '## Which loss' not in table
+    for text in ('20% of the training identities held out', '## Basic parts', '**3** (default)'): assert text in table
+    assert '## Which loss' not in table
     assert (tmp_path/'tiny.png').read_bytes().startswith(b'\x89PNG')
 
     note['runs'] = [dict(first['default'], mAP=.125),first['shift=2000'],first['levels=[3]']]
@@ -113,12 +125,15 @@ def test_command_line(tmp_path, people):
     second = {o['name']:o for o in json.loads((tmp_path/'tiny.json').read_text())['runs']}
     assert second['default']['mAP']==.125 # noted, not run again
     assert second['shift=1000']['mAP']==first['shift=1000']['mAP'] # run again: the same seed, the same figure
-    assert list(second)==['default','shift=2000','levels=[3]','shift=1000','dynamic=normalized','dynamic=paper','dynamic=False']
-    assert [o.split()[-3:] for o in json.loads((tmp_path/'tiny.json').read_text())['command'].split(' && ')][0]==['parts','--out','tiny']
+    changes = ['dynamic=normalized', 'dynamic=paper', 'dynamic=False']
+    assert list(second)==['default','shift=2000','levels=[3]','shift=1000', *changes]
+    commands = json.loads((tmp_path/'tiny.json').read_text())['command'].split(' && ')
+    assert commands[0].split()[-3:]==['parts','--out','tiny']
     assert str(tmp_path) not in (tmp_path/'tiny.md').read_text()+(tmp_path/'tiny.json').read_text()
 
     was = (tmp_path/'tiny.json').read_bytes()
-    with pytest.raises(SystemExit, match=r'tiny.json contains 7 runs of another configuration \(steps: 1 there, 9 now\).*--out'): ablation.main([*args, '--steps', '9'])
+    words = r'tiny.json contains 7 runs of another configuration \(steps: 1 there, 9 now\).*--out'
+    with pytest.raises(SystemExit, match=words): ablation.main([*args, '--steps', '9'])
     with pytest.raises(SystemExit, match='hold_out: 0.2 there, None now'): ablation.main([*args, '--test'])
     assert (tmp_path/'tiny.json').read_bytes()==was
 
@@ -130,10 +145,12 @@ def test_drawn_people(tmp_path, monkeypatch, capsys):
     assert 'nothing to compare' in capsys.readouterr().out and not list(tmp_path.iterdir())
     ablation.main(args)
     note = json.loads((tmp_path/'tiny.json').read_text())
-    assert {o['name'] for o in note['runs']}=={ablation.name(d) for d in [*ablation.AGAIN.values(),*ablation.questions(3, 3)['loss'].values()]}
+    changes = [*ablation.AGAIN.values(), *ablation.questions(3, 3)['loss'].values()]
+    assert {run['name'] for run in note['runs']}=={ablation.name(change) for change in changes}
     assert (note['settings']['n_train'],note['settings']['n_test'],note['settings']['misalign'])==(8,4,.5)
     assert all(o['embedding']==6*128 for o in note['runs'])
 
-@pytest.mark.parametrize('wrong', ('--test', '--data x --test --hold-out .2', '--cache x', '--recipe paper --lr 1', '--n-parts 1'))
+@pytest.mark.parametrize('wrong', [
+    '--test', '--data x --test --hold-out .2', '--cache x', '--recipe paper --lr 1', '--n-parts 1'])
 def test_wrong_arguments(wrong):
     with pytest.raises(SystemExit): ablation.parse(wrong.split())

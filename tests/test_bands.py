@@ -6,7 +6,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from pyramidreid.explain.bands import *
-from pyramidreid.models.pyramid import embedding, pyramid_windows
+from pyramidreid.models.pyramid import join_branches, pyramid_windows
 
 PYRAMIDS = [(6,None),(6,[1]),(6,[6]),(4,[1,3]),(1,None),(3,None)]
 
@@ -15,7 +15,7 @@ def test_each_branch_is_its_cosine_and_their_mean_is_the_cosine(n_parts, levels)
     torch.manual_seed(0)
     windows = pyramid_windows(n_parts, levels)
     feats = torch.randn(2,len(windows),16).relu()
-    a,b = embedding(feats)
+    a,b = join_branches(feats)
     table = branch_similarities(a, b, n_parts, levels)
     assert len(table)==len(windows)
     for row,(first,level),x,y in zip(table.itertuples(), windows, *feats):
@@ -28,7 +28,7 @@ def test_each_branch_is_its_cosine_and_their_mean_is_the_cosine(n_parts, levels)
 
 def test_half_precision():
     torch.manual_seed(0)
-    a,b = embedding(torch.rand(2,21,32)).half()
+    a,b = join_branches(torch.rand(2,21,32)).half()
     cosine = F.cosine_similarity(a.double(), b.double(), dim=0).item()
     assert branch_similarities(a, b).similarity.mean()==pytest.approx(cosine, abs=1e-9)
 
@@ -36,28 +36,28 @@ def test_a_dead_branch_agrees_with_nothing_and_the_mean_stays_the_cosine():
     torch.manual_seed(0)
     feats = torch.rand(2,6,4)
     feats[0,2] = 0
-    a,b = embedding(feats)
+    a,b = join_branches(feats)
     table = branch_similarities(a, b, 3)
     assert table.similarity[2]==0 and table.similarity.mean()==pytest.approx((a@b).item(), abs=1e-6)
 
 @pytest.mark.parametrize('change,match', [
-    (lambda a: embedding(torch.rand(1,6,4), 'whole')[0], "emb_a have lengths .* norm='branch'"),
+    (lambda a: join_branches(torch.rand(1,6,4), 'whole')[0], "emb_a have lengths .* norm='branch'"),
     (lambda a: torch.rand(24), "norm='branch'"),
     (lambda a: a[:-1], '23 dimensions, which cannot be 6 branches'),
     (lambda a: a[:0], 'has 0 dimensions'),
     (lambda a: a[None], r'shape \(1, 24\)'),
     (lambda a: a*0, 'zero or not finite'),
     (lambda a: a*float('nan'), 'zero or not finite'),
-    (lambda a: embedding(torch.rand(1,6,8))[0], '48 and 24 dimensions')])
+    (lambda a: join_branches(torch.rand(1,6,8))[0], '48 and 24 dimensions')])
 def test_what_cannot_be_taken_apart(change, match):
     torch.manual_seed(0)
-    a,b = embedding(torch.rand(2,6,4))
+    a,b = join_branches(torch.rand(2,6,4))
     with pytest.raises(ValueError, match=match): branch_similarities(change(a), b, 3)
 
 @pytest.mark.parametrize('n_parts,levels', PYRAMIDS)
 def test_windows_of_a_lane_do_not_overlap(n_parts, levels):
     n = len(pyramid_windows(n_parts, levels))
-    emb = embedding(torch.ones(1,n,2))[0]
+    emb = join_branches(torch.ones(1,n,2))[0]
     table = branch_similarities(emb, emb, n_parts, levels)
     lanes = list(window_lanes(table))
     assert sorted(branch for branch,_,_ in lanes)==list(range(n))

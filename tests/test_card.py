@@ -42,7 +42,7 @@ def test_a_card_from_a_file_serves_like_the_original(make):
     card = make(about=ABOUT)
     back = Card.from_json(card.to_json())
     assert back.cmc.dtype==torch.float64
-    assert compare_cards([card,back]).shape[1]==len(card.figures())
+    assert compare_cards([card,back]).shape[1]==len(card.metrics())
     if make is whole:
         assert back.ap[2].isnan() and back.first_rank.dtype==torch.int64
         assert bootstrap(back).equals(bootstrap(card))

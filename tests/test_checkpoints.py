@@ -149,7 +149,9 @@ def test_checkpoints_change_nothing(make_learner):
     assert same_tree(weights(plain), weights(kept))
     assert names(kept.path/'checkpoints')==['1-0002.pth'] and not hasattr(kept, 'finite_loss')
 
-@pytest.mark.parametrize('fit,epoch', [(1,1),(2,0),(2,1)])
+slow = pytest.mark.slow
+
+@pytest.mark.parametrize('fit,epoch', [pytest.param(1, 1, marks=slow), (2,0), pytest.param(2, 1, marks=slow)])
 def test_fine_tune(make_learner, fit, epoch):
     "Two fits with one callback, interrupted in either"
     tune = lambda learn, cbs: learn.fine_tune(2, 3e-3, freeze_epochs=2, cbs=cbs)
@@ -263,7 +265,8 @@ def test_other_batches_are_refused(make_learner, make_dls, done):
     with pytest.raises(ValueError, match='batch: p=4, k=4 in the checkpoint, p=4, k=2 in this run'):
         other.fit(2, cbs=Checkpoints(resume=True))
 
-FULL_DISK = [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('PytorchStreamWriter failed writing file')]
+FULL_DISK = [OSError(errno.ENOSPC, 'No space left on device'),
+             pytest.param(RuntimeError('PytorchStreamWriter failed writing file'), marks=slow)]
 
 @pytest.mark.parametrize('error', FULL_DISK)
 def test_a_full_disk(make_learner, monkeypatch, error):

@@ -121,6 +121,7 @@ def test_the_learner_is_restored_and_errors_say_what_to_do(both, rank):
     assert 'in one process' in res['lr_find']
     assert 'p=9 identities on each of 2 ranks' in res['too many'] and 'p=6 or less' in res['too many']
 
+@pytest.mark.slow # Starts the launcher and two processes that import everything
 def test_the_script_runs(people, tmp_path):
     "Started by `accelerate launch` as on two GPUs, but with --cpu"
     launch = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',

@@ -436,7 +436,7 @@ def test_weights_that_are_no_numbers_are_refused(exported, make_learner, make_dl
     learn.load_weights(exported['safetensors'][0]).save_model(tmp_path/'new')
 
 def test_a_card_that_is_no_json_leaves_nothing(learn, tmp_path):
-    card = SimpleNamespace(figures=lambda: dict(mAP=float('nan')), words=lambda: {})
+    card = SimpleNamespace(metrics=lambda: dict(mAP=float('nan')), words=lambda: {})
     for call,o in ((learn.save_model,'m'), (learn.to_exported,'m.pt2'), (learn.to_onnx,'m.onnx')):
         with pytest.raises(ValueError, match='a metric of its card is not a number'): call(tmp_path/'new'/o, card=card)
         with pytest.raises(TypeError, match='card is a str: give the protocol card'):

@@ -126,8 +126,8 @@ def test_metrics_of_ones_own(make_tiny_learner, metrics, names):
     learn = make_tiny_learner(metrics=metrics)
     assert [m.name for m in learn.metrics]==['id_loss','triplet_loss']+names
 
-def test_training_improves(make_tiny_learner):
-    learn = make_tiny_learner()
+def test_training_improves(make_learner):
+    learn = make_learner()
     before = learn.evaluate().mAP
     learn.fit_one_cycle(4, 3e-3)
     assert column(learn, 'id_loss')[-1]<column(learn, 'id_loss')[0]

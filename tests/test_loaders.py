@@ -130,7 +130,7 @@ def test_on_bad_must_be_known(market):
     with pytest.raises(ValueError, match="on_bad='ignore'.*'raise'.*'skip'"): from_market(market, on_bad='ignore')
 
 def test_unreadable_reads_whole_files(market, bad_file):
-    bad = unreadable(market_table(market).fn)
+    bad = find_unreadable(market_table(market).fn)
     assert list(bad)==[bad_file] and bad[bad_file]
 
 def test_a_missing_file_is_named(df):

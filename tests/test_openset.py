@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from pyramidreid.evaluation.distances import Distances
 from pyramidreid.evaluation.intervals import _beta_cdf, _t_squared, binomial_interval
 from pyramidreid.evaluation.openset import *
-from pyramidreid.evaluation.retrieval import Distances, evaluate_distances
+from pyramidreid.evaluation.retrieval import evaluate_distances
 from pyramidreid.training.calibration import *
 
 

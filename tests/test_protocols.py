@@ -205,7 +205,7 @@ def test_single_shot_errors():
 
 def test_rank_of_a_short_curve():
     res = evaluate_single_shot(np.zeros((1,2)), [1], [1,2], ranks=3)
-    assert res.rank(3)==1 and list(res.figures())==['rank-1','mAP (one match: mean of 1/rank)']
+    assert res.rank(3)==1 and list(res.metrics())==['rank-1','mAP (one match: mean of 1/rank)']
     for k in (0,4):
         with pytest.raises(ValueError, match='goes from 1 to 3'): res.rank(k)
 

@@ -217,7 +217,7 @@ def test_initialisation_of_the_classifiers():
 def test_embedding_norms():
     torch.manual_seed(0)
     feats = torch.rand(BATCH, 6, EMB)*torch.arange(1,7)[:,None]
-    by_branch,whole,raw = (embedding(feats, norm) for norm in ('branch','whole',None))
+    by_branch,whole,raw = (join_branches(feats, norm) for norm in ('branch','whole',None))
     torch.testing.assert_close(raw, feats.flatten(1))
     torch.testing.assert_close(whole, raw/raw.norm(dim=1, keepdim=True))
     torch.testing.assert_close(by_branch.norm(dim=1), torch.ones(BATCH))
@@ -226,12 +226,13 @@ def test_embedding_norms():
 def test_similarity_is_the_mean_over_branches():
     torch.manual_seed(0)
     feats = torch.rand(BATCH, 6, EMB)
-    emb = embedding(feats)
+    emb = join_branches(feats)
     mean = F.cosine_similarity(feats[:1], feats[1:], dim=-1).mean(-1)
     torch.testing.assert_close((emb[0]*emb[1:]).sum(-1), mean)
 
 def test_unknown_norms():
-    with pytest.raises(ValueError, match="'length'.*'branch'.*'whole'"): embedding(torch.rand(BATCH, 6, EMB), 'length')
+    feats = torch.rand(BATCH, 6, EMB)
+    with pytest.raises(ValueError, match="'length'.*'branch'.*'whole'"): join_branches(feats, 'length')
 
 @pytest.mark.parametrize('norm', ['branch','whole',None])
 def test_embedding_of_dead_branches_is_finite(norm):
@@ -240,13 +241,13 @@ def test_embedding_of_dead_branches_is_finite(norm):
     feats[0,2] = 0.
     feats[1] = 0.
     feats.requires_grad_()
-    emb = embedding(feats, norm)
+    emb = join_branches(feats, norm)
     emb.sum().backward()
     assert emb.isfinite().all() and not emb[1].any()
     assert feats.grad.isfinite().all()
 
 def test_embedding_of_half_precision_features_is_float32():
-    assert embedding(torch.rand(BATCH, 6, EMB).half(), 'branch').dtype==torch.float32
+    assert join_branches(torch.rand(BATCH, 6, EMB).half(), 'branch').dtype==torch.float32
 
 # The model
 
@@ -267,7 +268,7 @@ def test_net_returns_the_embedding_in_evaluation():
     x = torch.randn(BATCH,3,16,8)
     emb = net(x)
     assert emb.shape==(BATCH,3*EMB)
-    torch.testing.assert_close(emb, embedding(net.head.features(net.body(x)), 'whole'))
+    torch.testing.assert_close(emb, join_branches(net.head.features(net.body(x)), 'whole'))
 
 def test_net_checks_the_image_height():
     net = tiny_net()

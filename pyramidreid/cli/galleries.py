@@ -132,7 +132,7 @@ def _embed_and_add(console, people, model, df):
     from pyramidreid.gallery.entries import entry_table
     from pyramidreid.gallery.gallery import Embeddings
     df,_ = entry_table(df)
-    people._check(df)
+    people.check_columns(df)
     console.say(f"Embedding {len(df):,} image{'' if len(df)==1 else 's'} …")
     embeddings = embed_files(console, model, df.fn.tolist())
     people.add(df, embs=Embeddings(embeddings, model.fingerprint))
@@ -266,13 +266,13 @@ def calibrate_command(console, folder, data, model, dataset, hold_out, seed, far
     """Learn similarity thresholds from DATA. DATA, as for evaluate, is labelled people that MODEL was not trained on.
     GALLERY keeps the thresholds for search --far."""
     _check_gallery(folder)
-    from pyramidreid.cli.inputs import held_out, open_model, ranked, read_data
+    from pyramidreid.cli.inputs import held_out, open_model, query_gallery_distances, read_data
     from pyramidreid.gallery.gallery import Gallery
     df,name = held_out(read_data(data, dataset), hold_out, seed)
     _check_reachable(far, int((df.split=='query').sum()))
     model = open_model(model, device)
     people = Gallery.load(folder, model)
-    distances = ranked(console, model, df, name)
+    distances = query_gallery_distances(console, model, df, name)
     from pyramidreid.training.calibration import calibrate_distances
     about = dict(model=model.fingerprint)
     calibration = calibrate_distances(**distances, far=far, progress_bar=console.bars, about=about)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_csv', 'is_csv', 'data_kind', 'suggest_dataset', 'read_data', 'held_out', 'image_files', 'open_model',
-           'embed_files', 'ranked']
+           'embed_files', 'query_gallery_distances']
 
 # %% ../../nbs/cli/03_inputs.ipynb #9b949bc0
 import re
@@ -63,13 +63,13 @@ def data_kind(
     name=None, # Value of `--dataset`
 ):
     "Return how to read DATA: the dataset's name, 'folder', or None to leave recognition to `dataset_table`"
-    from pyramidreid.data.datasets import _around, _recognise
+    from pyramidreid.data.datasets import nearby_folders, recognise_dataset
     path = Path(path)
     if path.is_file() and path.suffix.lower() not in ('.csv','.mat'):
         raise ValueError(f"{path} is a file, but not a .csv. DATA is the folder of a known dataset, "
                          "a folder with one folder per person, or a .csv file")
     if name is not None or not path.is_dir(): return name
-    if any(_recognise(o) for o in [path, *_around(path)]): return None
+    if any(recognise_dataset(o) for o in [path, *nearby_folders(path)]): return None
     if all((path/o).is_dir() for o in ('train','query','gallery')): return 'folder'
     return None if _has_dataset_parts(path) else 'folder'
 
@@ -168,10 +168,10 @@ def _embed_flipped(model, images):
     "Embed images (N, H, W, 3) together with their mirror images"
     import torch
 
-    from pyramidreid.models.pyramid import embedding
+    from pyramidreid.models.pyramid import join_branches
     mirrored = np.ascontiguousarray(images[:,:,::-1])
     mean = torch.from_numpy(model.run(images)+model.run(mirrored))/2
-    return embedding(mean.view(len(images), model.n_branches, -1), model.about['norm']).numpy()
+    return join_branches(mean.view(len(images), model.n_branches, -1), model.about['norm']).numpy()
 
 def embed_files(
     console,    # `Console` for the progress
@@ -206,7 +206,7 @@ def _describe_model(model, name, flip):
             're-ranking':'none'}
 
 # %% ../../nbs/cli/03_inputs.ipynb #a3b00005
-def ranked(
+def query_gallery_distances(
     console,     # `Console` for the progress
     model,       # From `open_model`
     df,          # Queries and gallery, from `held_out`
@@ -217,9 +217,9 @@ def ranked(
     "Return a dict of the distances from queries to gallery, and the ids and cameras of both"
     from pyramidreid.core import Role
     from pyramidreid.data.tables import check_match, encode_table
+    from pyramidreid.evaluation.distances import Distances
     from pyramidreid.evaluation.reranking import rerank as reranked_distances
-    from pyramidreid.evaluation.retrieval import Distances
-    from pyramidreid.training.learner import _cams
+    from pyramidreid.training.learner import camera_ids
     items,*_ = encode_table(df)
     check_match(items)
     query,gallery = [(items.role==role).to_numpy() for role in (Role.QUERY, Role.GALLERY)]
@@ -231,7 +231,7 @@ def ranked(
     make_distances = reranked_distances if rerank else Distances
     dist = make_distances(embeddings[query], embeddings[gallery])
     dist.about = {**_describe_model(model, name, flip), **getattr(dist, 'about', {})}
-    pids,cams = items.label.to_numpy(),_cams(items)
+    pids,cams = items.label.to_numpy(),camera_ids(items)
     result = dict(dist=dist, query_pids=pids[query], gallery_pids=pids[gallery], query_cams=None, gallery_cams=None)
     if cams is not None: result.update(query_cams=cams[query], gallery_cams=cams[gallery])
     return result

@@ -216,10 +216,10 @@ def train_command(console, **options):
 def evaluate_command(console, model, data, dataset, hold_out, seed, flip, rerank, card, device):
     """Evaluate MODEL on DATA. MODEL is a folder from train or save_model, or an ONNX file. DATA, as for train, has
     queries and a gallery, or else needs --hold-out."""
-    from pyramidreid.cli.inputs import held_out, open_model, ranked, read_data
+    from pyramidreid.cli.inputs import held_out, open_model, query_gallery_distances, read_data
     model = open_model(model, device)
     df,name = held_out(read_data(data, dataset), hold_out, seed)
-    distances = ranked(console, model, df, name, flip=flip, rerank=rerank)
+    distances = query_gallery_distances(console, model, df, name, flip=flip, rerank=rerank)
     from pyramidreid.evaluation.retrieval import evaluate_distances
     result = evaluate_distances(**distances, progress_bar=console.bars)
     if card:

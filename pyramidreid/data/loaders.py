@@ -19,7 +19,7 @@ from .cache import ImageCache, open_image
 from .cuhk03 import cuhk03_table
 from .datasets import cuhk03_np_table, duke_table, market_table, msmt17_table, occluded_duke_table
 from .sampler import PKDataLoader
-from .tables import check_match, encode_table, folder_table, hold_out, unreadable
+from .tables import check_match, encode_table, find_unreadable, folder_table, hold_out
 from .transforms import ResizeEach, person_tfms
 
 # %% ../../nbs/data/08_loaders.ipynb #cc5ddde2
@@ -141,7 +141,7 @@ def _show_batch(self:PKDataLoader,
 # %% ../../nbs/data/08_loaders.ipynb #1d2140b5
 def _drop_unreadable(df):
     "`df` without the files that cannot be read; prints what was left out"
-    bad = unreadable(df.fn)
+    bad = find_unreadable(df.fn)
     if not bad: return df
     names = ', '.join(str(fn) for fn in list(bad)[:3])
     print(f"Left out {len(bad)} of {len(df)} files that are not valid images or are cut off: {names}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['folder_table', 'unique_sorted_ids', 'is_junk', 'hold_out', 'join_tables', 'train_on_all', 'encode_table',
-           'check_match', 'unreadable']
+           'check_match', 'find_unreadable']
 
 # %% ../../nbs/data/01_tables.ipynb #0aead328
 import random
@@ -221,7 +221,7 @@ def _why_unreadable(fn):
     try: read_rgb(fn)
     except (OSError,ValueError) as e: return str(e)
 
-def unreadable(fns): # Image files
+def find_unreadable(fns): # Image files
     "Decode every file and return `{file: reason}` for those that are not valid images or are truncated"
     fns = list(fns)
     reasons = parallel(_why_unreadable, fns, threadpool=True, n_workers=4, progress=False)

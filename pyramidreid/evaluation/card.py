@@ -27,17 +27,17 @@ def _json_ready(o):
     return o if o is None or isinstance(o, (str,int,float)) else str(o)
 
 class Card:
-    "Metrics with the choices behind them; subclasses are dataclasses with `figures`, `choices` and `about`"
+    "Metrics with the choices behind them; subclasses are dataclasses with `metrics`, `choices` and `about`"
     def words(self):
         """Return all choices and the context as text.
         A context named like a metric or a choice is listed as `about: …`, so that neither is hidden"""
-        taken = {**self.figures(), **self.choices()}
+        taken = {**self.metrics(), **self.choices()}
         about = {f'about: {k}' if k in taken else str(k):v for k,v in self.about.items()}
         return {k:str(_json_ready(v)) for k,v in {**self.choices(), **about}.items()}
 
     def card(self):
         "Return a data frame of all metrics and all choices"
-        percent = {k:f'{100*v:.2f} %' for k,v in self.figures().items()}
+        percent = {k:f'{100*v:.2f} %' for k,v in self.metrics().items()}
         rows = {**percent, **self.words()}
         return pd.DataFrame({'': list(rows.values())}, index=list(rows))
 
@@ -123,7 +123,7 @@ class ReIDResult(Card):
 
 # %% ../../nbs/evaluation/02_card.ipynb #df18dea6
 @patch
-def figures(self:ReIDResult):
+def metrics(self:ReIDResult):
     "Return the metrics by name, as fractions"
     return {'mAP (mean of precisions)':self.mAP, 'rank-1':self.rank1, 'rank-5':self.rank5, 'rank-10':self.rank10,
             'mINP':self.mINP, 'mAP (trapezoid)':self.mAP_trapezoid}
@@ -149,7 +149,7 @@ def compare_cards(
     "Return a data frame with a row per card: its metrics in percent, then the choices in which the cards differ"
     cards = dict(cards) if isinstance(cards, dict) else dict(enumerate(cards))
     if not cards: raise ValueError("There are no cards to compare: give `{name: card}`")
-    metrics = pd.DataFrame({k:c.figures() for k,c in cards.items()}).T.mul(100).round(2)
+    metrics = pd.DataFrame({k:c.metrics() for k,c in cards.items()}).T.mul(100).round(2)
     choices = pd.DataFrame({k:c.words() for k,c in cards.items()}).T.fillna('')
     return metrics.join(choices.loc[:, choices.nunique()>1])
 

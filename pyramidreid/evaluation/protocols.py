@@ -89,7 +89,7 @@ class SingleShotResult(Card):
 
 # %% ../../nbs/evaluation/05_protocols.ipynb #98e5d827
 @patch
-def figures(self:SingleShotResult):
+def metrics(self:SingleShotResult):
     "Return the metrics by name, as fractions"
     cmc = {f'rank-{k}':self.rank(k) for k in (1,5,10,20) if k<=len(self.cmc)}
     return {**cmc, 'mAP (one match: mean of 1/rank)':self.mAP}

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from ..core import Role
 from ..data.loaders import open_image
+from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocols import evaluate_cameras
-from ..evaluation.retrieval import Distances, Ranking, evaluate_distances, known_cams
+from ..evaluation.retrieval import Ranking, evaluate_distances, known_cams
 
 # %% ../../nbs/explain/02_interpretation.ipynb #29f84170
 _COLUMNS = ('fn','pid','cam','label','camera','role')

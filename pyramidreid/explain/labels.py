@@ -13,8 +13,8 @@ from fastcore.basics import patch
 from torch.nn import functional as F
 
 from ..core import Role
+from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
-from ..evaluation.retrieval import Distances
 from .interpretation import ReIDInterpretation
 
 # %% ../../nbs/explain/03_labels.ipynb #6ee84034

@@ -54,10 +54,10 @@ class LearnerEmbedder:
 
     def _model_state(self):
         "Everything the fingerprint depends on, quick to compute and to compare"
-        from pyramidreid.models.fingerprints import _work, inner_model, input_stats
+        from pyramidreid.models.fingerprints import inner_model, input_stats, layer_settings
         model = inner_model(self.learn.model)
         return dict(loaders=self.learn.dls, stats=input_stats(self.learn), norm=model.norm, windows=model.head.windows,
-                    layers=list(_work(model)), weights=_weight_state(model))
+                    layers=list(layer_settings(model)), weights=_weight_state(model))
 
 # %% ../../nbs/gallery/01_entries.ipynb #457719b6
 def as_embedder(

@@ -98,7 +98,7 @@ def add(self:Gallery,
     repeated = df.key[df.key.duplicated()].tolist() or self._existing(df.key.tolist())
     if repeated: raise ValueError(f"{len(repeated)} keys exist already, the first is {repeated[0]!r}: "
                                   "remove it first, or choose another key")
-    self._check(df)
+    self.check_columns(df)
     if embs is None and images is None:
         raise ValueError("There is nothing to embed: the table has no column 'fn'. Add it, or pass `embs`")
     if embs is None: embs = self.embed(images, bs)
@@ -126,7 +126,9 @@ def embed(self:Gallery,
 
 # %% ../../nbs/gallery/05_gallery.ipynb #df8ae40b
 @patch
-def _check(self:Gallery, df):
+def check_columns(self:Gallery,
+    df # Table of the new entries
+):
     "Raise `ValueError` if the columns of new entries do not fit"
     typed_table(df, self.store.kinds if len(self) else {})
 

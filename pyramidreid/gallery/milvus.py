@@ -168,7 +168,10 @@ def _to_milvus_rows(df):
 
 # %% ../../nbs/gallery/06_milvus.ipynb #99948039
 @patch
-def _check(self:MilvusGallery, df):
+def check_columns(self:MilvusGallery,
+    df # Table of the new entries
+):
+    "Raise `ValueError` if the columns or keys of new entries do not fit"
     typed_table(df, self.store.kinds)
     if 'embedding' in df:
         raise ValueError("Column 'embedding': Milvus stores the vector under that name. Choose another name")

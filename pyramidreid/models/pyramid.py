@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pyramid_windows', 'part_height', 'PlainBranch', 'PlainPyramidHead', 'BranchLinear', 'pool_windows',
-           'PyramidHead', 'fuse_state', 'embedding', 'PyramidNet', 'pyramid_split']
+           'PyramidHead', 'fuse_state', 'join_branches', 'PyramidNet', 'pyramid_split']
 
 # %% ../../nbs/models/02_pyramid.ipynb #cb8ac31f
 from operator import index
@@ -169,10 +169,10 @@ class PyramidHead(nn.Module):
 
     def embed(self,
         fmap,         # Feature map (N, C, H, W)
-        norm='branch' # Normalisation, as for `embedding`
+        norm='branch' # Normalisation, as for `join_branches`
     ):
         "Return the embedding (N, B·emb_sz)"
-        return embedding(self.features(fmap), norm)
+        return join_branches(self.features(fmap), norm)
 
 # %% ../../nbs/models/02_pyramid.ipynb #37796656
 def fuse_state(sd): # State dict of a `PlainPyramidHead`
@@ -193,7 +193,7 @@ def _check_norm(norm):
     if norm in ('branch','whole',None): return
     raise ValueError(f"norm={norm!r}: an embedding is normalised by 'branch', as a 'whole', or not at all (None)")
 
-def embedding(
+def join_branches(
     feats,        # Branch features (N, B, E)
     norm='branch' # `'branch'`: each branch to length 1, then the whole; `'whole'`: only the whole; None: raw
 ):
@@ -213,7 +213,7 @@ class PyramidNet(nn.Module):
         emb_sz=128,   # Dimensions of a branch's feature
         levels=None,  # Levels to use; None: all
         drop=0.2,     # Dropout before the classifiers
-        norm='branch' # Normalisation of the embedding, as for `embedding`
+        norm='branch' # Normalisation of the embedding, as for `join_branches`
     ):
         super().__init__()
         _check_norm(norm)

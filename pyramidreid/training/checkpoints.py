@@ -22,7 +22,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 
 from ..core import atomic_write
-from ..data.sampler import DrawnDataLoader, PKDataLoader
+from ..data.sampler import PKDataLoader, SingleModeDataLoader
 from .learner import load_opt_state
 
 # %% ../../nbs/training/05_checkpoints.ipynb #24abcb9c
@@ -224,7 +224,7 @@ def drawn_files(
     rng.setstate(rng_state)
     last_mode = modes[-1]
     for mode in dict.fromkeys(modes):
-        inner = dl.new(cls=DrawnDataLoader, mode=mode)
+        inner = dl.new(cls=SingleModeDataLoader, mode=mode)
         inner.rng = random.Random(rng.randint(0,2**32-1))
         if mode==last_mode:
             inner.randomize()
