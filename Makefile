@@ -26,7 +26,7 @@ lint: $(VENV)/.ready       ## modules in sync with notebooks, style, imports bet
 	$(BIN)/python dev/readme.py --check
 	$(BIN)/ruff check --quiet .
 	$(BIN)/python dev/style.py
-	$(BIN)/lint-imports --quiet
+	$(BIN)/lint-imports
 	$(BIN)/python dev/rooms.py --check
 
 export: $(VENV)/.ready     ## write the modules from the notebooks
