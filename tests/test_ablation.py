@@ -77,7 +77,7 @@ def test_goes_on(tmp_path, jobs):
 
 def test_stops_in_time(tmp_path, capsys):
     assert common.run_grid(tmp_path/'grid.json', configs(3), 1, dict, {}, minutes=0).empty
-    assert '3 runs are left' in capsys.readouterr().out
+    assert '3 runs left' in capsys.readouterr().out
 
 def test_a_failed_run_stops_no_other(tmp_path):
     f = tmp_path/'grid.json'

@@ -85,7 +85,7 @@ def desk(trained, people, tmp_path_factory):
 def other_model(make_learner, tmp_path_factory):
     return make_learner(emb_sz=4).save_model(tmp_path_factory.mktemp('other')/'model')
 
-# the guide and the README
+# the guide and the overview
 
 def guide_lines():
     "Commands of the guide, each with the exit code that the next cell asserts"
@@ -100,15 +100,16 @@ def guide_lines():
         if asserted: code = int(asserted[1])
     return lines
 
-def readme_lines():
-    "Commands of the README"
-    text = (root/'README.md').read_text(encoding='utf-8')
+def overview_lines():
+    "Commands of the overview, the first page of the guides"
+    notebook = json.loads((root/'nbs'/'guides'/'overview.ipynb').read_text(encoding='utf-8'))
+    text = '\n'.join(''.join(o['source']) for o in notebook['cells'] if o['cell_type']=='markdown')
     found = re.findall(r'^(?: {4}|\$ )?(pyramidreid [a-z-][^\n]*)', text, re.M)
     found += re.findall(r'`(pyramidreid [a-z-][^`\n]*)`', text)
     return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in found))
 
 def smaller(line):
-    "A command of the README that needs neither real data nor much time"
+    "A command of the overview that needs neither real data nor much time"
     line = re.sub(r'Market-1501\S*', 'people', line)
     if line.startswith('pyramidreid demo'): return f'{line} --epochs 1'
     if line.startswith('pyramidreid train'): return ' '.join([line, *TRAINING, '--epochs', '1'])
@@ -132,8 +133,8 @@ def test_guide_covers_every_command():
     missing = {' '.join(names) for names in command_names()}-set(used)
     assert missing=={'demo'} # it takes minutes; its own page runs a short one
 
-def test_readme_uses_options_that_exist():
-    lines = readme_lines()
+def test_overview_uses_options_that_exist():
+    lines = overview_lines()
     assert lines
     for line in lines:
         command,words = find_command(shlex.split(line)[1:])
@@ -141,9 +142,9 @@ def test_readme_uses_options_that_exist():
         assert {o for o in words if o.startswith('-')}<=options, line
 
 @pytest.mark.slow
-@pytest.mark.parametrize('source', ['guide','readme'])
+@pytest.mark.parametrize('source', ['guide','overview'])
 def test_commands_in_a_shell(tmp_path, source):
-    lines = guide_lines() if source=='guide' else [(smaller(line), None) for line in readme_lines()]
+    lines = guide_lines() if source=='guide' else [(smaller(line), None) for line in overview_lines()]
     for line,code in lines:
         done = in_shell(line, tmp_path)
         said = f'{line}\n{done.out}\n{done.err}'

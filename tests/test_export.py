@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Normalize, resnet18
+from fastai.vision.all import Normalize, resnet18, set_seed
 from PIL import Image
 from toys import quiet
 
@@ -62,6 +62,7 @@ def crops(tmp_path_factory):
 @pytest.fixture(scope='session')
 def learn(make_dls, make_learner):
     "A network with all 21 branches, trained a little"
+    set_seed(0)
     learn = make_learner(make_dls(size=SIZE), n_parts=6, emb_sz=16)
     learn.fit(2)
     return learn

@@ -457,7 +457,7 @@ def test_command(market, tmp_path):
     assert [path.name for path in png.parent.iterdir()]==['r.png']
 
 def test_exit_codes(market, tmp_path, capsys):
-    from pyramidreid.cli.frame import main
+    from pyramidreid.cli.entry import main
     empty = tmp_path/'empty'
     empty.mkdir()
     assert main(['doctor',str(market)])==0 and 'No findings.' in capsys.readouterr().out
@@ -466,9 +466,9 @@ def test_exit_codes(market, tmp_path, capsys):
     assert main(['doctor',str(empty)])==2 and 'No images' in capsys.readouterr().err
 
 def test_bad_usage(market, capsys):
-    from pyramidreid.cli.frame import main
+    from pyramidreid.cli.entry import main
     for args in ([], [str(market),'--plot','x.doc'], [str(market),'--fast']): assert main(['doctor',*args])==2
-    assert main(['doctor',str(market),'--quick','--data-set','nothing'])==2
+    assert main(['doctor',str(market),'--quick','--dataset','nothing'])==2
     assert 'not a known dataset' in capsys.readouterr().err
     below_a_file = market/'query'/'0003_c1s1_000005_01.jpg'/'r.png'
     assert main(['doctor',str(market),'--quick','--plot',str(below_a_file)])==2
@@ -488,7 +488,7 @@ def test_an_interrupt_stops_reading(market, monkeypatch):
     assert 50<n_read<1000
 
 def test_an_interrupted_command(market, monkeypatch, capsys):
-    from pyramidreid.cli.frame import main
+    from pyramidreid.cli.entry import main
     def interrupted(*args): raise KeyboardInterrupt
     monkeypatch.setattr('pyramidreid.data.health.inspect_table', interrupted)
     assert main(['doctor',str(market)])==130
