@@ -8,7 +8,7 @@ FIXED = 'fixed sum, P×K'
 
 def schemes():
     "Arguments of a training by the name of its scheme"
-    from pyramidreid.training.dynamic import DynamicLossWeights
+    from pyramidreid.training.dynamic_losses import DynamicLossWeights
     dynamic = {f'dynamic, {w}': dict(dynamic=DynamicLossWeights(weighting=w)) for w in ('gate', 'normalized', 'paper')}
     return {
         'ID only, random batches': dict(dynamic=False, only='id', mode='random'),

@@ -27,8 +27,8 @@ def in_torch(net):
 
 def engines(learn, compiled):
     "By name: a function of threads that gives a function from pixels to embeddings. The model is exported once"
-    from pyramidreid.export.files import load_embedder
-    from pyramidreid.export.runtime import Runtime
+    from pyramidreid.export.model_files import load_embedder
+    from pyramidreid.export.onnx_runtime import Runtime
     program = torch.export.load(learn.to_exported(learn.path/'m.pt2')).module()
     embedder = load_embedder(learn.save_model(learn.path/'shared'))
     onnx_file = learn.to_onnx(learn.path/'m.onnx')

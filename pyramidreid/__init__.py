@@ -6,15 +6,15 @@ _HOMES = {
     'pyramid_learner':    'all', # brings all methods of a learner, from every room
     'ReIDDataLoaders':    'data.loaders',
     'market_table':       'data.datasets',
-    'doctor':             'data.health',
+    'doctor':             'data.doctor_report',
     'evaluate':           'evaluation.retrieval',
     'rerank':             'evaluation.reranking',
-    'bootstrap':          'evaluation.card',
-    'compare_cards':      'evaluation.card',
+    'bootstrap':          'evaluation.protocol_card',
+    'compare_cards':      'evaluation.protocol_card',
     'Checkpoints':        'training.checkpoints',
     'ReIDInterpretation': 'explain.interpretation',
     'Gallery':            'gallery.gallery',
-    'Runtime':            'export.runtime',
+    'Runtime':            'export.onnx_runtime',
     'synth_persons':      'synth.dataset',
 }
 __all__ = list(_HOMES)

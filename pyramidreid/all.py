@@ -3,8 +3,8 @@ What is not among them is imported from its room, e.g. `from pyramidreid.data.sa
 from fastai.vision.all import *
 
 # Imported for the methods that they add to a learner
-import pyramidreid.explain.bands
-import pyramidreid.export.files
+import pyramidreid.explain.matching_bands
+import pyramidreid.export.model_files
 import pyramidreid.training.distributed
 import pyramidreid.training.recipes
 from pyramidreid.core import ReIDWarning, Role
@@ -18,22 +18,22 @@ from pyramidreid.data.datasets import (
     msmt17_table,
     occluded_duke_table,
 )
-from pyramidreid.data.health import doctor
+from pyramidreid.data.doctor_report import doctor
 from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.data.sampler import PKDataLoader
 from pyramidreid.data.tables import folder_table, hold_out, join_tables, train_on_all
 from pyramidreid.data.transforms import person_tfms, strong_tfms
-from pyramidreid.evaluation.card import ReIDResult, bootstrap, compare_cards
 from pyramidreid.evaluation.distances import Distances
 from pyramidreid.evaluation.openset import Calibration
 from pyramidreid.evaluation.plots import plot_ranking, rank_gallery
+from pyramidreid.evaluation.protocol_card import ReIDResult, bootstrap, compare_cards
 from pyramidreid.evaluation.protocols import evaluate_cameras, evaluate_single_shot
 from pyramidreid.evaluation.reranking import expand_queries, rerank, rerank_distances
 from pyramidreid.evaluation.retrieval import evaluate, evaluate_distances
-from pyramidreid.explain.bands import plot_explanations
 from pyramidreid.explain.interpretation import ReIDInterpretation
-from pyramidreid.export.files import load_embedder
-from pyramidreid.export.runtime import Runtime
+from pyramidreid.explain.matching_bands import plot_explanations
+from pyramidreid.export.model_files import load_embedder
+from pyramidreid.export.onnx_runtime import Runtime
 from pyramidreid.gallery.entries import Embeddings
 from pyramidreid.gallery.gallery import Gallery
 from pyramidreid.models.backbone import resnet10
@@ -41,10 +41,10 @@ from pyramidreid.models.losses import PyramidLoss
 from pyramidreid.models.pyramid import PyramidNet
 from pyramidreid.models.released import released_state_dict
 from pyramidreid.synth.dataset import contact_sheet, synth_persons
-from pyramidreid.training.calibration import calibrate_distances
 from pyramidreid.training.checkpoints import Checkpoints, FiniteLoss
-from pyramidreid.training.dynamic import DynamicLossWeights
+from pyramidreid.training.dynamic_losses import DynamicLossWeights
 from pyramidreid.training.example import example_learner
 from pyramidreid.training.learner import ReIDLearner, pyramid_learner
 from pyramidreid.training.metrics import ReIDMetric, mAP, rank1, rank5
 from pyramidreid.training.recipes import EMA
+from pyramidreid.training.threshold_calibration import calibrate_distances

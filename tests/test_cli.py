@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import pyramidreid.cli.inputs
-import pyramidreid.export.files
+import pyramidreid.export.model_files
 from pyramidreid.cli.entry import app, main
 from pyramidreid.cli.inputs import held_out, image_files, open_model, read_data
 from pyramidreid.data.datasets import market_table
@@ -757,7 +757,7 @@ def test_rate_out_of_reach_is_refused_before_embedding(desk, cli, monkeypatch):
     'gallery calibrate {new}/street {people} --model {onnx}'])
 def test_no_permission_to_write_is_reported_first(desk, cli, tmp_path, monkeypatch, line):
     for name in ('cli.inputs.embed_files', 'cli.inputs.open_model', 'data.loaders.ReIDDataLoaders.from_table',
-                 'synth.dataset.synth_persons', 'data.health.doctor'):
+                 'synth.dataset.synth_persons', 'data.doctor_report.doctor'):
         monkeypatch.setattr(f'pyramidreid.{name}', never)
     monkeypatch.setattr(os, 'access', lambda path, mode, **kwargs: not mode & os.W_OK)
     words = dict(vars(desk), query=desk.queries[0], new=tmp_path)
@@ -911,7 +911,7 @@ def test_wrong_usage_and_input(desk, damaged, cli, tmp_path, line, message):
 
 def test_bugs_of_ours(monkeypatch, people, cli):
     def broken(*args, **kwargs): raise KeyError('x')
-    monkeypatch.setattr('pyramidreid.data.health.doctor', broken)
+    monkeypatch.setattr('pyramidreid.data.doctor_report.doctor', broken)
     done = cli('doctor', people)
     assert done.code==3 and 'Traceback' not in done.err and '--debug' in done.err
     done = cli('doctor', people, '--debug')

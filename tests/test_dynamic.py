@@ -22,7 +22,7 @@ from torch import nn
 from toys import Branches, Spy, Vectors, quiet, toy_learner
 
 from pyramidreid.models.losses import PyramidLoss
-from pyramidreid.training.dynamic import *
+from pyramidreid.training.dynamic_losses import *
 from pyramidreid.training.learner import ReIDLearner
 
 weightings = ['gate','normalized','paper']

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reference import plain_scores
 from torch import nn, tensor
 
-from pyramidreid.evaluation.card import *
+from pyramidreid.evaluation.protocol_card import *
 from pyramidreid.evaluation.ranking import *
 from pyramidreid.evaluation.retrieval import *
 

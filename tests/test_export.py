@@ -20,8 +20,8 @@ from toys import quiet
 
 from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.evaluation.retrieval import evaluate
-from pyramidreid.export.files import *
-from pyramidreid.export.runtime import *
+from pyramidreid.export.model_files import *
+from pyramidreid.export.onnx_runtime import *
 from pyramidreid.images import load_pixels
 from pyramidreid.models.backbone import resnet10
 from pyramidreid.models.fingerprints import fingerprint, input_stats, learner_fingerprint
@@ -284,7 +284,7 @@ def test_the_fingerprint_is_of_timms_batch_norms(make_learner, make_dls):
 def test_another_process_finds_the_same_fingerprint(exported):
     folder = exported['safetensors'][0]
     code = f"""
-from pyramidreid.export.files import load_embedder
+from pyramidreid.export.model_files import load_embedder
 from pyramidreid.models.fingerprints import fingerprint
 model = load_embedder({str(folder)!r})
 print(fingerprint(model.model, model.size, model.stats))
@@ -407,7 +407,7 @@ def test_a_changed_description_is_refused(exported, tmp_path, change, words):
 
 def test_a_description_cannot_fill_the_memory(exported, tmp_path, monkeypatch):
     "A head of 600 GB is refused before it is built, and text that is nested without end when it is read"
-    from pyramidreid.export import files as export
+    from pyramidreid.export import model_files as export
     folder = copied(exported, tmp_path/'m', n_parts=96, levels=list(range(1,97)), emb_sz=16384)
     monkeypatch.setattr(export, '_build_model', lambda about: pytest.fail('it was built'))
     words = r'head.reduce.weight is \(21, 512, 16\), not \(4656, channels of the backbone, 16384\)'
@@ -419,7 +419,7 @@ def test_weights_that_are_no_numbers_are_refused(exported, make_learner, make_dl
     "In a file whose fingerprint is right, and from a learner; one that diverged may load a shared model's again"
     from safetensors.torch import load_file, save_file
 
-    from pyramidreid.export.files import _build_model
+    from pyramidreid.export.model_files import _build_model
     folder = copied(exported, tmp_path/'m')
     file,about = next(folder.glob('*.safetensors')),json.loads((folder/'model.json').read_text())
     sd = load_file(file)
@@ -483,7 +483,7 @@ def test_loading_runs_no_code(exported, tmp_path):
 def test_a_crash_leaves_the_old_model_whole(make_learner, make_dls, crops, tmp_path, monkeypatch, at):
     "The process dies at the n-th file operation of the second save"
     from pyramidreid import core
-    from pyramidreid.export import files as export
+    from pyramidreid.export import model_files as export
     old,new = make_learner(make_dls(size=SIZE)),make_learner(make_dls(size=SIZE), emb_sz=4)
     old.save_model(tmp_path)
     was,n = load_embedder(tmp_path).embed(crops[0][:3]),[0]
@@ -506,7 +506,7 @@ def test_a_crash_leaves_the_old_model_whole(make_learner, make_dls, crops, tmp_p
 
 @pytest.mark.parametrize('kind', ['save_model','to_exported',pytest.param('to_onnx', marks=onnx)])
 def test_what_does_not_agree_is_not_written(learn, tmp_path, monkeypatch, kind):
-    from pyramidreid.export import files as export
+    from pyramidreid.export import model_files as export
     def off(call): return lambda *args: call(*args)+1e-3
     monkeypatch.setattr(export.Embedder, 'run', off(export.Embedder.run))
     monkeypatch.setattr(export.Runtime, 'run', off(export.Runtime.run))

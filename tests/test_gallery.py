@@ -208,7 +208,7 @@ def test_gallery_that_outgrew_its_calibration(gallery):
 
 def test_calibrated_by_the_learner_itself(trained):
     "A search with `far` is the ranking of `evaluate` cut at the threshold: as often wrong as the calibration says"
-    import pyramidreid.training.calibration  # noqa: F401, adds calibrate
+    import pyramidreid.training.threshold_calibration  # noqa: F401, adds calibrate
     items = trained.dls.valid.items
     entries,queries = items[items.split=='gallery'],items[items.split=='query']
     gallery = Gallery.from_learner(trained, entries[['fn','pid','cam']])
@@ -471,7 +471,7 @@ def test_weights_changed_without_pytorch_noticing(make_learner):
 
 def test_a_saved_model_searches_the_learners_gallery(trained, people, tmp_path):
     "Same fingerprint, same ranking"
-    from pyramidreid.export.files import load_embedder
+    from pyramidreid.export.model_files import load_embedder
     files = sorted((people/'bounding_box_test').glob('*.jpg'))[:8]
     Gallery.from_learner(trained, files).save(tmp_path/'g')
     g = Gallery.load(tmp_path/'g', load_embedder(trained.save_model(tmp_path/'m')))

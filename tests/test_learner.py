@@ -29,7 +29,7 @@ from pyramidreid.data.datasets import market_table
 from pyramidreid.evaluation import retrieval as evaluation
 from pyramidreid.models.backbone import resnet10
 from pyramidreid.training import metrics as reid_metrics
-from pyramidreid.training.dynamic import DynamicLossWeights
+from pyramidreid.training.dynamic_losses import DynamicLossWeights
 from pyramidreid.training.learner import *
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')

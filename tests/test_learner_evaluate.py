@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from pyramidreid.data.datasets import market_table
-from pyramidreid.evaluation.card import Card
+from pyramidreid.evaluation.protocol_card import Card
 from pyramidreid.evaluation.retrieval import evaluate
 from pyramidreid.training.learner import *
 

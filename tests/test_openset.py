@@ -16,7 +16,7 @@ from pyramidreid.evaluation.distances import Distances
 from pyramidreid.evaluation.intervals import _beta_cdf, _t_squared, binomial_interval
 from pyramidreid.evaluation.openset import *
 from pyramidreid.evaluation.retrieval import evaluate_distances
-from pyramidreid.training.calibration import *
+from pyramidreid.training.threshold_calibration import *
 
 
 def of_scores(impostor, person=None, genuine=(), place=None, **kwargs):

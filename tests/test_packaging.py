@@ -103,7 +103,7 @@ def test_help_is_quick():
     assert 'epochs' in run_python(code)
 
 def test_runtime_needs_neither_torch_nor_fastai():
-    run_python("import sys\nimport pyramidreid.export.runtime\n"
+    run_python("import sys\nimport pyramidreid.export.onnx_runtime\n"
                "assert not {'torch', 'fastai', 'pandas'} & set(sys.modules)")
 
 # ---- metadata, README, results

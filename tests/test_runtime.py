@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pyramidreid.export.runtime import *
+from pyramidreid.export.onnx_runtime import *
 from pyramidreid.images import load_pixels
 
 ort = pytest.importorskip('onnxruntime', reason='the onnx extra is not installed')
@@ -22,7 +22,7 @@ def learn(make_learner): return make_learner()
 
 @pytest.fixture(scope='session')
 def file(learn, tmp_path_factory):
-    import pyramidreid.export.files  # noqa: F401  learn.to_onnx
+    import pyramidreid.export.model_files  # noqa: F401  learn.to_onnx
     return learn.to_onnx(tmp_path_factory.mktemp('runtime')/'m.onnx')
 
 @pytest.fixture(scope='session')
@@ -31,7 +31,7 @@ def files(people): return sorted((people/'query').glob('*.jpg'))
 def run_python(code): return subprocess.run([sys.executable,'-c',code], capture_output=True, text=True)
 
 def test_imports_nothing_heavy():
-    code = f"import sys, pyramidreid.export.runtime, onnxruntime\nprint([o for o in {heavy} if o in sys.modules])"
+    code = f"import sys, pyramidreid.export.onnx_runtime, onnxruntime\nprint([o for o in {heavy} if o in sys.modules])"
     assert run_python(code).stdout.strip()=='[]'
 
 def test_works_where_there_is_nothing_else(file, files):
@@ -46,7 +46,7 @@ class Forbid:
         top = name.split('.')[0]
         if top not in sys.stdlib_module_names and top not in allowed: raise ModuleNotFoundError(f'no {{name}} here')
 sys.meta_path.insert(0, Forbid())
-from pyramidreid.export.runtime import Runtime
+from pyramidreid.export.onnx_runtime import Runtime
 r = Runtime({str(file)!r}, threads=1)
 print(r.embed([{str(files[0])!r}]).shape, r.size, r.fingerprint)
 try: import torch
@@ -62,7 +62,7 @@ def test_without_onnxruntime_the_extra_is_named(file, monkeypatch):
 def test_without_onnxruntime_it_is_named_where_there_is_nothing_else(file):
     "Where fastcore, which the rest of the package imports, is not installed either"
     code = ("import sys\nsys.modules['onnxruntime'] = sys.modules['fastcore'] = None\n"
-            f"from pyramidreid.export.runtime import Runtime\nRuntime({str(file)!r})")
+            f"from pyramidreid.export.onnx_runtime import Runtime\nRuntime({str(file)!r})")
     assert 'ImportError: onnxruntime is not installed' in run_python(code).stderr
 
 # what it takes

@@ -45,7 +45,7 @@ def doctor_command(console, data, dataset, quick, plot):
     if plot and plot.suffix not in _PLOT_SUFFIXES:
         raise click.BadParameter(f'{plot} is not a .png, .pdf, .svg or .jpg file', param_hint='--plot')
     from pyramidreid.cli.inputs import data_kind, is_csv, read_data, suggest_dataset
-    from pyramidreid.data.health import doctor, save_plot
+    from pyramidreid.data.doctor_report import doctor, save_plot
     with suggest_dataset(data, dataset):
         source = read_data(data) if is_csv(data) else data
         report = doctor(source, data_kind(data, dataset), files=not quick)

@@ -273,7 +273,7 @@ def calibrate_command(console, folder, data, model, dataset, hold_out, seed, far
     model = open_model(model, device)
     people = Gallery.load(folder, model)
     distances = query_gallery_distances(console, model, df, name)
-    from pyramidreid.training.calibration import calibrate_distances
+    from pyramidreid.training.threshold_calibration import calibrate_distances
     about = dict(model=model.fingerprint)
     calibration = calibrate_distances(**distances, far=far, progress_bar=console.bars, about=about)
     people.calibration = calibration

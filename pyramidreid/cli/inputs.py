@@ -136,7 +136,7 @@ def image_files(
 # %% ../../nbs/cli/03_inputs.ipynb #70a5b56e
 def _runtime(path, device):
     "Return the `Runtime` of an ONNX file on the device that `--device` names"
-    from pyramidreid.export.runtime import Runtime
+    from pyramidreid.export.onnx_runtime import Runtime
     match = re.fullmatch(r'cpu|cuda(?::(\d+))?', device or 'cpu')
     if not match: raise ValueError(f"--device {device}: an ONNX file runs on cpu, cuda, or cuda:1 for the second GPU")
     if match[0]=='cpu': return Runtime(path)
@@ -160,7 +160,7 @@ def open_model(
                                 "as written by pyramidreid train, nor an .onnx file")
     import torch
 
-    from pyramidreid.export.files import load_embedder
+    from pyramidreid.export.model_files import load_embedder
     return load_embedder(path, device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
 # %% ../../nbs/cli/03_inputs.ipynb #a08d2219

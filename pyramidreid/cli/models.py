@@ -98,7 +98,7 @@ def _backbone(name):
 
 def _learner_from_model(dls, opt):
     "Return a learner that continues with the model in the folder `--weights`"
-    from pyramidreid.export.files import learner_from
+    from pyramidreid.export.model_files import learner_from
     if opt.arch:
         raise ValueError(f"--arch {opt.arch}: the model in {opt.weights} has its own backbone. Leave out --arch")
     return learner_from(opt.weights, dls, path=opt.out)
@@ -136,7 +136,7 @@ def _fit(learn, opt, checkpoints):
 
 def _fit_and_save(learn, opt, checkpoints):
     "Train a learner, and write its card and its model"
-    import pyramidreid.export.files  # adds save_model # noqa: F401
+    import pyramidreid.export.model_files  # adds save_model # noqa: F401
     _fit(learn, opt, checkpoints)
     card = learn.evaluate()
     card.to_json(opt.out/'card.json')
@@ -283,7 +283,7 @@ def export_command(console, model, to, out):
     if out.suffix!=f'.{to}': raise click.BadParameter(f'{out} does not end in .{to}', param_hint='--out')
     if model.suffix=='.onnx': raise ValueError(f"{model} is already exported: pass the model folder")
     from pyramidreid.cli.inputs import open_model
-    from pyramidreid.export.files import write_exported, write_onnx
+    from pyramidreid.export.model_files import write_exported, write_onnx
     model = open_model(model, 'cpu')
     console.say(f'Writing {out} …')
     write = write_onnx if to=='onnx' else write_exported

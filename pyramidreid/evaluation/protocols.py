@@ -13,8 +13,8 @@ import torch
 from fastcore.basics import patch
 
 from ..core import with_progress
-from .card import Card
 from .distances import distance_context, distance_matrix, distance_rows
+from .protocol_card import Card
 from .ranking import id_codes
 from .retrieval import Ranking
 

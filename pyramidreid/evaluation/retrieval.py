@@ -11,7 +11,6 @@ import torch
 from fastcore.basics import patch
 
 from ..core import with_progress
-from .card import ReIDResult
 from pyramidreid.evaluation.distances import (  # noqa: F401
     Distances,
     distance_context,
@@ -19,6 +18,7 @@ from pyramidreid.evaluation.distances import (  # noqa: F401
     distance_rows,
     number_tensor,
 )
+from .protocol_card import ReIDResult
 from .ranking import MatchIndex, QueryScores, id_codes, match_ranks, ranking_scores
 
 # %% ../../nbs/evaluation/04_retrieval.ipynb #2da8ff98

@@ -13,15 +13,15 @@ from fastai.vision.all import *
 
 from ..core import Role, atomic_write, with_progress
 from ..data.datasets import dataset_table
-from ..evaluation.card import compare_cards
 from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
+from ..evaluation.protocol_card import compare_cards
 from ..evaluation.reranking import rerank as k_reciprocal
 from ..evaluation.retrieval import evaluate_distances, known_cams
 from ..models.backbone import arch_name, backbone_stats, create_backbone
 from ..models.losses import PyramidLoss
 from ..models.pyramid import PyramidNet, join_branches, pyramid_split
-from .dynamic import DynamicLossWeights
+from .dynamic_losses import DynamicLossWeights
 from .metrics import mAP, rank1, rank5
 
 # %% ../../nbs/training/03_learner.ipynb #e5bb20e8

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from pyramidreid.explain.bands import *
+from pyramidreid.explain.matching_bands import *
 from pyramidreid.models.pyramid import join_branches, pyramid_windows
 
 PYRAMIDS = [(6,None),(6,[1]),(6,[6]),(4,[1,3]),(1,None),(3,None)]

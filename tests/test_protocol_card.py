@@ -10,7 +10,7 @@ import torch
 from torch import tensor
 
 from pyramidreid.core import Role
-from pyramidreid.evaluation.card import *
+from pyramidreid.evaluation.protocol_card import *
 from pyramidreid.evaluation.protocols import *
 from pyramidreid.evaluation.retrieval import *
 

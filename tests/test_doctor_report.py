@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-import pyramidreid.data.checks
-from pyramidreid.data.health import doctor
+import pyramidreid.data.doctor_checks
+from pyramidreid.data.doctor_report import doctor
 from pyramidreid.data.registry import reid_sets
 
 COLUMNS = ['fn','pid','cam','split']
@@ -482,15 +482,15 @@ def test_an_interrupt_stops_reading(market, monkeypatch):
         time.sleep(.01)
         if next(number)==50: os.kill(os.getpid(), signal.SIGINT)
         return [None]*6
-    monkeypatch.setattr('pyramidreid.data.checks._read_facts', slow_read)
+    monkeypatch.setattr('pyramidreid.data.doctor_checks._read_facts', slow_read)
     fns = [market/'query'/'0003_c1s1_000005_01.jpg']*3000
-    with pytest.raises(KeyboardInterrupt): pyramidreid.data.checks._read_all_facts(fns)
+    with pytest.raises(KeyboardInterrupt): pyramidreid.data.doctor_checks._read_all_facts(fns)
     assert 50<n_read<1000
 
 def test_an_interrupted_command(market, monkeypatch, capsys):
     from pyramidreid.cli.entry import main
     def interrupted(*args): raise KeyboardInterrupt
-    monkeypatch.setattr('pyramidreid.data.health.inspect_table', interrupted)
+    monkeypatch.setattr('pyramidreid.data.doctor_report.inspect_table', interrupted)
     assert main(['doctor',str(market)])==130
     assert 'Interrupted' in capsys.readouterr().err
 
