@@ -11,7 +11,7 @@ from pyramidreid.evaluation.plots import rank_gallery
 from pyramidreid.evaluation.retrieval import NoMatchError, evaluate
 from pyramidreid.explain import interpretation
 from pyramidreid.explain.interpretation import *
-from pyramidreid.explain.label_errors import *
+from pyramidreid.explain.suspect_labels import *
 
 
 def make(n=60, n_ids=6, seed=0, unknown=0, junk=0, roles=True, dim=6):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from pyramidreid.core import Role
 from pyramidreid.explain.interpretation import *
-from pyramidreid.explain.label_errors import *
+from pyramidreid.explain.suspect_labels import *
 
 
 def loop_similarity(emb, labels, mixed=()):
@@ -67,7 +67,7 @@ def test_swapped_labels_come_first(swapped):
 def test_suspects_are_drawn_with_the_nearest_images_and_one_of_their_own_id(swapped, k, monkeypatch):
     drawn = {}
     def plot_ranking(suspects, ranked, **kwargs): drawn.update(suspects=suspects, ranked=ranked)
-    monkeypatch.setattr('pyramidreid.explain.label_errors.plot_ranking', plot_ranking)
+    monkeypatch.setattr('pyramidreid.explain.suspect_labels.plot_ranking', plot_ranking)
     emb,items = swapped
     ReIDInterpretation(emb, items).plot_label_errors(2, k=k)
     x = F.normalize(emb, dim=1)
