@@ -7,7 +7,6 @@ __all__ = ['CommandResult', 'Console', 'writing', 'command', 'OrderedGroup', 'ap
 
 # %% ../../nbs/cli/01_frame.ipynb #de2f445c
 import json
-import math
 import os
 import re
 import signal
@@ -88,12 +87,10 @@ def _progress_lines(self:Console, batches, what, every):
 
 # %% ../../nbs/cli/01_frame.ipynb #054e6a3c
 def _epoch_values(names, row, digits):
-    "Format the values of an epoch"
-    def as_text(name, value):
-        if isinstance(value, float): return '–' if math.isnan(value) else f'{value:.{digits}f}'
-        if name=='epoch' and isinstance(value, int): return str(value+1)
-        return str(value)
-    return [as_text(name, value) for name,value in zip(names, row)]
+    "Format the values of an epoch; epochs count from 1"
+    from pyramidreid.training.learner import table_cells
+    row = [value+1 if name=='epoch' and isinstance(value, int) else value for name,value in zip(names, row)]
+    return table_cells(row, digits)
 
 def _epoch_line(learn, row):
     "Format an epoch as one line"
