@@ -18,8 +18,9 @@ from ..core import Role
 from .cache import ImageCache, open_image
 from .cuhk03 import cuhk03_table
 from .datasets import cuhk03_np_table, duke_table, market_table, msmt17_table, occluded_duke_table
+from .folders import folder_table
 from .sampler import PKDataLoader
-from .tables import check_match, encode_table, find_unreadable, folder_table, hold_out
+from .tables import check_match, encode_table, find_unreadable, hold_out
 from .transforms import ResizeEach, person_tfms
 
 # %% ../../nbs/data/10_loaders.ipynb #cc5ddde2
@@ -312,11 +313,13 @@ def from_cuhk03(cls:ReIDDataLoaders,
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_table, but='df,path')
 def from_folder(cls:ReIDDataLoaders,
-    path,         # Folder with a subfolder for each identity
-    cam_pat=None, # Regular expression whose first group is the camera id in a file name; None: cameras unknown
+    path,         # Folder with a subfolder for each identity, or with folders of splits that have one
+    cam_pat=None, # Regular expression whose first group is the camera id in an image's path; None: cameras unknown
+    pid_pat=None, # Regular expression for the person id, likewise; None: the folder that an image is in
+    splits=None,  # What folders are for, as in `folder_table`; None: as they are named
     **kwargs):
-    "Make loaders from a folder for each person; a fraction of them (`valid_pct`, 0.2) is held out for validation"
-    return cls.from_table(folder_table(path, cam_pat), path=path, **kwargs)
+    "Make loaders from a folder for each person; without splits a fraction (`valid_pct`, 0.2) is held out"
+    return cls.from_table(folder_table(path, cam_pat, pid_pat, splits), path=path, **kwargs)
 
 def _column(df, name): return None if name is None else df[name].to_numpy()
 
