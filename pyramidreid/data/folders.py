@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_word', 'find_in_paths', 'folder_table']
 
-# %% ../../nbs/data/02_folders.ipynb #4def2dd8
+# %% ../../nbs/data/02_folders.ipynb #53d808a5
 import re
 import unicodedata
 import warnings
@@ -17,7 +17,7 @@ from ..core import ReIDWarning
 from .tables import queries_and_gallery
 from ..images import survey_folder
 
-# %% ../../nbs/data/02_folders.ipynb #fba4a916
+# %% ../../nbs/data/02_folders.ipynb #26b716f9
 _SPLIT_WORDS = dict(
     train='train', training='train', valid='valid', val='valid', validation='valid', test='test', testing='test',
     query='query', queries='query', probe='query', probes='query', gallery='gallery', galleries='gallery')
@@ -35,7 +35,7 @@ def _hints_at_split(name):
     "Does a name contain the name of a split as a word, like 'mask_train_v2'?"
     return any(word in _SPLIT_WORDS for word in re.findall('[a-z]+', name.lower()))
 
-# %% ../../nbs/data/02_folders.ipynb #7797ec96
+# %% ../../nbs/data/02_folders.ipynb #bab12b57
 _ROLES = ('train','query','gallery','valid')
 
 def _listing(names, n=4):
@@ -52,7 +52,7 @@ def _split_question(path, folders, why, example):
         f"Say what each is for, e.g. splits={example}. Possible are 'train', 'query', 'gallery', 'valid' (its people "
         "become queries and a gallery) and None (left out); splits={} says that none of them is a split")
 
-# %% ../../nbs/data/02_folders.ipynb #f58aa1b1
+# %% ../../nbs/data/02_folders.ipynb #a89a299a
 def _check_words(path, words, given):
     "Raise a `ValueError` if folders named like splits (`words`: folder to word) can mean several things"
     def ask(why, example): raise _split_question(path, [*given, *words], why, example)
@@ -63,9 +63,9 @@ def _check_words(path, words, given):
             ask(f"{folder_of[word]} and {folder} are named like the same split", {folder_of[word]:role, folder:role})
         folder_of.setdefault(word, folder)
     valid,test,query,gallery = map(folder_of.get, ('valid','test','query','gallery'))
+    if valid and (query or gallery): ask(f"{valid} or {query or gallery} can validate, not both", {valid:None})
     if valid and test: ask(f"{valid} or {test} can validate, not both", {valid:'valid', test:None})
     if test and gallery: ask(f"{test} or {gallery} can be the gallery, not both", {test:None})
-    if valid and (query or gallery): ask(f"{valid} or {query or gallery} can validate, not both", {valid:None})
     if query and not (gallery or test): ask("there are queries, but no gallery", {query:'valid'})
     if gallery and not query: ask("there is a gallery, but there are no queries", {gallery:'valid'})
 
@@ -78,7 +78,7 @@ def _roles_by_name(path, tops, given):
     is_gallery = 'query' in {*words.values(), *given.values()}
     return {top: ('gallery' if is_gallery else 'valid') if word=='test' else word for top,word in words.items()}
 
-# %% ../../nbs/data/02_folders.ipynb #47172591
+# %% ../../nbs/data/02_folders.ipynb #faa70eed
 def _normalise(name):
     "`name` with accents encoded in one way: a Mac writes é as two characters, other systems as one"
     return unicodedata.normalize('NFC', name)
@@ -112,7 +112,7 @@ def _choose_roles(path, folders, splits):
         raise _split_question(path, tops, f"{_listing(roles)} may be splits, but {_listing(others)} cannot", example)
     return roles
 
-# %% ../../nbs/data/02_folders.ipynb #54caf194
+# %% ../../nbs/data/02_folders.ipynb #f98472b0
 def find_in_paths(
     name,    # Argument that the pattern is from, `'cam_pat'` or `'pid_pat'`
     pattern, # Regular expression with a group
@@ -127,12 +127,12 @@ def find_in_paths(
     found = [re.search(pattern, rel) for rel in rels]
     bad = [rel for rel,match in zip(rels, found) if not match or not match[1]]
     if not bad: return found
-    hint = " '^' is the start of the path, not of the file name." if pattern.startswith('^') else ''
+    hint = f" '^' is where the path begins, the name of the file: {'/'+pattern[1:]!r}." if pattern[0]=='^' else ''
     raise ValueError(
         f"{name}={pattern!r} finds no {what} in {len(bad):,} of {len(rels):,} paths: {_listing(bad, 3)}.{hint} Correct "
         "it, or leave it out. It is searched in the path relative to the folder, with / between the parts")
 
-# %% ../../nbs/data/02_folders.ipynb #e53a3891
+# %% ../../nbs/data/02_folders.ipynb #387f4414
 _CAMERA_NAME = re.compile(r'(cam|camera|kamera|view)([\W_]*)(?:\d+|(?<=[\W_])[a-z])', re.I)
 _DATE = r'(?:19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d.*'
 _PART = r'(?:track|tracklet|seq|sequence|clip|frames?|images?|imgs?|img1|crops?|pictures?|photos?)[\W_]*\d*'
@@ -158,7 +158,7 @@ def _person_pattern(name):
     if not match: return r'([^/_.]+)[^/]*$'
     return rf"({'-?' if match[1] else ''}\d+){re.escape(match[2])}"
 
-# %% ../../nbs/data/02_folders.ipynb #bc6df1ba
+# %% ../../nbs/data/02_folders.ipynb #79d6fdab
 def _split_prefix(images):
     "How a pattern skips the folders of splits"
     top = max(images.top, key=len)
@@ -185,7 +185,7 @@ def _answers(images, names, parents):
     else: order = ['several','same','above','cameras']
     return '\n'.join(f'  - {options[option]}' for option in order)
 
-# %% ../../nbs/data/02_folders.ipynb #15f14fbf
+# %% ../../nbs/data/02_folders.ipynb #90a46091
 def _check_one_depth(path, images):
     "Raise a `ValueError` if images lie at several depths below the splits' folders"
     depths = images.inside.str.count('/')+1
@@ -225,7 +225,7 @@ def _check_one_parent(path, images):
     raise ValueError(f"{repeated[0]!r} is a folder in {_listing(parents)} of {path}{others}. Say which part of the "
                      f"path is the person, or the camera:\n{_answers(images, [*repeated], parents)}")
 
-# %% ../../nbs/data/02_folders.ipynb #fff23bd8
+# %% ../../nbs/data/02_folders.ipynb #93e83385
 def _mask(rel, start, end, spans):
     "`rel[start:end]` with a star in place of each of `spans`"
     for first,last in sorted(spans, reverse=True):
@@ -244,7 +244,7 @@ def _check_spans(images, name, spans, recognised):
         f"{name} finds the name of a split's folder in {len(bad):,} of {len(images):,} paths, e.g. {bad[0]}. The path "
         "begins with that folder: begin the pattern with ^[^/]+/ to skip it")
 
-# %% ../../nbs/data/02_folders.ipynb #5d3bcad7
+# %% ../../nbs/data/02_folders.ipynb #91fee207
 def _check_split_names(path, images, spans):
     "Raise a `ValueError` if folders below those of splits are named like splits"
     unlike = [_mask(rel, len(top)+1 if top else 0, rel.rfind('/'), pair)
@@ -269,7 +269,7 @@ def _upto(folder, part):
     parts = folder.split('/')
     return '/'.join(parts[:parts.index(part)+1])
 
-# %% ../../nbs/data/02_folders.ipynb #3e12afbb
+# %% ../../nbs/data/02_folders.ipynb #75dfb001
 _NOT_READ = dict( # what is warned of comes first
     loose_images=('image beside the folders of people', 'images beside the folders of people'),
     unknown_formats=('picture in a format that cannot be read', 'pictures in formats that cannot be read'),
@@ -302,7 +302,7 @@ def _describe_not_read(not_read, kinds):
     def describe(kind, rels): return f"{len(rels):,} {_NOT_READ[kind][len(rels)>1]} ({_listing(rels, 3)})"
     return '; '.join(describe(kind, not_read[kind]) for kind in kinds if kind in not_read)
 
-# %% ../../nbs/data/02_folders.ipynb #6fa034ce
+# %% ../../nbs/data/02_folders.ipynb #0827badf
 _EXPECTED = "Expected one folder for each person, with that person's images in it"
 
 def _split_folder(rel, roles):
@@ -342,7 +342,7 @@ def _without_loose(path, images, roles):
             f"If file names begin with the person: pid_pat=r'{start}{_person_pattern(rel.rsplit('/')[-1])}'")
     return images[~is_loose],images.rel[is_loose].tolist()
 
-# %% ../../nbs/data/02_folders.ipynb #74b54017
+# %% ../../nbs/data/02_folders.ipynb #f884d05b
 def _ids(rels, spans):
     "The ids that are at the `spans` of paths, without spaces around them"
     found = [rel[first:last] for rel,(first,last) in zip(rels, spans)]
@@ -379,7 +379,7 @@ def _find_ids(path, images, recognised, cam_pat, pid_pat, splits):
     _check_one_parent(path, images)
     return images
 
-# %% ../../nbs/data/02_folders.ipynb #249f15e7
+# %% ../../nbs/data/02_folders.ipynb #fc538070
 def _warn(message): warnings.warn(message, ReIDWarning, stacklevel=3)
 
 def _warn_about_names(path, df):
@@ -418,7 +418,7 @@ def _read_as(cam_pat, pid_pat, images, roles):
     splits = ''.join(f'; {folder} = {meaning.get(role, role)}' for folder,role in roles.items())
     return f'person = {person}; {cameras}{splits}'
 
-# %% ../../nbs/data/02_folders.ipynb #72562aab
+# %% ../../nbs/data/02_folders.ipynb #3211355b
 def _no_images(path, survey):
     "The error about a folder without images to read"
     unknown = _relative(path, survey['unreadable'])
@@ -437,7 +437,7 @@ def _recognised(roles, splits):
     "Those folders of splits that were recognised by their names"
     return {folder for folder in roles if folder.lower() not in map(str.lower, splits or {})}
 
-# %% ../../nbs/data/02_folders.ipynb #d4f7478b
+# %% ../../nbs/data/02_folders.ipynb #06778a97
 def folder_table(
     path,         # Folder with one folder per person, or with folders of splits that have one
     cam_pat=None, # Regular expression whose first group is the camera in paths like 'cam_a/ann/0.jpg'; None: unknown
