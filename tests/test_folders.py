@@ -19,6 +19,7 @@ from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.gallery.gallery import Gallery
 from pyramidreid.images import find_images, survey_folder
 
+
 def images(*folders, n=2): return [f'{folder}/{i}.jpg' for folder in folders for i in range(n)]
 
 @pytest.fixture
@@ -86,13 +87,15 @@ def test_one_name_in_two_folders_is_a_question(tree):
     message = refused(tree(*SITES))
     assert "'001' is a folder in siteA and siteB" in message
     several,same,above = suggested(message, 'pid_pat')
-    answers = {several: {'siteA/001':2, 'siteB/001':2, 'siteB/002':2}, same: {'001':4, '002':2}, above: dict(siteA=2, siteB=4)}
+    answers = {several: {'siteA/001':2, 'siteB/001':2, 'siteB/002':2},
+               same: {'001':4, '002':2}, above: dict(siteA=2, siteB=4)}
     for pattern,people in answers.items(): assert people_of(folder_table(tree(*SITES), pid_pat=pattern))==people
     df = folder_table(tree(*SITES), cam_pat=suggested(message, 'cam_pat')[0])
     assert set(zip(df.pid, df.cam))=={('001','siteA'), ('001','siteB'), ('002','siteB')}
 
-@pytest.mark.parametrize('names', [('2024-01-01','2024-01-01'), ('2024-01-01','2024-01-02'), ('20240101','20240102'),
-                                   ('track_1','track_1'), ('track_1','track_2'), ('images','images'), ('visit','visit')])
+@pytest.mark.parametrize('names', [
+    ('2024-01-01','2024-01-01'), ('2024-01-01','2024-01-02'), ('20240101','20240102'),
+    ('track_1','track_1'), ('track_1','track_2'), ('images','images'), ('visit','visit')])
 def test_the_person_is_the_folder_above(tree, names):
     "Dates, tracks and the like, repeated or not"
     top = tree(*images(*[f'{person}/{name}' for person,name in zip(('anna','bob'), names)]))
@@ -118,12 +121,14 @@ def test_a_split_of_another_depth(tree):
     message = refused(tree(*images('train/ann','test/cam1/bob')))
     assert 'several depths' in message and suggested(message, 'pid_pat')[0]=='^[^/]+/([^/]+)/'
 
-@pytest.mark.parametrize('pattern, message', [('(', 'not a valid'), ('a', 'no group'), ('x(.)', 'no person in 2 of 2 paths: ann/0')])
+@pytest.mark.parametrize('pattern, message', [
+    ('(', 'not a valid'), ('a', 'no group'), ('x(.)', 'no person in 2 of 2 paths: ann/0')])
 def test_wrong_person_patterns(tree, pattern, message):
     assert message in refused(tree('ann/0.jpg','bob/1.jpg'), pid_pat=pattern)
 
 def test_a_pattern_whose_group_is_empty_or_not_taken(tree):
-    for pattern in ('^(a?)', '^(?:(a)|b)'): assert 'bob/1.jpg' in refused(tree('ann/0.jpg','bob/1.jpg'), pid_pat=pattern)
+    top = tree('ann/0.jpg','bob/1.jpg')
+    for pattern in ('^(a?)', '^(?:(a)|b)'): assert 'no person in 1 of 2 paths: bob/1' in refused(top, pid_pat=pattern)
 
 def test_a_flat_folder(tree):
     top = tree('0001_c1_0.jpg','0001_c2_0.jpg','0002_c1_0.jpg')
@@ -228,13 +233,18 @@ def test_names_of_people():
     names = 'ann 0001 tester trainer Valerie test1 testuser query_7 images data cam_1 gallery-owner'.split()
     assert {split_word(name) for name in names}=={None}
 
-@pytest.mark.parametrize('train, query, gallery', [('Train','Query','Gallery'), ('train','query','test'),
-    ('image_train','image_query','image_test'), ('bounding_box_train','query','bounding_box_test'), (None,'Probe','Gallery')])
+@pytest.mark.parametrize('train, query, gallery', [
+    ('Train','Query','Gallery'), ('train','query','test'), ('image_train','image_query','image_test'),
+    ('bounding_box_train','query','bounding_box_test')])
 def test_train_query_gallery(tree, train, query, gallery):
-    df,warned = read_quietly(tree(*images(*[f'{train}/ann', f'{train}/bob'][:2*bool(train)], f'{query}/cyd', f'{gallery}/cyd')))
-    assert people_of(df, 'train')==(dict(ann=2, bob=2) if train else {}) and not warned
+    df,warned = read_quietly(tree(*images(f'{train}/ann', f'{train}/bob', f'{query}/cyd', f'{gallery}/cyd')))
+    assert people_of(df, 'train')==dict(ann=2, bob=2) and not warned
     assert people_of(df, 'query')==people_of(df, 'gallery')==dict(cyd=2)
-    assert df.split.tolist()==['train']*4*bool(train)+['query']*2+['gallery']*2
+    assert df.split.tolist()==['train']*4+['query']*2+['gallery']*2
+
+def test_query_and_gallery_are_enough(tree):
+    df,warned = read_quietly(tree(*images('Probe/cyd', 'Gallery/cyd')))
+    assert df.split.tolist()==['query']*2+['gallery']*2 and people_of(df)==dict(cyd=4) and not warned
 
 @pytest.mark.parametrize('name', ['valid','val','Validation','test','Testing'])
 def test_people_of_a_validation_folder_are_searched_for(tree, name):
@@ -245,7 +255,8 @@ def test_people_of_a_validation_folder_are_searched_for(tree, name):
     assert people_of(alone, 'query')==dict(cyd=1, dan=1) and people_of(alone, 'gallery')==dict(cyd=2, dan=2)
 
 def test_each_camera_of_a_validation_folder_has_a_query(tree):
-    df = folder_table(tree(*[f'val/{pid}/c{cam}_{i}.jpg' for pid in '12' for cam in 'ab' for i in '01']), cam_pat='/c(.)_')
+    files = [f'val/{pid}/c{cam}_{i}.jpg' for pid in '12' for cam in 'ab' for i in '01']
+    df = folder_table(tree(*files), cam_pat='/c(.)_')
     assert sorted(zip(df.pid, df.cam, df.split))==sorted(
         (pid, cam, split) for pid in '12' for cam in 'ab' for split in ('query','gallery'))
 
@@ -266,7 +277,8 @@ def test_train_val_test_is_a_question(tree):
 
 @pytest.mark.parametrize('folders, found', [
     ('train query', 'no gallery'), ('query', 'no gallery'), ('train gallery', 'no queries'), ('gallery', 'no queries'),
-    ('query gallery test', 'test or gallery'), ('train query gallery val', 'val or query'), ('query val test', 'val or query'),
+    ('query gallery test', 'test or gallery'), ('train query gallery val', 'val or query'),
+    ('query val test', 'val or query'),
     ('Train train', 'same split'), ('query probe gallery', 'same split'), ('valid validation', 'same split'),
     ('train ann', 'ann cannot'), ('ann bob test', 'ann and bob cannot'), ('query gallery extra', 'extra cannot')])
 def test_folders_that_may_be_splits_are_a_question(tree, folders, found):
@@ -295,7 +307,8 @@ def test_splits_in_deeper_folders(tree):
     df = folder_table(top, splits={'test/occluded':'query', 'Test/Whole/':'gallery'})
     assert sorted(set(zip(df.pid, df.split)))==[('ann','gallery'), ('ann','query'), ('bob','train')]
 
-@pytest.mark.parametrize('splits, message', [(dict(val='test'), "'val' is for 'test'"), (dict(dev='valid'), "no folder 'dev'")])
+@pytest.mark.parametrize('splits, message', [
+    (dict(val='test'), "'val' is for 'test'"), (dict(dev='valid'), "no folder 'dev'")])
 def test_wrong_splits(tree, splits, message): assert message in refused(tree(*THREE), splits=splits)
 
 def test_other_folders_beside_train_query_and_gallery_are_not_read(tree):
@@ -310,10 +323,10 @@ def test_people_in_training_and_test(tree):
     assert '1 person is in the training and in the test folders: ann' in warned[0]
     assert 'train_and_test' in doctor(df, files=False).findings.index
 
-VERI = ['image_train/0001_c001_7.jpg', 'image_train/0002_c002_7.jpg', 'image_query/0003_c001_7.jpg', 'image_test/0003_c002_7.jpg']
+VERI = [f'image_{name}_7.jpg' for name in ('train/0001_c001','train/0002_c002','query/0003_c001','test/0003_c002')]
+PARTIAL_ILIDS = ['Probe/001.jpg','Probe/002.jpg','Gallery/001.jpg','Gallery/002.jpg']
 
-@pytest.mark.parametrize('files, people', [
-    (VERI, {'0001','0002','0003'}), (['Probe/001.jpg','Probe/002.jpg','Gallery/001.jpg','Gallery/002.jpg'], {'001','002'})])
+@pytest.mark.parametrize('files, people', [(VERI, {'0001','0002','0003'}), (PARTIAL_ILIDS, {'001','002'})])
 def test_images_without_folders_of_people(tree, files, people):
     "VeRi-776 and Partial-iLIDS"
     message = refused(tree(*files))
@@ -323,12 +336,14 @@ def test_images_without_folders_of_people(tree, files, people):
 
 # What was not read
 
-JUNK = ['@eaDir/ann/0.jpg', 'ann/@eaDir/0.jpg@SYNO_THUMB.jpg', '__MACOSX/ann/._0.jpg', '.DS_Store', 'bob/Thumbs.db', '.git/x.jpg']
+JUNK = ['@eaDir/ann/0.jpg', 'ann/@eaDir/0.jpg@SYNO_THUMB.jpg', '__MACOSX/ann/._0.jpg', '.DS_Store', 'bob/Thumbs.db',
+        '.git/x.jpg']
 
 def test_what_systems_put_beside_pictures_is_never_a_person(tree):
     df,warned = read_quietly(tree(*images('ann','bob'), *JUNK))
     assert people_of(df)==dict(ann=2, bob=2) and not warned
-    assert set(df.attrs['not_read']['hidden_files'])=={'@eaDir', 'ann/@eaDir', '__MACOSX', '.DS_Store', 'bob/Thumbs.db', '.git'}
+    hidden = {'@eaDir', 'ann/@eaDir', '__MACOSX', '.DS_Store', 'bob/Thumbs.db', '.git'}
+    assert set(df.attrs['not_read']['hidden_files'])==hidden
     assert list(df.attrs['not_read'])==['hidden_files']
 
 def test_find_images_leaves_them_out(tree): assert find_images(tree(*JUNK))==[]
@@ -348,9 +363,9 @@ def test_what_was_not_read_is_counted(tree):
     (top/'dan'/'empty').mkdir(parents=True)
     df,warned = read_quietly(top)
     assert people_of(df)==dict(ann=2, bob=2) and df.attrs['not_read']==NOT_READ
-    assert len(warned)==1 and all(text in warned[0] for text in (
-        '1 image beside the folders of people (cover.jpg)', '2 pictures in formats that cannot be read (bob/9.heic and cyd/0.HEIC)',
-        '2 folders without an image (cyd and dan)')) and 'readme' not in warned[0]
+    assert warned==[f'{top}: not read: 1 image beside the folders of people (cover.jpg); '
+                    '2 pictures in formats that cannot be read (bob/9.heic and cyd/0.HEIC); '
+                    '2 folders without an image (cyd and dan)']
     assert df.query('pid=="ann"').copy().attrs['not_read']==NOT_READ
 
 def test_only_pictures_that_cannot_be_read(tree):
@@ -370,11 +385,13 @@ def test_the_doctor_finds_what_was_not_read(pictures):
         assert severities[kind]==('note' if kind in ('other_files','hidden_files') else 'warning')
     assert report.ok and 'Read as: person = the folder an image is in (as ann)' in repr(report)
 
-@pytest.mark.parametrize('files', [SITES, CAMERAS, VIPER, THREE, VERI, images('anna/2024-01-01','bob/2024-01-01')])
+@pytest.mark.parametrize('files', [
+    SITES, CAMERAS, VIPER, THREE, PARTIAL_ILIDS, images('anna/2024-01-01','bob/2024-01-01')])
 def test_the_doctor_refuses_what_can_be_read_in_several_ways(tree, files):
+    top = tree(*files)
     for name in (None,'folder'):
-        with pytest.raises(ValueError) as e: doctor(tree(*files), name)
-        assert str(e.value).replace('tree0', 'tree1')==refused(tree(*files)).replace('tree2', 'tree1') or name
+        with pytest.raises(ValueError) as e: doctor(top, name)
+        assert str(e.value)==refused(top)
 
 def test_the_doctor_takes_patterns_and_splits(pictures, people):
     report = doctor(pictures(*CAMERAS), cam_pat=r'^cam_(\w)/')
@@ -390,7 +407,8 @@ def test_the_doctor_finds_two_spellings_of_a_name(tree):
     assert 'spellings' not in doctor(folder_table(tree(*images('ann','bob'))), files=False).findings.index
 
 def test_a_damaged_dataset_is_not_a_folder_of_people(tree):
-    assert seems_published(tree('bounding_box_train/0002_c1s1_000451_03.jpg', 'bounding_box_test/0003_c1s1_000451_03.jpg'))
+    assert seems_published(tree('bounding_box_train/0002_c1s1_000451_03.jpg',
+                                'bounding_box_test/0003_c1s1_000451_03.jpg'))
     assert seems_published(tree('list_train.txt', *images('train/0000','test/0000')))
     assert not seems_published(tree('query/0002/0002_c1s1_000451_03.jpg', 'gallery/0002/0002_c2s1_000451_03.jpg'))
     assert not seems_published(tree(*images('bounding_box_train/ann','query/bob','bounding_box_test/bob')))
@@ -407,10 +425,9 @@ def test_loaders_of_a_folder(pictures):
     by_date = pictures(*[f'{pid}/2024-01-0{day}/{i}.jpg' for pid in 'ABCDE' for day in (1,2) for i in range(2)])
     dls = ReIDDataLoaders.from_folder(by_date, pid_pat='^([^/]+)/', **SMALL)
     assert set(dls.train.items.pid)|set(dls.valid.items.pid)==set('ABCDE') and dls.c==3
-    dls = ReIDDataLoaders.from_folder(pictures(*[f'{top}/{pid}/{i}.jpg' for top in ('train','val','test')
-                                                 for pid in (f'{top}1', f'{top}2') for i in range(2)]),
-                                      splits=dict(val='valid', test=None), **SMALL)
-    assert set(dls.valid.items.pid)=={'val1','val2'}
+    three = pictures(*images(*[f'{split}/{split[0]}{i}' for split in ('train','val','test') for i in range(2)]))
+    dls = ReIDDataLoaders.from_folder(three, splits=dict(val='valid', test=None), **SMALL)
+    assert set(dls.train.items.pid)=={'t0','t1'} and set(dls.valid.items.pid)=={'v0','v1'}
 
 def test_queries_and_gallery_cannot_be_trained_on(pictures):
     top = pictures(*images('query/ann','query/bob','gallery/ann','gallery/bob'))
@@ -443,7 +460,7 @@ def test_evaluate_reads_queries_and_gallery(pictures, model, run):
 
 def test_train_says_that_cameras_are_unknown(pictures, run, tmp_path):
     options = '--arch resnet10 --weights none --size 96 48 --workers 0 --p 2 --k 2 --epochs 1 --recipe paper'.split()
-    top = pictures(*images('cam_a/ann','cam_a/bob','cam_b/ann','cam_b/bob','cam_a/cyd','cam_b/cyd','cam_a/dan','cam_b/dan'))
+    top = pictures(*images(*[f'cam_{cam}/{pid}' for cam in 'ab' for pid in ('ann','bob','cyd','dan')]))
     train = 'train', top, '--out', tmp_path/'run', *options
     assert run(*train)[0]==2
     code,out,err = run(*train, '--pid-pat', r'([^/]+)/[^/]+$')

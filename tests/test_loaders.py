@@ -15,6 +15,7 @@ from PIL import Image
 
 from pyramidreid.core import Role
 from pyramidreid.data.datasets import *
+from pyramidreid.data.folders import *
 from pyramidreid.data.loaders import *
 from pyramidreid.data.tables import *
 from pyramidreid.data.transforms import *
