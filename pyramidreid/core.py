@@ -28,7 +28,7 @@ class Role(IntEnum):
 
     @classmethod
     def of(cls,
-        name:str # `'train'`, `'query'` or `'gallery'`, also `'training'` or `'probe'`; case and spaces around do not matter
+        name:str # `'train'`, `'query'` or `'gallery'`, also `'training'` or `'probe'`; in any case, with spaces around
     ):
         """Return the role called `name`. Raises `ValueError` for any other name, such as `'test'`, which does not say
         which images are queries"""

@@ -44,11 +44,9 @@ def doctor_command(console, data, dataset, quick, plot):
     The exit code is 1 if there are errors."""
     if plot and plot.suffix not in _PLOT_SUFFIXES:
         raise click.BadParameter(f'{plot} is not a .png, .pdf, .svg or .jpg file', param_hint='--plot')
-    from pyramidreid.cli.inputs import data_kind, is_csv, read_data, suggest_dataset
+    from pyramidreid.cli.inputs import data_kind, suggest_dataset
     from pyramidreid.data.doctor_report import doctor, save_plot
-    with suggest_dataset(data, dataset):
-        source = read_data(data) if is_csv(data) else data
-        report = doctor(source, data_kind(data, dataset), files=not quick)
+    with suggest_dataset(data, dataset): report = doctor(data, data_kind(data, dataset), files=not quick)
     if plot:
         with writing(plot): save_plot(report, plot)
     return CommandResult(text=repr(report), data=report.to_json(), code=0 if report.ok else 1)

@@ -71,7 +71,8 @@ def _entries(files, table):
     "Return a table of the images in FILES and in a CSV table"
     import pandas as pd
 
-    from pyramidreid.cli.inputs import image_files, read_csv
+    from pyramidreid.cli.inputs import image_files
+    from pyramidreid.data.csv_tables import read_csv
     if not files and not table: raise click.UsageError('Nothing to add: pass FILES, or a table with --csv')
     parts = []
     if files: parts.append(pd.DataFrame(dict(fn=list(dict.fromkeys(_absolute(image_files(files)))))))

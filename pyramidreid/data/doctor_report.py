@@ -17,6 +17,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import atomic_write
+from .csv_tables import is_csv
 from .datasets import dataset_table
 from .doctor_checks import images_of_people, inspect_table, none_for_missing, run_checks
 from .registry import dataset_variants, reid_sets
@@ -224,13 +225,15 @@ def _read_folder(path, name):
     except (OSError,ValueError) as e: return _read_rejected(path, name, e)
 
 def doctor(
-    source,    # Folder, or table with columns `fn` and `pid`, optionally `cam` and `split`
+    source,    # Folder, or CSV file or table with columns `fn` and `pid`, optionally `cam` and `split`
     name=None, # Dataset as `dataset_table` takes it, or 'folder' for one folder per person; None: recognised
     files=True # Open every file? False: a quick check of the table only
 )->DataReport:
     """Check a dataset: counts, people, cameras, every file, and pictures that occur twice.
     Raises an `OSError` or `ValueError` if `source` cannot be read as a dataset at all."""
-    df = source if isinstance(source, pd.DataFrame) else _read_folder(source, name)
+    if isinstance(source, pd.DataFrame): df = source
+    elif is_csv(source): df = dataset_table(source, name)
+    else: df = _read_folder(source, name)
     return DataReport(inspect_table(df, files), df.attrs.get('name', 'A table'), files)
 
 # %% ../../nbs/data/12_doctor_report.ipynb #ace79ef3
