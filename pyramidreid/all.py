@@ -9,6 +9,7 @@ import pyramidreid.training.distributed
 import pyramidreid.training.recipes
 from pyramidreid.core import ReIDWarning, Role
 from pyramidreid.data.cache import ImageCache
+from pyramidreid.data.csv_tables import csv_table
 from pyramidreid.data.cuhk03 import cuhk03_table
 from pyramidreid.data.datasets import (
     cuhk03_np_table,
@@ -22,7 +23,7 @@ from pyramidreid.data.doctor_report import doctor
 from pyramidreid.data.folders import folder_table
 from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.data.sampler import PKDataLoader
-from pyramidreid.data.tables import hold_out, join_tables, train_on_all
+from pyramidreid.data.tables import hold_out, join_tables, queries_and_gallery, train_on_all
 from pyramidreid.data.transforms import person_tfms, strong_tfms
 from pyramidreid.evaluation.distances import Distances
 from pyramidreid.evaluation.openset import Calibration

@@ -19,18 +19,27 @@ from types import ModuleType
 from fastcore.imports import in_jupyter
 
 # %% ../nbs/00_core.ipynb #bc537d36
+_other_names = dict(training='train', probe='query')
+_undecided = ('test','testing','val','valid','validation')
+
 class Role(IntEnum):
     "What an image is used for"
     TRAIN,QUERY,GALLERY = 0,1,2
 
     @classmethod
     def of(cls,
-        name:str # `'train'`, `'query'` or `'gallery'`, in upper or lower case
+        name:str # `'train'`, `'query'` or `'gallery'`, also `'training'` or `'probe'`; in any case, with spaces around
     ):
-        "Return the role called `name`. Raises `ValueError` for any other name"
-        key = str(name).upper()
+        """Return the role called `name`. Raises `ValueError` for any other name, such as `'test'`, which does not say
+        which images are queries"""
+        key = str(name).strip().lower()
+        key = _other_names.get(key, key).upper()
         if key in cls.__members__: return cls[key]
-        raise ValueError(f"{name!r} is not a valid role: the split of an image is 'train', 'query' or 'gallery'")
+        message = f"{name!r} is not a valid role: the split of an image is 'train', 'query' or 'gallery'"
+        if key.lower() in _undecided: message += (
+            f". {name!r} says neither which images are queries nor which are the gallery: write 'query' and 'gallery', "
+            "or let `queries_and_gallery` choose")
+        raise ValueError(message)
 
 # %% ../nbs/00_core.ipynb #7334b860
 def require_extra(

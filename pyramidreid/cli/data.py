@@ -46,13 +46,11 @@ def doctor_command(console, data, dataset, quick, plot, **folder):
     The exit code is 1 if there are errors."""
     if plot and plot.suffix not in _PLOT_SUFFIXES:
         raise click.BadParameter(f'{plot} is not a .png, .pdf, .svg or .jpg file', param_hint='--plot')
-    from pyramidreid.cli.inputs import check_folder_options, data_kind, is_csv, read_data, suggest_dataset
+    from pyramidreid.cli.inputs import check_folder_options, data_kind, suggest_dataset
     from pyramidreid.data.doctor_report import doctor, save_plot
     kind = data_kind(data, dataset)
     check_folder_options(data, kind, folder)
-    with suggest_dataset(data, dataset):
-        source = read_data(data) if is_csv(data) else data
-        report = doctor(source, kind, files=not quick, **folder)
+    with suggest_dataset(data, dataset): report = doctor(data, kind, files=not quick, **folder)
     if plot:
         with writing(plot): save_plot(report, plot)
     return CommandResult(text=repr(report), data=report.to_json(), code=0 if report.ok else 1)

@@ -87,7 +87,7 @@ def _entries(files, table, cam_pat, pid_pat):
     "Return a table of the images in FILES and in a CSV table"
     import pandas as pd
 
-    from pyramidreid.cli.inputs import read_csv
+    from pyramidreid.data.csv_tables import read_csv
     if not files and not table: raise click.UsageError('Nothing to add: pass FILES, or a table with --csv')
     if not files and (cam_pat or pid_pat):
         raise click.UsageError('--cam-pat and --pid-pat are for FILES; a table has the columns cam and pid')

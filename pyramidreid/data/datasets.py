@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .csv_tables import csv_table, is_csv
 from .cuhk03 import check_cuhk03_boxes, cuhk03_table
 from .registry import attach_counts, dataset_variants, reid_sets
 from ..images import find_images
@@ -221,12 +222,15 @@ def _recognise_or_raise(path):
 
 # %% ../../nbs/data/05_datasets.ipynb #d68cc29e
 def dataset_table(
-    path,      # Folder of the dataset, as its authors packed it
+    path,      # Folder of the dataset, as its authors packed it, or a CSV table
     name=None  # Key in `reid_sets`, or `'cuhk03'`, `'cuhk03_np'` or `'msmt17'`; None: recognised from the folder
 )->pd.DataFrame: # Columns `fn`, `pid`, `cam` and `split`
-    """Read any known dataset. Raises `FileNotFoundError` if `path` is not recognised or incomplete,
-    `ValueError` for an unknown `name`."""
+    """Read any known dataset, or a table from a CSV file. Raises `FileNotFoundError` if `path` is not recognised or
+    incomplete, `ValueError` for an unknown `name`, or a file that is not a table."""
     path = Path(path)
+    if is_csv(path):
+        if name is not None: raise ValueError(f"{path} is a CSV table, not the folder of {name!r}: leave out the name")
+        return csv_table(path)
     if name is None: name = _recognise_or_raise(path)
     if name=='cuhk03': return cuhk03_table(path)
     if name=='market1501': return market_table(path)

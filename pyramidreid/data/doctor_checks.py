@@ -73,7 +73,10 @@ def _need_fn_and_pid(df):
 # %% ../../nbs/data/11_doctor_checks.ipynb #712eed4f
 _types = dict(width='Int64', height='Int64', bytes='Int64', mode=object, digest=object, reason=object)
 
-def _lower_split(split): return split.lower() if str(split).upper() in Role.__members__ else split
+def _split_name(split):
+    "'train', 'query' or 'gallery' as `Role.of` reads it; any other value as it is, None if it is blank"
+    try: return Role.of(split).name.lower()
+    except ValueError: return split if str(split).strip() else None
 
 def inspect_table(
     df,         # Columns `fn` and `pid`, optionally `cam` and `split`
@@ -83,9 +86,10 @@ def inspect_table(
     _need_fn_and_pid(df)
     columns = {col: df[col].to_numpy() if col in df else None for col in ('fn','pid','cam','split')}
     d = none_for_missing(pd.DataFrame(columns, index=range(len(df))))
-    no_splits = len(d)>0 and d.split.isna().all()
+    splits = none_for_missing(d.split.map(_split_name))
+    no_splits = len(d)>0 and splits.isna().all()
     d.attrs = {**df.attrs, 'no_splits': no_splits}
-    d['split'] = 'train' if no_splits else d.split.map(_lower_split)
+    d['split'] = 'train' if no_splits else splits
     d['junk'] = is_junk(d.pid)
     d['distractor'] = _is_distractor(d)
     facts = _read_all_facts(d.fn.tolist()) if files else pd.DataFrame(index=d.index, columns=_file_columns)
@@ -162,7 +166,8 @@ def _empty(d): return _whole_table(d.empty, 'the table is empty')
 def _no_pid(d): return d[d.pid.isna()]
 
 @register_check('error', 'Images with an unknown split',
-                "Set the split to 'train', 'query' or 'gallery', for every image or for none.")
+                "Set the split to 'train', 'query' or 'gallery', for every image or for none. Where images are for "
+                "testing, `queries_and_gallery` chooses the queries.")
 def _unknown_split(d):
     known = [role.name.lower() for role in Role]
     return d[~d.split.isin(known)].assign(why=lambda rows: [repr(split) for split in rows.split])

@@ -18,6 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import ReIDWarning, atomic_write
+from .csv_tables import is_csv
 from .datasets import dataset_table, seems_published
 from .doctor_checks import images_of_people, inspect_table, none_for_missing, run_checks
 from .folders import folder_table
@@ -242,7 +243,7 @@ def _read_folder(path, name, **patterns):
 
 # %% ../../nbs/data/12_doctor_report.ipynb #191d4b4d
 def doctor(
-    source,    # Folder, or table with columns `fn` and `pid`, optionally `cam` and `split`
+    source,    # Folder, or CSV file or table with columns `fn` and `pid`, optionally `cam` and `split`
     name=None, # Dataset as `dataset_table` takes it, or 'folder' for one folder per person; None: recognised
     files=True, # Open every file? False: a quick check of the table only
     cam_pat=None, # These three are for a folder of people, see `folder_table`: pattern of the camera id,
@@ -252,8 +253,10 @@ def doctor(
     """Check a dataset: counts, people, cameras, every file, and pictures that occur twice.
     Raises an `OSError` or `ValueError` if `source` cannot be read as a dataset at all."""
     patterns = dict(cam_pat=cam_pat, pid_pat=pid_pat, splits=splits)
-    if isinstance(source, pd.DataFrame): _check_no_patterns('this is a table', patterns)
-    df = source if isinstance(source, pd.DataFrame) else _read_folder(source, name, **patterns)
+    is_table = isinstance(source, pd.DataFrame)
+    if is_table or is_csv(source): _check_no_patterns('this is a table', patterns)
+    if is_table: df = source
+    else: df = dataset_table(source, name) if is_csv(source) else _read_folder(source, name, **patterns)
     return DataReport(inspect_table(df, files), df.attrs.get('name', 'A table'), files)
 
 # %% ../../nbs/data/12_doctor_report.ipynb #ace79ef3

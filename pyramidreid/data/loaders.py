@@ -6,21 +6,24 @@
 __all__ = ['ReIDTarget', 'ReIDLabel', 'EncodeTarget', 'show_batch', 'show_results', 'CachedDatasets', 'ReIDDataLoaders']
 
 # %% ../../nbs/data/10_loaders.ipynb #0d5b68d7
+import warnings
 from pathlib import Path
 
 import pandas as pd
 import torch
 from fastai.imports import dispatch
 from fastai.vision.all import *
+from pandas.api.types import is_float_dtype
 from PIL import Image
 
-from ..core import Role
+from ..core import ReIDWarning, Role
 from .cache import ImageCache, open_image
+from .csv_tables import csv_table
 from .cuhk03 import cuhk03_table
 from .datasets import cuhk03_np_table, duke_table, market_table, msmt17_table, occluded_duke_table
 from .folders import folder_table
 from .sampler import PKDataLoader
-from .tables import check_match, encode_table, find_unreadable, hold_out
+from .tables import check_match, encode_table, find_unreadable, hold_out, read_splits
 from .transforms import ResizeEach, person_tfms
 
 # %% ../../nbs/data/10_loaders.ipynb #cc5ddde2
@@ -183,15 +186,6 @@ def _need_columns(df, cols):
     missing,existing = ', '.join(map(repr, missing)),', '.join(map(repr, df.columns))
     raise ValueError(f"The table has no column {missing}; it has {existing}")
 
-def _full_splits(split):
-    "Splits by their full names, given for every image or for none"
-    n_missing = split.isna().sum()
-    if n_missing==len(split): return split
-    if n_missing:
-        raise ValueError(f"{n_missing} of {len(split)} images have no split: give 'train', 'query' or 'gallery' "
-                         "for each, or for none to hold people out")
-    return split.map({name:Role.of(name).name.lower() for name in split.unique()})
-
 def _check_options(on_bad, cached, item_tfms):
     if on_bad not in ('raise','skip'):
         raise ValueError(f"on_bad={on_bad!r}: unreadable files either 'raise' an error or are left out ('skip')")
@@ -220,7 +214,7 @@ def from_table(cls:ReIDDataLoaders,
     p=8, k=8,        # Identities in a training batch, and images of each
     size=(384,128),  # Height and width of the model's input, pixels
     mode='pk',       # `'pk'` or `'random'` training batches; dynamic training switches
-    valid_pct=None,  # Fraction of the training identities to hold out, instead of using the table's query and gallery
+    valid_pct=None,  # Fraction of the training identities to hold out (see `hold_out`); None: as the table says
     seed=42,         # Random seed of the hold-out
     on_bad='raise',  # Unreadable files: `'raise'` when one is opened, or `'skip'` all beforehand
     tfms=person_tfms, # Makes item and batch transforms: `person_tfms`, `strong_tfms`, or a function like them
@@ -233,12 +227,12 @@ def from_table(cls:ReIDDataLoaders,
     _check_options(on_bad, cached, item_tfms)
     name = df.attrs.get('name', Path(path).name)
     _need_columns(df, ('fn','pid','cam','split'))
-    df = df.assign(split=_full_splits(df.split))
+    df = df.assign(split=read_splits(df.split))
     if on_bad=='skip': df = _drop_unreadable(df)
     if valid_pct is None and df.split.isna().any(): valid_pct = 0.2
     if valid_pct is not None:
         df = hold_out(df, valid_pct, seed)
-        name += f', {valid_pct:.0%} of the training identities held out'
+        name += f", {df.attrs['held_out']}"
     df,pids,cams = encode_table(df)
     c = df.label[df.role==Role.TRAIN].nunique()
     _check_identities(c, p)
@@ -321,7 +315,20 @@ def from_folder(cls:ReIDDataLoaders,
     "Make loaders from a folder for each person; without splits a fraction (`valid_pct`, 0.2) is held out"
     return cls.from_table(folder_table(path, cam_pat, pid_pat, splits), path=path, **kwargs)
 
-def _column(df, name): return None if name is None else df[name].to_numpy()
+# %% ../../nbs/data/10_loaders.ipynb #b192e38c
+def _column(df, name):
+    "A column's values. Whole numbers that pandas keeps as floats, as it does beside missing ones, become integers"
+    if name is None: return None
+    column = df[name]
+    if not is_float_dtype(column): return column.to_numpy()
+    if not column.dropna().map(float.is_integer).all(): return column.to_numpy()
+    return column.astype('Int64').astype(object).where(column.notna(), None).to_numpy()
+
+def _warn_of_unused(df, column):
+    "Warn that `df` has a `column` with several values, which the loaders will not use"
+    if column in df and df[column].nunique()>1: warnings.warn(
+        f"The column {column!r} of the table is not used. If it is meant, pass {column}_col={column!r}",
+        ReIDWarning, stacklevel=3)
 
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_table, but='df,path')
@@ -336,9 +343,20 @@ def from_df(cls:ReIDDataLoaders,
     "Make loaders from a table with any column names"
     cols = dict(fn=fn_col, pid=pid_col, cam=cam_col, split=split_col)
     _need_columns(df, [name for name in cols.values() if name is not None])
+    if split_col is None: _warn_of_unused(df, 'split')
+    if cam_col is None: _warn_of_unused(df, 'cam')
     table = pd.DataFrame({col:_column(df, name) for col,name in cols.items()}, index=range(len(df)))
     table['fn'] = [Path(path)/fn for fn in table.fn]
     return cls.from_table(table, path=path, **kwargs)
+
+# %% ../../nbs/data/10_loaders.ipynb #3271d5be
+@patch(cls_method=True)
+@delegates(ReIDDataLoaders.from_table, but='df,path')
+def from_csv(cls:ReIDDataLoaders,
+    path, # CSV file with the columns `fn`, relative to its folder, and `pid`, and `cam` and `split` where known
+    **kwargs):
+    "Make loaders from a CSV file; if it has no `split`, a fraction of the people (`valid_pct`, 0.2) is held out"
+    return cls.from_table(csv_table(path), path=Path(path).parent, **kwargs)
 
 # %% ../../nbs/data/10_loaders.ipynb #2ce4ba8c
 @patch

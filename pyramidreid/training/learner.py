@@ -13,6 +13,7 @@ from fastai.vision.all import *
 
 from ..core import Role, atomic_write, with_progress
 from ..data.datasets import dataset_table
+from ..data.tables import rows_to_evaluate
 from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocol_card import compare_cards
@@ -202,15 +203,14 @@ def evaluate(self:ReIDLearner,
 
 # %% ../../nbs/training/03_learner.ipynb #42ab598b
 def _test_table(name, test_set):
-    "The table of a test set, given as such or as a folder"
+    "The queries and gallery of a test set, given as a table, a folder or a CSV file"
     table = test_set if isinstance(test_set, pd.DataFrame) else dataset_table(test_set)
-    if 'split' in table: return table
-    raise ValueError(f"{name}: this table has no column 'split' with the values 'query' and 'gallery'; "
-                     f"its columns are {', '.join(map(repr, table.columns))}")
+    try: return rows_to_evaluate(table)
+    except ValueError as e: raise ValueError(f"{name}: {e}") from e
 
 @patch
 def evaluate_on(self:ReIDLearner,
-    sets,      # `{name: test set}`: tables with queries and gallery, or folders of known datasets
+    sets,      # `{name: test set}`: tables with queries and gallery, CSV files of such, or folders of known datasets
     path=None, # Folder in which to write each card as a JSON file; None: write nothing
     **kwargs   # Passed to `evaluate`
 ):
@@ -218,7 +218,7 @@ def evaluate_on(self:ReIDLearner,
     tables = {name:_test_table(name, test_set) for name,test_set in sets.items()}
     cards = {}
     for name,table in tables.items():
-        dl = self.dls.test_dl(table[table.split.isin(['query','gallery'])], with_labels=True)
+        dl = self.dls.test_dl(table, with_labels=True)
         about = {'data':table.attrs.get('name', name)} | kwargs.get('about', {})
         cards[name] = self.evaluate(dl, **(kwargs | {'about':about}))
         if path is not None: cards[name].to_json(Path(path)/f'{name}.json')
