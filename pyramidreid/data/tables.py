@@ -51,7 +51,7 @@ def _find_cams(fns, cam_pat):
                                    f"{', '.join(unmatched[:3])}. Correct it, or leave it out")
     return [match[1] for match in found]
 
-# %% ../../nbs/data/01_tables.ipynb #003e5ba5
+# %% ../../nbs/data/01_tables.ipynb #6cc0b131
 def _count_values(values):
     "Text with each of the values and the number of images that have it"
     return ', '.join(f'{value!r} ({n:,})' for value,n in values.value_counts(sort=False).items())
@@ -73,7 +73,7 @@ def read_splits(
         f"none to hold people out. The others are {_count_values(split[~missing])}")
     return split.map(names).astype(object)
 
-# %% ../../nbs/data/01_tables.ipynb #c69590c8
+# %% ../../nbs/data/01_tables.ipynb #b07bc847
 def rows_to_evaluate(
     df # Table with `split`
 )->pd.DataFrame:
@@ -106,7 +106,7 @@ def is_junk(pids): # Series of person ids
     "Return a boolean Series: which of `pids` are -1"
     return pids.map(_is_junk_id).astype(bool)
 
-# %% ../../nbs/data/01_tables.ipynb #cdeace8d
+# %% ../../nbs/data/01_tables.ipynb #17964d1b
 def _check_pids(df):
     "Raise a `ValueError` if an image has no person id"
     unnamed = df.fn[df.pid.isna()]
@@ -115,9 +115,9 @@ def _check_pids(df):
 
 def _by_person_and_camera(df):
     "`{pid: {camera: positions of rows}}` without junk; the camera is None where it is unknown"
-    cams = [None]*len(df) if 'cam' not in df else df.cam.astype(object).where(df.cam.notna(), None)
+    cams = [None]*len(df) if 'cam' not in df else df.cam.astype(object).where(df.cam.notna(), None).tolist()
     people = {}
-    for i,(pid,cam,junk) in enumerate(zip(df.pid, cams, is_junk(df.pid))):
+    for i,(pid,cam,junk) in enumerate(zip(df.pid.tolist(), cams, is_junk(df.pid).tolist())):
         if not junk: people.setdefault(pid, {}).setdefault(cam, []).append(i)
     return people
 
@@ -127,7 +127,7 @@ def _can_match(by_cam):
     n_known = len(by_cam)-(None in by_cam)
     return n_known+len(unknown)>1
 
-# %% ../../nbs/data/01_tables.ipynb #c2abeda3
+# %% ../../nbs/data/01_tables.ipynb #8300715e
 def _people_who_can_match(people, at_least, purpose):
     "The ids of `people` with a possible match; raise a `ValueError` if there are fewer than `at_least`"
     able = [pid for pid,by_cam in people.items() if _can_match(by_cam)]
@@ -155,7 +155,7 @@ def _split_of_rows(n, people, pids, rng, rest):
         for i in _choose_queries(people[pid], rng): split[i] = 'query'
     return pd.Series(split, dtype=object)
 
-# %% ../../nbs/data/01_tables.ipynb #7b426a56
+# %% ../../nbs/data/01_tables.ipynb #25b3332a
 def queries_and_gallery(
     df,      # Table with `fn`, `pid` and `cam`; its own `split`, if any, is replaced
     seed=42  # Random seed of the choice
