@@ -1,4 +1,6 @@
 "Plain versions of the library's fast functions, written to be read: tests compare with them, benchmarks time them."
+import random
+
 import numpy as np
 
 
@@ -62,3 +64,24 @@ def _expanded_set(rank, i, k1):
         other = _reciprocal_set(rank, j, int(np.around(k1/2))+1)
         if 3*len(np.intersect1d(other, own)) > 2*len(other): res.append(other)
     return np.unique(np.concatenate(res))
+
+def plain_queries(df, pids, rng):
+    """The row labels of the queries of `pids`, person after person: one image of each camera that has several, or just
+    one. The whole table is filtered for each of them"""
+    queries = []
+    for pid in pids:
+        rows = df[df.pid==pid]
+        by_cam = [rows.index]
+        if rows.cam.notna().any(): by_cam = [rows.index[rows.cam==cam] for cam in rows.cam.dropna().unique()]
+        several = [images for images in by_cam if len(images)>1] or [rng.choice(by_cam)]
+        queries += [rng.choice(list(images)) for images in several]
+    return queries
+
+def plain_hold_out(df, pct, seed):
+    "The split of each row of a table in which everyone has a possible match, with `pct` of the people held out"
+    rng = random.Random(seed)
+    pids = sorted(df.pid.unique())
+    held_out = rng.sample(pids, max(2, round(pct*len(pids))))
+    split = df.pid.isin(held_out).map({True:'gallery', False:'train'}).astype(object)
+    split[plain_queries(df, held_out, rng)] = 'query'
+    return split

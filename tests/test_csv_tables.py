@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import pyramidreid.export.model_files # for save_model
+import pyramidreid.export.model_files  # noqa: F401, for save_model
 from pyramidreid.cli.entry import main
 from pyramidreid.cli.inputs import held_out, read_data
 from pyramidreid.core import ReIDWarning

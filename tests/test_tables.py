@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from reference import plain_hold_out, plain_queries
 
 from pyramidreid.core import ReIDWarning, Role
 from pyramidreid.data.datasets import market_table
@@ -187,18 +188,6 @@ def test_distractors_as_text(df):
 
 # Choosing queries
 
-def plain_choice(df, pids, rng):
-    """The queries of `pids`, person after person, with a filter of the whole table for each: one image of each camera
-    that has several, or just one"""
-    queries = []
-    for pid in pids:
-        rows = df[df.pid==pid]
-        by_cam = [rows.index]
-        if rows.cam.notna().any(): by_cam = [rows.index[rows.cam==cam] for cam in rows.cam.dropna().unique()]
-        several = [o for o in by_cam if len(o)>1] or [rng.choice(by_cam)]
-        queries += [rng.choice(list(o)) for o in several]
-    return queries
-
 def random_table(rng, cams):
     images = []
     for pid in range(rng.randrange(4, 30)):
@@ -223,7 +212,7 @@ def test_every_query_has_a_match(cams, seed):
         views = len(set(rows.cam.dropna()))+rows.cam.isna().sum()
         if views>1: able.append(pid)
     assert set(queries.pid)==set(able) and len(able)>1
-    if cams!=CAMERAS[-1]: assert sorted(queries.index)==sorted(plain_choice(df, able, random.Random(seed)))
+    if cams!=CAMERAS[-1]: assert sorted(queries.index)==sorted(plain_queries(df, able, random.Random(seed)))
 
 def test_queries_by_hand():
     df = make_table(('ann','door'), ('ann','door'), ('ann','hall'), ('bob','door'), ('bob','hall'), ('cy','door'),
@@ -247,15 +236,6 @@ def test_chosen_queries_can_be_evaluated(df):
     check_match(encode_table(queries_and_gallery(test))[0])
 
 # Holding people out
-
-def plain_hold_out(df, pct, seed):
-    "The split of each row where everyone can match: for each person held out, a filter of the whole table"
-    rng,split = random.Random(seed),pd.Series('train', index=df.index, dtype=object)
-    pids = sorted(df.pid.unique())
-    held_out = rng.sample(pids, max(2, round(pct*len(pids))))
-    split[df.pid.isin(held_out)] = 'gallery'
-    split[plain_choice(df, held_out, rng)] = 'query'
-    return split
 
 @pytest.mark.parametrize('cams', CAMERAS[:3])
 @pytest.mark.parametrize('seed', range(6))
