@@ -2251,6 +2251,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'pyramidreid/training/learner.py'),
                                               'pyramidreid.training.learner._queries_and_gallery': ( 'training/learner.html#_queries_and_gallery',
                                                                                                      'pyramidreid/training/learner.py'),
+                                              'pyramidreid.training.learner._read_test_set': ( 'training/learner.html#_read_test_set',
+                                                                                               'pyramidreid/training/learner.py'),
                                               'pyramidreid.training.learner._rows_of': ( 'training/learner.html#_rows_of',
                                                                                          'pyramidreid/training/learner.py'),
                                               'pyramidreid.training.learner._test_table': ( 'training/learner.html#_test_table',

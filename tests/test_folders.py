@@ -499,3 +499,7 @@ def test_gallery_add_reads_cameras_and_people_of_paths(pictures, model, run, tmp
     for more in (('--cam-pat','(.)','--cam',1), ('--pid-pat','(.)','--pid',1)): assert run(*add, 'door', *more)[0]==2
     (tmp_path/'x.csv').write_text('fn\na.jpg\n')
     assert run(*add, '--csv', tmp_path/'x.csv', '--cam-pat', '(.)')[0]==2
+
+def test_evaluate_on_reads_folders_of_people(pictures, trained):
+    top = pictures(*images('query/ann','query/bob','gallery/ann','gallery/bob'))
+    assert trained.evaluate_on({'own':top}).index.tolist()==['own']

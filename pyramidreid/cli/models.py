@@ -165,9 +165,9 @@ def _metrics(card):
     return {**metrics, 'choices':card.words()}
 
 _CAMERAS_UNKNOWN = """
-Cameras are unknown: nothing could be left out that the query's own camera took, which is easy to find. These results
-are higher than with cameras, and not comparable with those of benchmarks. If the names of folders or files contain the
-camera, pass --cam-pat; in a CSV file, add a column cam."""
+Cameras are unknown: images from the query's own camera, which are easy to find, count as matches. Results are higher
+than with cameras, and not comparable with those of benchmarks. If the names of folders or files contain the camera,
+pass --cam-pat; a CSV file has the column cam."""
 
 def _card_text(card):
     "A card as text, with a warning below it if cameras are unknown"

@@ -194,6 +194,7 @@ def _check_options(on_bad, cached, item_tfms):
                          "pass batch_tfms, or tfms (e.g. tfms=strong_tfms)")
 
 def _check_identities(c, p):
+    if c==0: raise ValueError("0 training identities: a table of queries and gallery can be evaluated, not trained on")
     if c<2: raise ValueError(f"{c} training identities: training needs at least two")
     if c<p: raise ValueError(f"A batch of p={p} identities cannot be filled: the training split has {c}. "
                              f"Pass p={c} or less, and a larger k to keep the batch size")
