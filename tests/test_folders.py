@@ -185,6 +185,17 @@ def test_cameras_are_not_people(tree):
     df = folder_table(top, **patterns, splits=dict(cam_a='query', cam_b='gallery'))
     assert df.split.tolist()==['query']*2+['gallery']*2 and df.cam.tolist()==list('aabb')
 
+@pytest.mark.parametrize('cameras', ['cam1 cam2', 'Camera_1 Camera_12', 'c1 c2', 'view-a view-b', 'cam a'])
+def test_names_of_cameras(tree, cameras):
+    first,second = cameras.split() if cameras!='cam a' else ('cam a','cam b')
+    message = refused(tree(f'{first}/0001_0.jpg', f'{second}/0001_1.jpg'))
+    pattern = suggested(message, 'cam_pat')[0]
+    found = [re.search(pattern, f'{camera}/0001_0.jpg')[1] for camera in (first,second)]
+    assert 'named like cameras' in message and found==[re.search(r'(\d+|.)$', camera)[1] for camera in (first,second)]
+
+def test_people_whose_names_begin_like_cameras(tree):
+    assert len(folder_table(tree(*images('camel','cameron','c100','views'))).pid.unique())==4
+
 def test_a_camera_explains_only_what_it_is(tree):
     "Not that a person is at two sites, nor a number in the names of the files"
     top = tree(*images('siteA/cam_1/ann','siteB/cam_1/ann'))

@@ -91,7 +91,7 @@ def _check_given(path, splits, folders):
         if role is not None and role not in _ROLES: raise ValueError(
             f"splits: {folder!r} is for {role!r}, but a folder is for 'train', 'query', 'gallery', 'valid' (its people "
             "become queries and a gallery), or None (left out)")
-        name = _normalise(str(folder)).strip('/')
+        name = _normalise(str(folder)).replace('\\', '/').strip('/')
         if name not in folders: name = spelled.get(name.lower())
         if name is None: raise ValueError(
             f"splits: {path} has no folder {folder!r} with images, but {_listing(sorted(folders), 6) or 'none'}")
@@ -133,7 +133,7 @@ def find_in_paths(
         "it, or leave it out. It is searched in the path relative to the folder, with / between the parts")
 
 # %% ../../nbs/data/02_folders.ipynb #387f4414
-_CAMERA_NAME = re.compile(r'(cam|camera|kamera|view)([\W_]*)(?:\d+|(?<=[\W_])[a-z])', re.I)
+_CAMERA_NAME = re.compile(r'(cam|camera|kamera|view|c(?=\d\d?$))([\W_]*)(?:\d+|(?<=[\W_])[a-z])', re.I)
 _DATE = r'(?:19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d.*'
 _PART = r'(?:track|tracklet|seq|sequence|clip|frames?|images?|imgs?|img1|crops?|pictures?|photos?)[\W_]*\d*'
 _NOT_A_PERSON = re.compile(f'{_DATE}|{_PART}', re.I)
@@ -309,9 +309,9 @@ def _split_folder(rel, roles):
     "The innermost folder of a path that is among `roles`, '' if none is"
     return next((folder for folder in reversed(_ancestors(rel)) if folder in roles), '')
 
-def _list_images(path, survey, splits):
+def _list_images(path, files, rels, splits):
     "A table of the images, with the folder of the split each is in (`top`), and the role of each such folder"
-    images = pd.DataFrame(dict(fn=survey['image'], rel=_relative(path, survey['image'])), dtype=object)
+    images = pd.DataFrame(dict(fn=files, rel=rels), dtype=object)
     folders = dict.fromkeys(folder for rel in images.rel for folder in _ancestors(rel))
     roles = _choose_roles(path, folders, splits)
     images['top'] = [_split_folder(rel, roles) for rel in images.rel]
@@ -419,15 +419,13 @@ def _read_as(cam_pat, pid_pat, images, roles):
     return f'person = {person}; {cameras}{splits}'
 
 # %% ../../nbs/data/02_folders.ipynb #3211355b
-def _no_images(path, survey):
-    "The error about a folder without images to read"
-    unknown = _relative(path, survey['unreadable'])
+def _no_images(path, unknown):
+    "The error about a folder without images to read, with pictures of `unknown` formats"
     hint = f". Pictures in formats that cannot be read: {_listing(unknown, 3)}. Convert them to PNG" if unknown else ''
     return FileNotFoundError(f"No images in the folders below {path}. {_EXPECTED}{hint}")
 
-def _list_not_read(path, survey, aside):
-    "All paths that were not read, by kind: those of `aside`, and those of `survey` that are not images"
-    found = {kind: _relative(path, files) for kind,files in survey.items()}
+def _list_not_read(found, aside):
+    "All paths that were not read, by kind: those of `aside`, and those `found` that are not images"
     empty = _empty_folders(found['folder'], found['image']+found['other'])
     not_read = dict(aside, unknown_formats=found['unreadable'], other_files=found['other'],
                     hidden_files=found['hidden'], empty_folders=empty)
@@ -449,13 +447,14 @@ def folder_table(
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"{path} is not a folder. {_EXPECTED}")
     survey = survey_folder(path)
-    images,roles = _list_images(path, survey, splits)
+    found = {kind: _relative(path, files) for kind,files in survey.items()}
+    images,roles = _list_images(path, survey['image'], found['image'], splits)
     images,not_read = _set_aside(images, roles)
-    if images.empty: raise _no_images(path, survey)
+    if images.empty: raise _no_images(path, found['unreadable'])
     if pid_pat is None:
         images,loose = _without_loose(path, images, roles)
         not_read['loose_images'] += loose
-    not_read = _list_not_read(path, survey, not_read)
+    not_read = _list_not_read(found, not_read)
     images = _find_ids(path, images.reset_index(drop=True), _recognised(roles, splits), cam_pat, pid_pat, splits)
     df = images[['fn','pid','cam']].copy()
     roles_of_rows = images.top.map(roles).astype(object)
