@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['folder_table', 'read_splits', 'rows_to_evaluate', 'unique_sorted_ids', 'is_junk', 'queries_and_gallery',
-           'hold_out', 'join_tables', 'train_on_all', 'encode_table', 'check_match', 'find_unreadable']
+           'hold_out', 'join_tables', 'train_on_all', 'several_spellings', 'encode_table', 'check_match',
+           'find_unreadable']
 
 # %% ../../nbs/data/01_tables.ipynb #0aead328
 import random
@@ -51,7 +52,7 @@ def _find_cams(fns, cam_pat):
                                    f"{', '.join(unmatched[:3])}. Correct it, or leave it out")
     return [match[1] for match in found]
 
-# %% ../../nbs/data/01_tables.ipynb #6cc0b131
+# %% ../../nbs/data/01_tables.ipynb #8e33326f
 def _count_values(values):
     "Text with each of the values and the number of images that have it"
     return ', '.join(f'{value!r} ({n:,})' for value,n in values.value_counts(sort=False).items())
@@ -73,7 +74,7 @@ def read_splits(
         f"none to hold people out. The others are {_count_values(split[~missing])}")
     return split.map(names).astype(object)
 
-# %% ../../nbs/data/01_tables.ipynb #b07bc847
+# %% ../../nbs/data/01_tables.ipynb #596f46f9
 def rows_to_evaluate(
     df # Table with `split`
 )->pd.DataFrame:
@@ -85,8 +86,9 @@ def rows_to_evaluate(
     split = read_splits(df.split)
     chosen = split.isin(['query','gallery'])
     if chosen.any(): return df.assign(split=split)[chosen]
-    raise ValueError(f"{name} does not say which images are queries and which are the gallery: no split is 'query' or "
-                     "'gallery'. `queries_and_gallery` chooses them, `hold_out` takes them from the training people")
+    found = "no image has a split" if split.isna().all() else f"the splits are {_count_values(split)}"
+    raise ValueError(f"{name} has no query and no gallery image: {found}. `queries_and_gallery` chooses them among the "
+                     "images of test people, `hold_out` among those of training people")
 
 # %% ../../nbs/data/01_tables.ipynb #18cf7966
 def unique_sorted_ids(ids): # Person or camera ids
@@ -106,7 +108,7 @@ def is_junk(pids): # Series of person ids
     "Return a boolean Series: which of `pids` are -1"
     return pids.map(_is_junk_id).astype(bool)
 
-# %% ../../nbs/data/01_tables.ipynb #17964d1b
+# %% ../../nbs/data/01_tables.ipynb #30a5e52f
 def _check_pids(df):
     "Raise a `ValueError` if an image has no person id"
     unnamed = df.fn[df.pid.isna()]
@@ -127,7 +129,7 @@ def _can_match(by_cam):
     n_known = len(by_cam)-(None in by_cam)
     return n_known+len(unknown)>1
 
-# %% ../../nbs/data/01_tables.ipynb #8300715e
+# %% ../../nbs/data/01_tables.ipynb #32007ede
 def _people_who_can_match(people, at_least, purpose):
     "The ids of `people` with a possible match; raise a `ValueError` if there are fewer than `at_least`"
     able = [pid for pid,by_cam in people.items() if _can_match(by_cam)]
@@ -155,7 +157,7 @@ def _split_of_rows(n, people, pids, rng, rest):
         for i in _choose_queries(people[pid], rng): split[i] = 'query'
     return pd.Series(split, dtype=object)
 
-# %% ../../nbs/data/01_tables.ipynb #25b3332a
+# %% ../../nbs/data/01_tables.ipynb #cdfe4e96
 def queries_and_gallery(
     df,      # Table with `fn`, `pid` and `cam`; its own `split`, if any, is replaced
     seed=42  # Random seed of the choice
@@ -285,11 +287,16 @@ def train_on_all(
     return train
 
 # %% ../../nbs/data/01_tables.ipynb #8c3d930c
-def _warn_of_two_spellings(ids, what, column):
-    "Warn if ids differ only in their type or in spaces around them, such as 3 and '3'"
+def several_spellings(
+    ids # Unique person or camera ids
+)->list:
+    "Return lists of the `ids` that differ only in their type or in spaces around them, such as 3 and '3'"
     spellings = {}
     for value in ids: spellings.setdefault(_id_text(value), []).append(value)
-    several = [values for values in spellings.values() if len(values)>1]
+    return [values for values in spellings.values() if len(values)>1]
+
+def _warn_of_two_spellings(ids, what, column):
+    several = several_spellings(ids)
     if several: warnings.warn(
         f"{len(several)} {what} are written in two ways, such as {several[0][0]!r} and {several[0][1]!r}, and count as "
         f"different. If they are the same, write them in one way, e.g. df.{column}.astype(str).str.strip()",
