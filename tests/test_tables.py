@@ -142,10 +142,10 @@ def test_ids_written_in_two_ways(df, change):
         warnings.simplefilter('error')
         encode_table(df)
 
-def test_doctor_lists_ids_written_in_two_ways():
-    report = doctor(make_table((1,'a'), ('1','a'), (2,' a'), ('-1','b'), (-1,'b'), (None,None)), files=False)
-    assert report.findings.severity['two_spellings']=='warning'
-    assert report['two_spellings'].which.tolist()==["pid 1 and '1'", "pid '-1' and -1", "cam 'a' and ' a'"]
+def test_doctor_lists_ids_that_are_a_number_and_a_text():
+    report = doctor(make_table((1,'7'), ('1',7), (2,'b'), ('-1','b'), (-1,'b'), (None,None)), files=False)
+    assert report.findings.severity['number_and_text']=='warning'
+    assert report['number_and_text'].which.tolist()==["pid 1 and '1'", "pid '-1' and -1", "cam '7' and 7"]
 
 def test_cameras_written_in_two_ways(df):
     "Camera 1 and camera '1' would count as two, and every image of the same camera as a match"

@@ -171,14 +171,14 @@ def _unknown_split(d):
     known = [role.name.lower() for role in Role]
     return d[~d.split.isin(known)].assign(why=lambda rows: [repr(split) for split in rows.split])
 
-@register_check('warning', 'Ids written in two ways',
+@register_check('warning', 'Ids that are a number and a text',
                 "They count as different people or cameras. If they are the same, write them in one way, e.g. "
-                "df.pid.astype(str).str.strip().")
-def _two_spellings(d):
+                "df.pid.astype(str).")
+def _number_and_text(d):
     rows = []
     for column in ('pid','cam'):
         for ids in several_spellings(d[column].dropna().unique()):
-            rows.append((column, f"{column} {' and '.join(map(repr, ids))}"))
+            if len(set(map(type, ids)))>1: rows.append((column, f"{column} {' and '.join(map(repr, ids))}"))
     return pd.DataFrame(rows, columns=['column','which'])
 
 @register_check('warning', 'Files listed more than once',

@@ -312,7 +312,7 @@ def from_folder(cls:ReIDDataLoaders,
     "Make loaders from a folder for each person; a fraction of them (`valid_pct`, 0.2) is held out for validation"
     return cls.from_table(folder_table(path, cam_pat), path=path, **kwargs)
 
-# %% ../../nbs/data/10_loaders.ipynb #55199d99
+# %% ../../nbs/data/10_loaders.ipynb #a9af9922
 def _column(df, name):
     "A column's values. Whole numbers that pandas keeps as floats, as it does beside missing ones, become integers"
     if name is None: return None
@@ -346,7 +346,7 @@ def from_df(cls:ReIDDataLoaders,
     table['fn'] = [Path(path)/fn for fn in table.fn]
     return cls.from_table(table, path=path, **kwargs)
 
-# %% ../../nbs/data/10_loaders.ipynb #39086cfb
+# %% ../../nbs/data/10_loaders.ipynb #21c4eb0a
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_table, but='df,path')
 def from_csv(cls:ReIDDataLoaders,

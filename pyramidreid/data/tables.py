@@ -52,7 +52,7 @@ def _find_cams(fns, cam_pat):
                                    f"{', '.join(unmatched[:3])}. Correct it, or leave it out")
     return [match[1] for match in found]
 
-# %% ../../nbs/data/01_tables.ipynb #8e33326f
+# %% ../../nbs/data/01_tables.ipynb #e308d729
 def _count_values(values):
     "Text with each of the values and the number of images that have it"
     return ', '.join(f'{value!r} ({n:,})' for value,n in values.value_counts(sort=False).items())
@@ -74,7 +74,7 @@ def read_splits(
         f"none to hold people out. The others are {_count_values(split[~missing])}")
     return split.map(names).astype(object)
 
-# %% ../../nbs/data/01_tables.ipynb #596f46f9
+# %% ../../nbs/data/01_tables.ipynb #ea7a1ae2
 def rows_to_evaluate(
     df # Table with `split`
 )->pd.DataFrame:
@@ -108,7 +108,7 @@ def is_junk(pids): # Series of person ids
     "Return a boolean Series: which of `pids` are -1"
     return pids.map(_is_junk_id).astype(bool)
 
-# %% ../../nbs/data/01_tables.ipynb #30a5e52f
+# %% ../../nbs/data/01_tables.ipynb #80f2a732
 def _check_pids(df):
     "Raise a `ValueError` if an image has no person id"
     unnamed = df.fn[df.pid.isna()]
@@ -129,7 +129,7 @@ def _can_match(by_cam):
     n_known = len(by_cam)-(None in by_cam)
     return n_known+len(unknown)>1
 
-# %% ../../nbs/data/01_tables.ipynb #32007ede
+# %% ../../nbs/data/01_tables.ipynb #83a891cc
 def _people_who_can_match(people, at_least, purpose):
     "The ids of `people` with a possible match; raise a `ValueError` if there are fewer than `at_least`"
     able = [pid for pid,by_cam in people.items() if _can_match(by_cam)]
@@ -157,7 +157,7 @@ def _split_of_rows(n, people, pids, rng, rest):
         for i in _choose_queries(people[pid], rng): split[i] = 'query'
     return pd.Series(split, dtype=object)
 
-# %% ../../nbs/data/01_tables.ipynb #cdfe4e96
+# %% ../../nbs/data/01_tables.ipynb #43d7bc92
 def queries_and_gallery(
     df,      # Table with `fn`, `pid` and `cam`; its own `split`, if any, is replaced
     seed=42  # Random seed of the choice
