@@ -20,9 +20,10 @@ from pyramidreid.data.datasets import (
     occluded_duke_table,
 )
 from pyramidreid.data.doctor_report import doctor
+from pyramidreid.data.folders import folder_table
 from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.data.sampler import PKDataLoader
-from pyramidreid.data.tables import folder_table, hold_out, join_tables, queries_and_gallery, train_on_all
+from pyramidreid.data.tables import hold_out, join_tables, queries_and_gallery, train_on_all
 from pyramidreid.data.transforms import person_tfms, strong_tfms
 from pyramidreid.evaluation.distances import Distances
 from pyramidreid.evaluation.openset import Calibration

@@ -9,7 +9,7 @@ __all__ = ['draw_command', 'doctor_command']
 import click
 
 from .frame import CommandResult, command, writing
-from .options import dataset_option, existing, new_file, new_folder
+from .options import dataset_option, existing, folder_options, new_file, new_folder
 
 # %% ../../nbs/cli/04_data.ipynb #f5ca7482
 @command("""pyramidreid draw people
@@ -33,20 +33,24 @@ _PLOT_SUFFIXES = ('.png','.pdf','.svg','.jpg')
 
 @command("""pyramidreid doctor Market-1501-v15.09.15
     pyramidreid doctor my-people --dataset folder --plot my-people.png
+    pyramidreid doctor my-people --cam-pat '^cam_(\\w)/'
     pyramidreid doctor MSMT17_V1 --quick --json > report.json""")
 @click.argument('data', type=existing)
 @dataset_option
+@folder_options
 @click.option('--quick', is_flag=True, help='Check the table only, do not open the images.')
 @click.option('--plot', type=new_file, metavar='FILE',
               help='Plot images per person, per camera and image sizes to this .png, .pdf, .svg or .jpg file.')
-def doctor_command(console, data, dataset, quick, plot):
+def doctor_command(console, data, dataset, quick, plot, **folder):
     """Check a dataset for errors. DATA is a known dataset, a folder with one folder per person, or a CSV file.
     The exit code is 1 if there are errors."""
     if plot and plot.suffix not in _PLOT_SUFFIXES:
         raise click.BadParameter(f'{plot} is not a .png, .pdf, .svg or .jpg file', param_hint='--plot')
-    from pyramidreid.cli.inputs import data_kind, suggest_dataset
+    from pyramidreid.cli.inputs import check_folder_options, data_kind, suggest_dataset
     from pyramidreid.data.doctor_report import doctor, save_plot
-    with suggest_dataset(data, dataset): report = doctor(data, data_kind(data, dataset), files=not quick)
+    kind = data_kind(data, dataset)
+    check_folder_options(data, kind, folder)
+    with suggest_dataset(data, dataset): report = doctor(data, kind, files=not quick, **folder)
     if plot:
         with writing(plot): save_plot(report, plot)
     return CommandResult(text=repr(report), data=report.to_json(), code=0 if report.ok else 1)

@@ -16,14 +16,17 @@ import click
 from .frame import CommandResult, OrderedGroup, command, writing
 from pyramidreid.cli.options import (
     Number,
+    cam_pat_option,
     dataset_option,
     device_option,
     existing,
     existing_file,
+    folder_options,
     fraction_type,
     held_out_options,
     model_option,
     new_folder,
+    pid_pat_option,
 )
 
 # %% ../../nbs/cli/06_galleries.ipynb #370a5c54
@@ -67,15 +70,29 @@ def _check_gallery(folder):
     if not (folder/'gallery.json').is_file():
         raise FileNotFoundError(f"There is no gallery at {folder}. Create one with pyramidreid gallery add")
 
-def _entries(files, table):
-    "Return a table of the images in FILES and in a CSV table"
+def _files_table(files, cam_pat, pid_pat):
+    "Return a table of the images in FILES, with the columns `cam` and `pid` that patterns find in their paths, as text"
     import pandas as pd
 
     from pyramidreid.cli.inputs import image_files
+    from pyramidreid.data.folders import find_in_paths
+    rows = [(fn, fn.relative_to(o) if o.is_dir() else o) for o in files for fn in image_files([o])]
+    df = pd.DataFrame(dict(fn=_absolute(fn for fn,_ in rows)))
+    paths = [rel.as_posix() for _,rel in rows]
+    for name,pattern in dict(cam=cam_pat, pid=pid_pat).items():
+        if pattern is not None: df[name] = [match[1] for match in find_in_paths(f'{name}_pat', pattern, paths)]
+    return df.drop_duplicates('fn')
+
+def _entries(files, table, cam_pat, pid_pat):
+    "Return a table of the images in FILES and in a CSV table"
+    import pandas as pd
+
     from pyramidreid.data.csv_tables import read_csv
     if not files and not table: raise click.UsageError('Nothing to add: pass FILES, or a table with --csv')
+    if not files and (cam_pat or pid_pat):
+        raise click.UsageError('--cam-pat and --pid-pat are for FILES; a table has the columns cam and pid')
     parts = []
-    if files: parts.append(pd.DataFrame(dict(fn=list(dict.fromkeys(_absolute(image_files(files)))))))
+    if files: parts.append(_files_table(files, cam_pat, pid_pat))
     if table: parts.append(read_csv(table, text=False))
     df = pd.concat(parts, ignore_index=True)
     df['fn'] = _absolute(df.fn)
@@ -90,6 +107,17 @@ def _values_for_all(people, pid, cam, time):
     if cam is not None: values['cam'] = _parse_value(cam, kinds.get('cam'), '--cam')
     if time is not None: values['time'] = time
     return values
+
+# %% ../../nbs/cli/06_galleries.ipynb #c24d8287
+def _typed_values(df, people, cam_pat, pid_pat):
+    "Return `df` with what the patterns found as numbers, where the gallery's column or all of them are numbers"
+    kinds = people.store.kinds if len(people) else {}
+    for name,pattern in dict(cam=cam_pat, pid=pid_pat).items():
+        if pattern is None: continue
+        texts = [o for o in df[name] if isinstance(o, str)]
+        kind = kinds.get(name, 'number' if all(o.lstrip('-').isdecimal() for o in texts) else 'text')
+        df[name] = [_parse_value(o, kind, f'--{name}-pat') if isinstance(o, str) else o for o in df[name]]
+    return df
 
 def _without_known(df, people, skip_known):
     "Return the entries that `people` does not have yet. Raises `ValueError` if there are others, unless `skip_known`"
@@ -142,6 +170,7 @@ def _embed_and_add(console, people, model, df):
 @command("""pyramidreid gallery add street crops --model market
     pyramidreid gallery add street door/*.jpg --model market --cam 2 --time '2026-11-23 08:10'
     pyramidreid gallery add street --csv seen.csv --model person.onnx
+    pyramidreid gallery add street crops --model market --cam-pat '^cam_(\\w)/'
     pyramidreid gallery add street crops --model market --skip-known""")
 @_gallery_to_write
 @click.argument('files', nargs=-1, type=existing)
@@ -150,18 +179,22 @@ def _embed_and_add(console, people, model, df):
               help='Table with the column fn, optionally pid, cam, time and key, and any others.')
 @click.option('--pid', help='Person id of all images.')
 @click.option('--cam', help='Camera of all images.')
+@cam_pat_option
+@pid_pat_option
 @click.option('--time', help='Date and time of all images.')
 @click.option('--skip-known', is_flag=True, help='Skip entries that are already in the gallery.')
 @device_option
-def add_command(console, folder, files, model, table, pid, cam, time, skip_known, device):
+def add_command(console, folder, files, model, table, pid, cam, cam_pat, pid_pat, time, skip_known, device):
     """Add images to GALLERY, a folder that is created if needed. The images are FILES, including those in folders,
     and the rows of a table. Either all are added or none. The key of an entry is that of the table, or else the path
-    of its file."""
-    df = _entries(files, table)
+    of its file. --cam-pat and --pid-pat search the paths of images below a folder of FILES, or of files as typed."""
+    if cam is not None and cam_pat is not None: raise click.UsageError('--cam and --cam-pat both set the camera')
+    if pid is not None and pid_pat is not None: raise click.UsageError('--pid and --pid-pat both set the person')
+    df = _entries(files, table, cam_pat, pid_pat)
     from pyramidreid.cli.inputs import open_model
     model = open_model(model, device)
     people = _open_or_create(folder, model)
-    df = df.assign(**_values_for_all(people, pid, cam, time))
+    df = _typed_values(df, people, cam_pat, pid_pat).assign(**_values_for_all(people, pid, cam, time))
     new = _without_known(df, people, skip_known)
     _check_entries(new)
     if len(new):
@@ -253,23 +286,25 @@ def _check_reachable(far, n_queries):
     raise ValueError(f"--far {far:g} cannot be measured with {n_queries:,} queries, one search each: "
                      f"at least {needed:,} are needed. Use more data, or a larger --far")
 
+# %% ../../nbs/cli/06_galleries.ipynb #8fd645ed
 @command("""pyramidreid gallery calibrate street my-people --model market
     pyramidreid gallery calibrate street my-people --model mine --hold-out 0.2 --far 0.05""")
 @_gallery_to_write
 @click.argument('data', type=existing)
 @model_option
 @dataset_option
+@folder_options
 @held_out_options
 @click.option('--far', type=fraction_type, metavar='FRACTION', default=.01, show_default=True,
               help='False alarm rate: the fraction of searches for unknown people that return somebody.')
 @device_option
-def calibrate_command(console, folder, data, model, dataset, hold_out, seed, far, device):
+def calibrate_command(console, folder, data, model, dataset, hold_out, seed, far, device, **patterns):
     """Learn similarity thresholds from DATA. DATA, as for evaluate, is labelled people that MODEL was not trained on.
     GALLERY keeps the thresholds for search --far."""
     _check_gallery(folder)
     from pyramidreid.cli.inputs import held_out, open_model, query_gallery_distances, read_data
     from pyramidreid.gallery.gallery import Gallery
-    df,name = held_out(read_data(data, dataset), hold_out, seed)
+    df,name = held_out(read_data(data, dataset, console, **patterns), hold_out, seed)
     _check_reachable(far, int((df.split=='query').sum()))
     model = open_model(model, device)
     people = Gallery.load(folder, model)

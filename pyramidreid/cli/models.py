@@ -25,6 +25,7 @@ from pyramidreid.cli.options import (
     device_option,
     existing,
     flip_option,
+    folder_options,
     fraction_type,
     held_out_options,
     new_file,
@@ -34,6 +35,7 @@ from pyramidreid.cli.options import (
 # %% ../../nbs/cli/05_models.ipynb #a5b00001
 _data_options = combine_options(
     dataset_option,
+    folder_options,
     click.option('--hold-out', type=fraction_type, metavar='FRACTION',
         help='Validate on this fraction of the training identities, such as 0.2.  '
              '[default: validate on the queries and gallery of DATA; 0.2 if there are none]'),
@@ -66,7 +68,7 @@ _run_options = combine_options(
         help='Device to train on, such as cpu or cuda:1.  [default: a GPU if there is one]'))
 
 # %% ../../nbs/cli/05_models.ipynb #a5b00002
-def _train_loaders(opt):
+def _train_loaders(console, opt):
     "Return the loaders that the options of `train` describe"
     from pyramidreid.cli.inputs import read_data
     from pyramidreid.data.loaders import ReIDDataLoaders
@@ -75,7 +77,7 @@ def _train_loaders(opt):
     cache = True if opt.cache=='memory' else opt.cache
     optional = dict(num_workers=opt.workers, device=opt.device)
     optional = {name:value for name,value in optional.items() if value is not None}
-    df = read_data(opt.data, opt.dataset)
+    df = read_data(opt.data, opt.dataset, console, cam_pat=opt.cam_pat, pid_pat=opt.pid_pat, splits=opt.splits)
     with writing(f'--cache {opt.cache}') if opt.cache else nullcontext():
         return ReIDDataLoaders.from_table(df, path=opt.out, p=opt.p, k=opt.k, size=opt.size, valid_pct=opt.hold_out,
                                           seed=opt.seed, tfms=tfms, cache=cache, **optional)
@@ -162,9 +164,19 @@ def _metrics(card):
     metrics = {name:getattr(card, name) for name in ('mAP','rank1','rank5','rank10','mINP','mAP_trapezoid')}
     return {**metrics, 'choices':card.words()}
 
+_CAMERAS_UNKNOWN = """
+Cameras are unknown: images from the query's own camera, which are easy to find, count as matches. Results are higher
+than with cameras, and not comparable with those of benchmarks. If the names of folders or files contain the camera,
+pass --cam-pat; a CSV file has the column cam."""
+
+def _card_text(card):
+    "A card as text, with a warning below it if cameras are unknown"
+    return str(card) if card.cameras else f'{card}\n{_CAMERAS_UNKNOWN}'
+
 # %% ../../nbs/cli/05_models.ipynb #ae5c933a
 @command("""pyramidreid train Market-1501-v15.09.15 --out market
     pyramidreid train Market-1501-v15.09.15 --hold-out 0.1 --recipe paper --out chosen
+    pyramidreid train my-people --cam-pat '/cam(\\d+)_' --out mine
     pyramidreid train my-people --arch resnet18 --size 256 128 --epochs 20 --out mine
     pyramidreid train my-people --weights market/model --epochs 10 --out tuned
     pyramidreid train Market-1501-v15.09.15 --out market --resume""")
@@ -184,7 +196,7 @@ def train_command(console, **options):
 
     from pyramidreid.training.checkpoints import Checkpoints
     set_seed(opt.seed)
-    dls = _train_loaders(opt)
+    dls = _train_loaders(console, opt)
     learn = _train_learner(dls, opt)
     console.say(f"{dls.data_name}: {len(dls.train.items):,} training images of {dls.c:,} people, "
                 f"{len(dls.valid.items):,} validation images")
@@ -196,7 +208,7 @@ def train_command(console, **options):
         click.echo(f"\nTerminated. {_how_to_resume(checkpoints.newest, console.argv)}", err=True)
         raise
     card_file = opt.out/'card.json'
-    return CommandResult(text=f"\n{card}\n\nModel  {model}\nCard   {card_file}",
+    return CommandResult(text=f"\n{_card_text(card)}\n\nModel  {model}\nCard   {card_file}",
                          data=dict(model=model, card=card_file, checkpoint=checkpoints.newest, **_metrics(card)))
 
 # %% ../../nbs/cli/05_models.ipynb #16df5f29
@@ -207,24 +219,25 @@ def train_command(console, **options):
 @click.argument('model', type=existing)
 @click.argument('data', type=existing)
 @dataset_option
+@folder_options
 @held_out_options
 @flip_option
 @click.option('--rerank', is_flag=True, help='Re-rank by k-reciprocal neighbours.')
 @click.option('--card', type=new_file, metavar='FILE',
               help='Write the protocol card to this file, as JSON with the results of each query.')
 @device_option
-def evaluate_command(console, model, data, dataset, hold_out, seed, flip, rerank, card, device):
+def evaluate_command(console, model, data, dataset, hold_out, seed, flip, rerank, card, device, **folder):
     """Evaluate MODEL on DATA. MODEL is a folder from train or save_model, or an ONNX file. DATA, as for train, has
     queries and a gallery, or else needs --hold-out."""
     from pyramidreid.cli.inputs import held_out, open_model, query_gallery_distances, read_data
     model = open_model(model, device)
-    df,name = held_out(read_data(data, dataset), hold_out, seed)
+    df,name = held_out(read_data(data, dataset, console, **folder), hold_out, seed)
     distances = query_gallery_distances(console, model, df, name, flip=flip, rerank=rerank)
     from pyramidreid.evaluation.retrieval import evaluate_distances
     result = evaluate_distances(**distances, progress_bar=console.bars)
     if card:
         with writing(card): result.to_json(card)
-    return CommandResult(text=str(result), data=_metrics(result))
+    return CommandResult(text=_card_text(result), data=_metrics(result))
 
 # %% ../../nbs/cli/05_models.ipynb #72f6a671
 def _write_safetensors(file, names, embeddings, fingerprint):

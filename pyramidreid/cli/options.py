@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['existing', 'existing_file', 'new_file', 'new_folder', 'fraction_type', 'device_option', 'dataset_option',
-           'model_option', 'flip_option', 'held_out_options', 'Target', 'Number', 'combine_options']
+           'model_option', 'flip_option', 'held_out_options', 'cam_pat_option', 'pid_pat_option', 'folder_options',
+           'Target', 'Number', 'combine_options']
 
 # %% ../../nbs/cli/02_options.ipynb #a17d0003
 import math
@@ -79,3 +80,31 @@ held_out_options = combine_options(
         help='Evaluate on this fraction of the training identities, such as 0.2. Use the same value and --seed as '
              'for train.  [default: evaluate on the queries and gallery of DATA]'),
     click.option('--seed', type=int, default=42, show_default=True, help='Seed for --hold-out.'))
+
+# %% ../../nbs/cli/02_options.ipynb #7ec1b9a5
+_SPLIT_ROLES = ('train','query','gallery','valid','none')
+
+def _parse_splits(ctx, param, values):
+    "The values of `--split` as a dict; None if there are none"
+    if not values: return None
+    if values==('none',): return {}
+    splits = {}
+    for value in values:
+        folder,is_pair,role = value.rpartition('=')
+        if not is_pair or not folder or role.lower() not in _SPLIT_ROLES:
+            raise click.BadParameter(f"{value!r} is not like test=gallery: the name of a folder, and train, query, "
+                                     "gallery, valid or none. To say that no folder is a split: --split none")
+        splits[folder] = None if role.lower()=='none' else role.lower()
+    return splits
+
+cam_pat_option = click.option('--cam-pat', metavar='REGEX',
+    help="Camera of an image: the first group of this regular expression, searched in the image's path below "
+         r"the folder, such as '^cam_(\w)/' or '/c(\d+)_'.  [default: unknown]")
+pid_pat_option = click.option('--pid-pat', metavar='REGEX',
+    help="Person of an image, likewise, such as '^([^/]+)/'.  [default: the folder that the image is in]")
+folder_options = combine_options(
+    cam_pat_option,
+    pid_pat_option,
+    click.option('--split', 'splits', metavar='FOLDER=ROLE', multiple=True, callback=_parse_splits,
+        help='What a folder in DATA is for: train, query, gallery, valid (its people become queries and a gallery) or '
+             'none (left out). Repeatable. --split none: no folder is a split.  [default: by their names]'))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['nearby_folders', 'market_table', 'duke_table', 'occluded_duke_table', 'cuhk03_np_table', 'msmt17_table',
-           'recognise_dataset', 'dataset_table']
+           'recognise_dataset', 'seems_published', 'dataset_table']
 
 # %% ../../nbs/data/05_datasets.ipynb #912b7c59
 import os
@@ -187,6 +187,24 @@ def recognise_dataset(path): # Folder, or CUHK03's MATLAB file
     folders = {source for key in keys for _,source in reid_sets[key].sources() if ':' not in source}
     n_images = {folder: len(find_images(path/folder)) for folder in folders}
     return sorted(keys, key=lambda key: _agreement(reid_sets[key], path, n_images), reverse=True)
+
+# %% ../../nbs/data/05_datasets.ipynb #d8db0d77
+def _has_remains(dataset, path):
+    "Does `path` have a list file of `dataset`, or a folder of it with images named like its own?"
+    for _,source in dataset.sources():
+        list_file,_,folder = source.rpartition(':')
+        if list_file:
+            if (path/list_file).is_file(): return True
+        else:
+            images = [fn for fn in find_images(path/folder) if fn.parent==path/folder]
+            if images and _shape(images[0].name)==_shape(dataset.example): return True
+    return False
+
+def seems_published(path): # Folder
+    "Is `path`, or the folder above or one in it, a known dataset, or what is left of one?"
+    path = Path(path)
+    if any(recognise_dataset(folder) for folder in [path, *nearby_folders(path)]): return True
+    return any(_has_remains(dataset, path) for dataset in reid_sets.values())
 
 # %% ../../nbs/data/05_datasets.ipynb #e24b422f
 def _known_names(): return ', '.join([*reid_sets, 'cuhk03', 'cuhk03_np', 'msmt17'])

@@ -8,6 +8,7 @@ __all__ = ['none_for_missing', 'inspect_table', 'DataCheck', 'register_check', '
 # %% ../../nbs/data/11_doctor_checks.ipynb #456409c6
 import hashlib
 import os
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -200,6 +201,45 @@ def _no_cams(d): return _whole_table(len(d) and d.cam.isna().all(), 'all images'
 @register_check('note', 'No splits',
                 'All images are for training; the loaders hold out a fifth of those people who have a possible match.')
 def _no_splits(d): return _whole_table(d.attrs['no_splits'], 'all images')
+
+# %% ../../nbs/data/11_doctor_checks.ipynb #c70a6c97
+def _not_read(d, kind):
+    "A row for each path that was not read because of `kind`"
+    return pd.DataFrame(dict(which=list(d.attrs.get('not_read', {}).get(kind, ()))), dtype=object)
+
+@register_check('warning', 'Images beside the folders of people', 'They are not read: move them to their people.')
+def _loose_images(d): return _not_read(d, 'loose_images')
+
+@register_check('warning', 'Pictures in formats that cannot be read', 'Convert them to PNG or JPEG, or remove them.')
+def _unknown_formats(d): return _not_read(d, 'unknown_formats')
+
+@register_check('warning', 'Folders without an image', 'Are files missing? If not, remove the folders.')
+def _empty_folders(d): return _not_read(d, 'empty_folders')
+
+@register_check('warning', 'Images in folders that are not splits',
+                'They are not read. Say what these folders are for with `splits`, or with None to leave them out.')
+def _other_folders(d): return _not_read(d, 'other_folders')
+
+@register_check('note', 'Images in folders left out', 'They are not read, as `splits` says.')
+def _left_out(d): return _not_read(d, 'left_out')
+
+@register_check('note', 'Files that are not images', 'Nothing, if you expect them there.')
+def _other_files(d): return _not_read(d, 'other_files')
+
+@register_check('note', 'Hidden files and folders', 'Nothing: systems put them beside pictures, and they are not read.')
+def _hidden_files(d): return _not_read(d, 'hidden_files')
+
+# %% ../../nbs/data/11_doctor_checks.ipynb #b5ee7200
+def _spelling(pid):
+    "A person id without the differences that are hard to see"
+    return ' '.join(unicodedata.normalize('NFKC', pid).casefold().split()) if isinstance(pid, str) else pid
+
+@register_check('warning', 'Person ids that differ in capitals, spaces or encoding only',
+                'Use one spelling if they are one person; they are read as several.')
+def _spellings(d):
+    pids = pd.Series(d.pid[d.pid.notna()].unique(), dtype=object)
+    groups = pids.groupby(pids.map(_spelling), sort=False).agg(list)
+    return pd.DataFrame(dict(which=[' = '.join(map(repr, group)) for group in groups if len(group)>1]), dtype=object)
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #36d79510
 def images_of_people(

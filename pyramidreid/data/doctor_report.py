@@ -8,6 +8,7 @@ __all__ = ['DataReport', 'doctor', 'save_plot']
 # %% ../../nbs/data/12_doctor_report.ipynb #c95e5e21
 import json
 import re
+import warnings
 from contextlib import redirect_stdout
 from html import escape
 from io import StringIO
@@ -16,12 +17,13 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import atomic_write
+from ..core import ReIDWarning, atomic_write
 from .csv_tables import is_csv
-from .datasets import dataset_table
+from .datasets import dataset_table, seems_published
 from .doctor_checks import images_of_people, inspect_table, none_for_missing, run_checks
+from .folders import folder_table
 from .registry import dataset_variants, reid_sets
-from .tables import folder_table, unique_sorted_ids
+from .tables import unique_sorted_ids
 from ..images import find_images
 
 # %% ../../nbs/data/12_doctor_report.ipynb #e9578d4e
@@ -102,6 +104,8 @@ def _head(self:DataReport):
     if self.published:
         compared = 'differ from the published counts' if 'not_as_published' in self._rows else 'are as published'
         lines.append(f'Images and identities of each split {compared}.')
+    read_as = self.images.attrs.get('read_as')
+    if read_as: lines.append(f'Read as: {read_as}.')
     if not self.files: lines.append('Files were not opened: only the table was checked.')
     return lines
 
@@ -216,24 +220,43 @@ def _read_rejected(path, name, error):
     if name is not None or named_like_it: df.attrs.update(name=dataset.name, counts=dataset.counts)
     return df
 
-def _read_folder(path, name):
-    "The table of a folder, as far as it can be read"
+def _check_no_patterns(what, patterns):
+    if all(value is None for value in patterns.values()): return
+    raise ValueError(f"cam_pat, pid_pat and splits are for folders of people: leave them out, as {what}")
+
+def _read_people(path, patterns):
+    "The table of a folder of people, without the warnings that are findings as well"
+    with warnings.catch_warnings():
+        findings = '(?s).*(not read:|differ in capitals|in the training and in the)'
+        warnings.filterwarnings('ignore', findings, ReIDWarning)
+        return folder_table(path, **patterns)
+
+def _read_folder(path, name, **patterns):
+    "The table of a folder, as far as it can be read; `patterns` are arguments of `folder_table`"
     path = Path(path)
-    if name=='folder': return folder_table(path)
+    if name is None and path.is_dir() and not seems_published(path): name = 'folder'
+    if name=='folder': return _read_people(path, patterns)
+    _check_no_patterns(f"{path} is read as a known dataset, or pass name='folder'", patterns)
     try:
         with redirect_stdout(StringIO()): return dataset_table(path, name) # the counts it prints are in the report
     except (OSError,ValueError) as e: return _read_rejected(path, name, e)
 
+# %% ../../nbs/data/12_doctor_report.ipynb #191d4b4d
 def doctor(
     source,    # Folder, or CSV file or table with columns `fn` and `pid`, optionally `cam` and `split`
     name=None, # Dataset as `dataset_table` takes it, or 'folder' for one folder per person; None: recognised
-    files=True # Open every file? False: a quick check of the table only
+    files=True, # Open every file? False: a quick check of the table only
+    cam_pat=None, # These three are for a folder of people, see `folder_table`: pattern of the camera id,
+    pid_pat=None, # pattern of the person id,
+    splits=None   # and what folders are for
 )->DataReport:
     """Check a dataset: counts, people, cameras, every file, and pictures that occur twice.
     Raises an `OSError` or `ValueError` if `source` cannot be read as a dataset at all."""
-    if isinstance(source, pd.DataFrame): df = source
-    elif is_csv(source): df = dataset_table(source, name)
-    else: df = _read_folder(source, name)
+    patterns = dict(cam_pat=cam_pat, pid_pat=pid_pat, splits=splits)
+    is_table = isinstance(source, pd.DataFrame)
+    if is_table or is_csv(source): _check_no_patterns('this is a table', patterns)
+    if is_table: df = source
+    else: df = dataset_table(source, name) if is_csv(source) else _read_folder(source, name, **patterns)
     return DataReport(inspect_table(df, files), df.attrs.get('name', 'A table'), files)
 
 # %% ../../nbs/data/12_doctor_report.ipynb #ace79ef3

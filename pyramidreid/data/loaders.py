@@ -21,8 +21,9 @@ from .cache import ImageCache, open_image
 from .csv_tables import csv_table
 from .cuhk03 import cuhk03_table
 from .datasets import cuhk03_np_table, duke_table, market_table, msmt17_table, occluded_duke_table
+from .folders import folder_table
 from .sampler import PKDataLoader
-from .tables import check_match, encode_table, find_unreadable, folder_table, hold_out, read_splits
+from .tables import check_match, encode_table, find_unreadable, hold_out, read_splits
 from .transforms import ResizeEach, person_tfms
 
 # %% ../../nbs/data/10_loaders.ipynb #cc5ddde2
@@ -193,6 +194,7 @@ def _check_options(on_bad, cached, item_tfms):
                          "pass batch_tfms, or tfms (e.g. tfms=strong_tfms)")
 
 def _check_identities(c, p):
+    if c==0: raise ValueError("0 training identities: a table of queries and gallery can be evaluated, not trained on")
     if c<2: raise ValueError(f"{c} training identities: training needs at least two")
     if c<p: raise ValueError(f"A batch of p={p} identities cannot be filled: the training split has {c}. "
                              f"Pass p={c} or less, and a larger k to keep the batch size")
@@ -306,11 +308,13 @@ def from_cuhk03(cls:ReIDDataLoaders,
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_table, but='df,path')
 def from_folder(cls:ReIDDataLoaders,
-    path,         # Folder with a subfolder for each identity
-    cam_pat=None, # Regular expression whose first group is the camera id in a file name; None: cameras unknown
+    path,         # Folder with a subfolder for each identity, or with folders of splits that have one
+    cam_pat=None, # Regular expression whose first group is the camera id in an image's path; None: cameras unknown
+    pid_pat=None, # Regular expression for the person id, likewise; None: the folder that an image is in
+    splits=None,  # What folders are for, as in `folder_table`; None: as they are named
     **kwargs):
-    "Make loaders from a folder for each person; a fraction of them (`valid_pct`, 0.2) is held out for validation"
-    return cls.from_table(folder_table(path, cam_pat), path=path, **kwargs)
+    "Make loaders from a folder for each person; without splits a fraction (`valid_pct`, 0.2) is held out"
+    return cls.from_table(folder_table(path, cam_pat, pid_pat, splits), path=path, **kwargs)
 
 # %% ../../nbs/data/10_loaders.ipynb #a9af9922
 def _column(df, name):

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from fastai.vision.all import *
 
 from ..core import Role, atomic_write, with_progress
-from ..data.datasets import dataset_table
+from ..data.datasets import dataset_table, seems_published
+from ..data.folders import folder_table
 from ..data.tables import rows_to_evaluate
 from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
@@ -202,9 +203,14 @@ def evaluate(self:ReIDLearner,
     return evaluate_distances(**(ranking | kwargs))
 
 # %% ../../nbs/training/03_learner.ipynb #42ab598b
+def _read_test_set(path):
+    "The table of a known dataset, of a CSV file, or of a folder of people"
+    is_people = Path(path).is_dir() and not seems_published(path)
+    return folder_table(path) if is_people else dataset_table(path)
+
 def _test_table(name, test_set):
     "The queries and gallery of a test set, given as a table, a folder or a CSV file"
-    table = test_set if isinstance(test_set, pd.DataFrame) else dataset_table(test_set)
+    table = test_set if isinstance(test_set, pd.DataFrame) else _read_test_set(test_set)
     try: return rows_to_evaluate(table)
     except ValueError as e: raise ValueError(f"{name}: {e}") from e
 
