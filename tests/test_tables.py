@@ -78,7 +78,7 @@ def test_an_unknown_split_is_an_error_that_counts_what_is_there():
 def test_rows_to_evaluate(df, written):
     expected = df[df.split!='train']
     assert rows_to_evaluate(written).equals(expected.assign(split=expected.split.astype(object)))
-    with pytest.raises(ValueError, match='street does not say which images are queries'):
+    with pytest.raises(ValueError, match=r"street has no query and no gallery image: the splits are 'train' .\d+."):
         rows_to_evaluate(df[df.split=='train'])
     with pytest.raises(ValueError, match="no column 'split'.*'fn', 'pid', 'cam'"):
         rows_to_evaluate(df.drop(columns='split'))
@@ -141,6 +141,11 @@ def test_ids_written_in_two_ways(df, change):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         encode_table(df)
+
+def test_doctor_lists_ids_that_are_a_number_and_a_text():
+    report = doctor(make_table((1,'7'), ('1',7), (2,'b'), ('-1','b'), (-1,'b'), (None,None)), files=False)
+    assert report.findings.severity['number_and_text']=='warning'
+    assert report['number_and_text'].which.tolist()==["pid 1 and '1'", "pid '-1' and -1", "cam '7' and 7"]
 
 def test_cameras_written_in_two_ways(df):
     "Camera 1 and camera '1' would count as two, and every image of the same camera as a match"

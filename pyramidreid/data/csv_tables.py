@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_csv', 'csv_table', 'is_csv']
 
-# %% ../../nbs/data/03_csv_tables.ipynb #89541b88
+# %% ../../nbs/data/03_csv_tables.ipynb #96938016
 import csv
 import os
 import re
@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core import ReIDWarning
 
-# %% ../../nbs/data/03_csv_tables.ipynb #178387b9
+# %% ../../nbs/data/03_csv_tables.ipynb #96652932
 _not_text = {
     b'PK\x03\x04': 'an Excel workbook (.xlsx) or another zip archive',
     b'\xd0\xcf\x11\xe0': 'an old Excel workbook (.xls)',
@@ -36,7 +36,7 @@ def _check_is_text(content, file):
     for start,kind in _not_text.items():
         if content.startswith(start): raise ValueError(f"{file} is not a CSV table but {kind}. Save it as CSV (UTF-8)")
 
-# %% ../../nbs/data/03_csv_tables.ipynb #4715e72f
+# %% ../../nbs/data/03_csv_tables.ipynb #70817fa5
 def _decode(content, file):
     "The text of a file by its byte order mark, as UTF-8 or as Windows-1252, and a warning about the last or None"
     encoding = next((encoding for mark,encoding in _marks.items() if content.startswith(mark)), 'utf-8')
@@ -66,7 +66,7 @@ def _read_text(file):
     if warning: warnings.warn(warning, ReIDWarning, stacklevel=4)
     return text
 
-# %% ../../nbs/data/03_csv_tables.ipynb #49d0d94b
+# %% ../../nbs/data/03_csv_tables.ipynb #d251ea68
 _synonyms = dict(
     fn=['file','filename','filepath','path','image','imagefile','imagename','imagepath','img','imgname','imgpath'],
     pid=['person','personid','identity','identityid','personname','subject','subjectid'],
@@ -96,7 +96,7 @@ def _use_synonyms(names, wanted, file):
         if found: names[names.index(found[0])] = column
     return names
 
-# %% ../../nbs/data/03_csv_tables.ipynb #126b8311
+# %% ../../nbs/data/03_csv_tables.ipynb #f652367d
 def _choose_separator(line, known):
     "The separator that splits a header line into the most known names, or else into the most names"
     all_known = {*known, *(synonym for column in known for synonym in _synonyms.get(column, []))}
@@ -111,7 +111,7 @@ def _need_unique(names, file):
     if not repeated: return
     raise ValueError(f"{file} has {names.count(repeated[0])} columns {repeated[0]!r}. Rename or remove one")
 
-# %% ../../nbs/data/03_csv_tables.ipynb #f7843052
+# %% ../../nbs/data/03_csv_tables.ipynb #f7b1aa22
 _missing = {'','NA','N/A','#N/A','n/a','NaN','nan','<NA>','NULL','null','None'}
 
 def _split_header(text, file):
@@ -144,7 +144,7 @@ def _parse_rows(text, separator, names, n_skipped, file):
         f"{file}, line {longer[0]}: there are more fields than the header has, which are {len(names)}. {quote}")
     return df.drop(columns=len(names)).dropna(how='all')
 
-# %% ../../nbs/data/03_csv_tables.ipynb #f7417e03
+# %% ../../nbs/data/03_csv_tables.ipynb #1a2c4488
 _image_name = re.compile(r'\.(jpe?g|png|bmp|tiff?|webp)$', re.I)
 
 def _has_drive(name): return re.match(r'[a-zA-Z]:[\\/]|\\\\', name) is not None
@@ -167,7 +167,7 @@ def _to_paths(names, file):
     folder = Path(file).parent
     return [_to_path(name, folder) for name in names]
 
-# %% ../../nbs/data/03_csv_tables.ipynb #19d8546f
+# %% ../../nbs/data/03_csv_tables.ipynb #e8410579
 def _column_names(names): return ', '.join(map(repr, names))
 
 def _need_columns(names, wanted, header, file):
@@ -185,7 +185,7 @@ def _infer_types(df):
     "`df`, all text, with numbers in the columns that have only numbers, except `fn` and `key`"
     return pd.read_csv(StringIO(df.to_csv(index=False)), dtype=dict(fn=str, key=str))
 
-# %% ../../nbs/data/03_csv_tables.ipynb #4bbe64f1
+# %% ../../nbs/data/03_csv_tables.ipynb #13bfbd9f
 def read_csv(
     file,          # CSV file with a column `fn`
     text=True,     # Read all columns as text, or only `fn` and `key`?
@@ -210,7 +210,7 @@ def read_csv(
     if not text: df = _infer_types(df)
     return df.reset_index(drop=True).assign(fn=paths)
 
-# %% ../../nbs/data/03_csv_tables.ipynb #f44e5291
+# %% ../../nbs/data/03_csv_tables.ipynb #692c1d3b
 def csv_table(
     file # CSV file with the columns `fn` and `pid`, and `cam` and `split` where known
 )->pd.DataFrame: # Columns `fn`, `pid`, `cam` and `split`; ids are text

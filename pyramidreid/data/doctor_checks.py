@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..core import Role, with_progress
 from .registry import count_split, reid_sets
-from .tables import is_junk
+from .tables import is_junk, several_spellings
 from ..images import read_rgb
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #09845d84
@@ -172,6 +172,16 @@ def _unknown_split(d):
     known = [role.name.lower() for role in Role]
     return d[~d.split.isin(known)].assign(why=lambda rows: [repr(split) for split in rows.split])
 
+@register_check('warning', 'Ids that are a number and a text',
+                "They count as different people or cameras. If they are the same, write them in one way, e.g. "
+                "df.pid.astype(str).")
+def _number_and_text(d):
+    rows = []
+    for column in ('pid','cam'):
+        for ids in several_spellings(d[column].dropna().unique()):
+            if len(set(map(type, ids)))>1: rows.append((column, f"{column} {' and '.join(map(repr, ids))}"))
+    return pd.DataFrame(rows, columns=['column','which'])
+
 @register_check('warning', 'Files listed more than once',
                 'Drop the repeated rows; they count twice in training and in every result.', by='fn')
 def _listed_twice(d):
@@ -189,7 +199,7 @@ def _no_cam(d): return d[d.cam.isna() & d.cam.notna().any() & d.pid.notna()]
 def _no_cams(d): return _whole_table(len(d) and d.cam.isna().all(), 'all images')
 
 @register_check('note', 'No splits',
-                'All images are for training; the loaders hold out a fifth of the people for validation.')
+                'All images are for training; the loaders hold out a fifth of those people who have a possible match.')
 def _no_splits(d): return _whole_table(d.attrs['no_splits'], 'all images')
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #c70a6c97

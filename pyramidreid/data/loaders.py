@@ -316,7 +316,7 @@ def from_folder(cls:ReIDDataLoaders,
     "Make loaders from a folder for each person; without splits a fraction (`valid_pct`, 0.2) is held out"
     return cls.from_table(folder_table(path, cam_pat, pid_pat, splits), path=path, **kwargs)
 
-# %% ../../nbs/data/10_loaders.ipynb #b192e38c
+# %% ../../nbs/data/10_loaders.ipynb #a9af9922
 def _column(df, name):
     "A column's values. Whole numbers that pandas keeps as floats, as it does beside missing ones, become integers"
     if name is None: return None
@@ -350,7 +350,7 @@ def from_df(cls:ReIDDataLoaders,
     table['fn'] = [Path(path)/fn for fn in table.fn]
     return cls.from_table(table, path=path, **kwargs)
 
-# %% ../../nbs/data/10_loaders.ipynb #3271d5be
+# %% ../../nbs/data/10_loaders.ipynb #21c4eb0a
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_table, but='df,path')
 def from_csv(cls:ReIDDataLoaders,

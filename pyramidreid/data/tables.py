@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_splits', 'rows_to_evaluate', 'unique_sorted_ids', 'is_junk', 'queries_and_gallery', 'hold_out',
-           'join_tables', 'train_on_all', 'encode_table', 'check_match', 'find_unreadable']
+           'join_tables', 'train_on_all', 'several_spellings', 'encode_table', 'check_match', 'find_unreadable']
 
 # %% ../../nbs/data/01_tables.ipynb #0aead328
 import random
@@ -51,8 +51,9 @@ def rows_to_evaluate(
     split = read_splits(df.split)
     chosen = split.isin(['query','gallery'])
     if chosen.any(): return df.assign(split=split)[chosen]
-    raise ValueError(f"{name} does not say which images are queries and which are the gallery: no split is 'query' or "
-                     "'gallery'. `queries_and_gallery` chooses them, `hold_out` takes them from the training people")
+    found = "no image has a split" if split.isna().all() else f"the splits are {_count_values(split)}"
+    raise ValueError(f"{name} has no query and no gallery image: {found}. `queries_and_gallery` chooses them among the "
+                     "images of test people, `hold_out` among those of training people")
 
 # %% ../../nbs/data/01_tables.ipynb #18cf7966
 def unique_sorted_ids(ids): # Person or camera ids
@@ -251,11 +252,16 @@ def train_on_all(
     return train
 
 # %% ../../nbs/data/01_tables.ipynb #8c3d930c
-def _warn_of_two_spellings(ids, what, column):
-    "Warn if ids differ only in their type or in spaces around them, such as 3 and '3'"
+def several_spellings(
+    ids # Unique person or camera ids
+)->list:
+    "Return lists of the `ids` that differ only in their type or in spaces around them, such as 3 and '3'"
     spellings = {}
     for value in ids: spellings.setdefault(_id_text(value), []).append(value)
-    several = [values for values in spellings.values() if len(values)>1]
+    return [values for values in spellings.values() if len(values)>1]
+
+def _warn_of_two_spellings(ids, what, column):
+    several = several_spellings(ids)
     if several: warnings.warn(
         f"{len(several)} {what} are written in two ways, such as {several[0][0]!r} and {several[0][1]!r}, and count as "
         f"different. If they are the same, write them in one way, e.g. df.{column}.astype(str).str.strip()",
