@@ -58,7 +58,7 @@ def _check_words(path, words, given):
     def ask(why, example): raise _split_question(path, [*given, *words], why, example)
     folder_of = {role:folder for folder,role in given.items() if role}
     for folder,word in words.items():
-        if word in words.values() and folder_of.get(word) in words:
+        if folder_of.get(word) in words:
             role = 'valid' if word=='test' else word
             ask(f"{folder_of[word]} and {folder} are named like the same split", {folder_of[word]:role, folder:role})
         folder_of.setdefault(word, folder)
