@@ -15,11 +15,16 @@ from pyramidreid.data.datasets import (
     dataset_table,
     duke_table,
     market_table,
+    mars_table,
     msmt17_table,
     occluded_duke_table,
+    prcc_table,
+    regdb_table,
+    sysu_table,
 )
 from pyramidreid.data.doctor_report import doctor
 from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.data.registry import register_dataset
 from pyramidreid.data.sampler import PKDataLoader
 from pyramidreid.data.tables import folder_table, hold_out, join_tables, train_on_all
 from pyramidreid.data.transforms import person_tfms, strong_tfms
