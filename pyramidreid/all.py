@@ -15,12 +15,8 @@ from pyramidreid.data.datasets import (
     dataset_table,
     duke_table,
     market_table,
-    mars_table,
     msmt17_table,
     occluded_duke_table,
-    prcc_table,
-    regdb_table,
-    sysu_table,
 )
 from pyramidreid.data.doctor_report import doctor
 from pyramidreid.data.loaders import ReIDDataLoaders

@@ -10,13 +10,19 @@ import pytest
 from PIL import Image
 from test_datasets import images_of, make_empty, rows_of
 
-from pyramidreid.all import mars_table, prcc_table, regdb_table, register_dataset, sysu_table
 from pyramidreid.cli.entry import main
 from pyramidreid.cli.inputs import data_kind, read_data
-from pyramidreid.data.datasets import dataset_table, recognise_dataset
+from pyramidreid.data.datasets import (
+    dataset_table,
+    mars_table,
+    prcc_table,
+    recognise_dataset,
+    regdb_table,
+    sysu_table,
+)
 from pyramidreid.data.doctor_report import doctor
 from pyramidreid.data.loaders import ReIDDataLoaders
-from pyramidreid.data.registry import own_sets, reid_sets
+from pyramidreid.data.registry import own_sets, register_dataset, reid_sets
 from pyramidreid.data.tables import encode_table, hold_out, join_tables, train_on_all
 
 sio = pytest.importorskip('scipy.io')
@@ -284,6 +290,16 @@ def test_the_doctor_compares_counts_and_reads_what_is_left(tmp_path, key):
     (path/part).rename(path/'moved')
     assert str(path/part) in repr(doctor(path, key))
 
+def test_choices_reach_the_reader(tmp_path):
+    path = make_regdb(tmp_path/'x')
+    assert dataset_table(path, 'regdb', trial=2, query='thermal').equals(regdb_table(path, trial=2, query='thermal'))
+    assert dataset_table(path, trial=2).attrs['name']=='RegDB split 2, visible to thermal'
+    with pytest.raises(TypeError, match='draw'): dataset_table(path, 'regdb', draw=2)
+    ltcc = make_ltcc(tmp_path/'y')
+    with pytest.raises(TypeError, match="'ltcc' has one protocol only, without trial"):
+        dataset_table(ltcc, 'ltcc', trial=1)
+    assert dataset_table(ltcc, reid_sets['ltcc']).attrs['name']=='LTCC'
+
 @pytest.mark.parametrize('key', ['ltcc','vc_clothes'])
 def test_folders_of_people_are_not_mistaken_for_them(tmp_path, key):
     "The same folders with people inside, who have names and dates"
@@ -399,7 +415,8 @@ def test_names_that_are_taken(name):
     ('{"train": "a", "pattern": "(?P<pid>\\w+)"}', 'each backslash of a pattern is written twice'),
     ('train: a', 'is not valid JSON'), ('[]', 'holds a list. Expected an object'),
     ('{"train": "a"}', 'has no pattern'),
-    ('{"train": "a", "test": "b", "pattern": "(?P<pid>.)"}', "unknown key 'test'. Expected an object with name, train")])
+    ('{"train": "a", "test": "b", "pattern": "(?P<pid>.)"}', "unknown key 'test'. Expected an object with name"),
+    ('{"train": "..", "pattern": "(?P<pid>.)"}', "x.json: train='..' leads out of the dataset")])
 def test_layout_files_that_cannot_be_used(tmp_path, text, message):
     (tmp_path/'x.json').write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)): dataset_table(tmp_path, tmp_path/'x.json')

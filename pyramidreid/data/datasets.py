@@ -364,19 +364,22 @@ def _recognise_or_raise(path):
         "For a folder in one of their layouts pass its `name`; for one folder per person use `folder_table`")
 
 # %% ../../nbs/data/05_datasets.ipynb #d68cc29e
-_readers = dict(market1501=market_table, prcc=prcc_table, sysu_mm01=sysu_table, regdb=regdb_table, mars=mars_table)
+_readers = dict(market1501=market_table, cuhk03=cuhk03_table, cuhk03_np=cuhk03_np_table, prcc=prcc_table,
+                sysu_mm01=sysu_table, sysu=sysu_table, regdb=regdb_table, mars=mars_table)
 
 def dataset_table(
     path,      # Folder of the dataset, as its authors packed it
-    name=None  # Key in `reid_sets`, 'cuhk03', 'cuhk03_np', 'msmt17', registered name, or JSON file; None: recognised
+    name=None, # Key in `reid_sets`, 'cuhk03', 'cuhk03_np', 'msmt17', registered name, or JSON file; None: recognised
+    **choices  # Arguments of the dataset's own reader, such as `trial=2`
 )->pd.DataFrame: # Columns `fn`, `pid`, `cam` and `split`; for some also `clothes`, `modality` or `tracklet`
     """Read any known dataset. Raises `FileNotFoundError` if `path` is not recognised or incomplete,
     `ValueError` for an unknown `name`."""
     path = Path(path)
     if name is None: name = _recognise_or_raise(path)
-    if name=='cuhk03': return cuhk03_table(path)
+    either_boxes = name=='cuhk03_np' and not choices # whichever there are
+    if isinstance(name, str) and name in _readers and not either_boxes: return _readers[name](path, **choices)
+    if choices: raise TypeError(f"{name!r} has one protocol only, without {', '.join(choices)}")
     variants = dataset_variants(name)
     if not variants: raise ValueError(
         f"{name!r} is not a known dataset: {_known_names()}. A JSON file that describes your own ends in .json")
-    key = next((key for key,dataset in reid_sets.items() if dataset is variants[0]), None)
-    return _readers[key](path) if key in _readers else _read(path, *variants)
+    return _read(path, *variants)
