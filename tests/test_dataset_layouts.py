@@ -378,6 +378,15 @@ def test_other_groups_become_columns(tmp_path):
     assert df.columns.tolist()==['fn','pid','cam','split','clothes','frame']
     assert set(df.clothes)=={'ann/red','ann/blue','bob/red'} and set(df.frame)=={'1','2'}
 
+def test_without_queries_people_are_held_out(tmp_path):
+    path = make_images(tmp_path/'x', *[f'all/{pid}_{cam}_{i}.jpg' for pid in 'abcdef' for cam in 'uv' for i in (1,2)])
+    register_dataset('crowd', train='all', pattern='(?P<pid>.)_(?P<cam>.)_')
+    df = dataset_table(path, 'crowd')
+    assert len(df)==24 and df.split.isna().all()
+    dls = ReIDDataLoaders.from_table(df, p=2, k=2, size=(16,8), num_workers=0)
+    assert 2<=dls.c<=4 and len(dls.valid_ds)==4*(6-dls.c)
+    assert 'refused' not in doctor(path, 'crowd').findings.index
+
 def test_several_folders_and_no_training(tmp_path):
     path = make_empty(tmp_path/'x', 'a/1_.jpg', 'b/2_.jpg', 'q/1_.jpg')
     register_dataset('eval', query='q', gallery=['a','b'], pattern='(?P<pid>.)_')

@@ -299,6 +299,7 @@ def _own_set(name, train, query, gallery, pattern):
         parts[split] = list(folders) if isinstance(folders, (list,tuple)) else [folders]
         for folder in parts[split]: _check_folder(split, folder)
     _check_splits(parts)
+    if list(parts)==['train']: parts = {None: parts['train']} # the loaders hold people out
     return ReIDSet(name=name, parts=parts, pattern=pattern, example=f'those that {pattern} finds', counts={},
                    home='its own folder', terms='your own', in_path=True, text_ids=True)
 
