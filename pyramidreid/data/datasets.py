@@ -194,8 +194,7 @@ def prcc_table(
     _check_choice('clothes', clothes, ('changed','same'))
     path,dataset = Path(path),reid_sets['prcc']
     if clothes=='same':
-        parts = {**dataset.parts, 'query': ['rgb/test/B']}
-        dataset = replace(dataset, parts=parts, counts={**dataset.counts, 'query': (3543,71)})
+        dataset = replace(dataset, parts={**dataset.parts, 'query': ['rgb/test/B']})
     df = _read_rows(path, dataset)
     df['cam'] = [fn.parent.parent.name if cam is None else cam for fn,cam in zip(df.fn, df.cam)] # test folders: A/001
     df['clothes'] = _clothes_of_person(df.pid, [2 if cam=='C' else 1 for cam in df.cam])

@@ -183,7 +183,7 @@ _prcc = ReIDSet(
     name='PRCC',
     parts=dict(train=['rgb/train'], query=['rgb/test/C'], gallery=['rgb/test/A']),
     pattern=r'^(?P<pid>\d+)/(?:(?P<cam>[ABC])_)?cropped_rgb\d+\.', in_path=True, example='001/A_cropped_rgb001.jpg',
-    counts=dict(train=(17896,150), query=(3873,71), gallery=(3384,71)),
+    counts=dict(train=(17896,150)),
     home="www.isee-ai.cn/~yangqize/clothing.html",
     terms="academic research only")
 
