@@ -214,11 +214,12 @@ def query_gallery_distances(
     flip=False,  # Average the embeddings of each image and its mirror image?
     rerank=False # Re-rank by k-reciprocal neighbours?
 ):
-    "Return a dict of the distances from queries to gallery, and the ids and cameras of both"
+    "Return a dict of the distances from queries to gallery, the ids and cameras of both, and the files that both have"
     from pyramidreid.core import Role
     from pyramidreid.data.tables import check_match, encode_table
     from pyramidreid.evaluation.distances import Distances
     from pyramidreid.evaluation.reranking import rerank as reranked_distances
+    from pyramidreid.evaluation.retrieval import shared_images
     from pyramidreid.training.learner import camera_ids
     items,*_ = encode_table(df)
     check_match(items)
@@ -234,4 +235,4 @@ def query_gallery_distances(
     pids,cams = items.label.to_numpy(),camera_ids(items)
     result = dict(dist=dist, query_pids=pids[query], gallery_pids=pids[gallery], query_cams=None, gallery_cams=None)
     if cams is not None: result.update(query_cams=cams[query], gallery_cams=cams[gallery])
-    return result
+    return result | shared_images(items.fn[query], items.fn[gallery])

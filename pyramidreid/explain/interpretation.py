@@ -22,7 +22,7 @@ from ..data.loaders import open_image
 from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocols import evaluate_cameras
-from ..evaluation.retrieval import Ranking, evaluate_distances, known_cams
+from ..evaluation.retrieval import Ranking, evaluate_distances, known_cams, shared_images
 
 # %% ../../nbs/explain/02_interpretation.ipynb #29f84170
 _COLUMNS = ('fn','pid','cam','label','camera','role')
@@ -84,11 +84,12 @@ def _split(self:ReIDInterpretation, x):
 
 @patch
 def _ids(self:ReIDInterpretation):
-    "Person and camera ids as arguments of the evaluations"
+    "Person and camera ids as arguments of the evaluations, and where a file is on both sides, which one each image is"
     query_pids,gallery_pids = self._split(self.items.label.to_numpy(copy=True))
     cams = known_cams(self.items.camera.tolist())
     query_cams,gallery_cams = (None,None) if cams is None else self._split(cams)
-    return dict(query_pids=query_pids, gallery_pids=gallery_pids, query_cams=query_cams, gallery_cams=gallery_cams)
+    images = shared_images(*self._split(self.items.fn.tolist()))
+    return dict(query_pids=query_pids, gallery_pids=gallery_pids, query_cams=query_cams, gallery_cams=gallery_cams) | images
 
 @patch(cls_method=True)
 def from_learner(

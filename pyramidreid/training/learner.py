@@ -17,7 +17,7 @@ from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocol_card import compare_cards
 from ..evaluation.reranking import rerank as k_reciprocal
-from ..evaluation.retrieval import evaluate_distances, known_cams
+from ..evaluation.retrieval import evaluate_distances, known_cams, shared_images
 from ..models.backbone import arch_name, backbone_stats, create_backbone
 from ..models.losses import PyramidLoss
 from ..models.pyramid import PyramidNet, join_branches, pyramid_split
@@ -139,6 +139,13 @@ def camera_ids(
     own = (items.camera>=0).all() and items.cam.map(type).nunique()==1
     return items.cam.to_numpy(copy=True) if own else known_cams(items.camera.tolist())
 
+def _second_keys(items, key):
+    "Codes of the column `key`, in which each unknown value is one of its own. Raises `ValueError` if there are none"
+    codes = known_cams(pd.factorize(items[key])[0]) if key in items else None
+    if codes is not None: return codes.numpy()
+    reason = "is empty" if key in items else f"does not exist; there are {', '.join(map(repr, items.columns))}"
+    raise ValueError(f"key={key!r}: this column of the table {reason}. Give one that says, say, which clothes are worn")
+
 def _image_size(dl):
     "Height and width of the model's input, pixels"
     return tuple(dl.new(bs=1, num_workers=0, shuffle=False).one_batch()[0].shape[-2:])
@@ -166,26 +173,46 @@ def _distances(query_emb, gallery_emb, distance, rerank, device):
     kwargs = rerank if isinstance(rerank, dict) else {}
     return k_reciprocal(query_emb, gallery_emb, distance=distance, device=device, **kwargs)
 
+def _same_dataset(name, trained_on):
+    "Is `name` that of the dataset `trained_on`, which may go on with what was done to it, such as held-out people?"
+    return bool(name) and (trained_on==name or trained_on.startswith(f'{name}, '))
+
+@patch
+def _trained_people(self:ReIDLearner, queries, about):
+    "As an entry of the card, how many people of the table `queries` the model was trained on; nothing if none"
+    trained_on = getattr(self.dls, 'data_name', '')
+    if not trained_on or trained_on not in about['trained on']: return {}
+    asked,trained,name = set(queries.pid[queries.label>=0]),set(self.dls.pids[:self.dls.c]),about['data']
+    n = len(asked & trained) if _same_dataset(name, trained_on) else len({f'{name}/{pid}' for pid in asked} & trained)
+    return {'query identities trained on':f'{n:,} of {len(asked):,}'} if n else {}
+
+# %% ../../nbs/training/03_learner.ipynb #eba63778
 @patch
 def to_rank(self:ReIDLearner,
     dl=None,           # Queries and gallery; None: the validation loader
     flip=False,        # Average each image's embedding with that of its mirror image?
     distance='cosine', # Or 'euclidean'
     rerank=False,      # k-reciprocal re-ranking, without junk images: True, or a dict of arguments for `rerank`
-    device=None        # Device for the distances; None: the CPU
+    device=None,       # Device for the distances; None: the CPU
+    key=None           # Column such as 'clothes': images of the query's person with the query's own value are left out
 )->dict:
-    "Return distances, person ids and camera ids of queries and gallery, as arguments for `evaluate_distances`"
+    """Return distances, and person ids, camera ids and whatever else decides who is ranked, of queries and gallery,
+    as arguments for `evaluate_distances`"""
     dl = ifnone(dl, self.dls.valid)
     items,query,gallery = _queries_and_gallery(dl)
+    keys = {} if key is None else {'keys':_second_keys(items, key)}
     emb = self.embed(dl, flip)
     cams,pids = camera_ids(items),items.label.to_numpy(copy=True)
     if rerank is not False: query,gallery = query & (pids>=0),gallery & (pids>=0)
     dist = _distances(emb[query], emb[gallery], distance, rerank, device)
-    about = self.about(dl) | {'flip':'mean of both' if flip else 'none', 're-ranking':'none'}
+    about = self.about(dl)
+    about |= self._trained_people(items[query], about) | ({} if key is None else {'key':key})
+    about |= {'flip':'mean of both' if flip else 'none', 're-ranking':'none'}
     dist.about = about | getattr(dist, 'about', {})
-    return dict(dist=dist, query_pids=pids[query], gallery_pids=pids[gallery],
-                query_cams=None if cams is None else cams[query],
-                gallery_cams=None if cams is None else cams[gallery])
+    ids = dict(pids=pids, cams=cams) | keys
+    sides = dict(query=query, gallery=gallery)
+    split = {f'{side}_{name}':None if o is None else o[rows] for name,o in ids.items() for side,rows in sides.items()}
+    return dict(dist=dist, **split, **shared_images(items.fn[query], items.fn[gallery]))
 
 @patch
 def evaluate(self:ReIDLearner,
@@ -194,10 +221,11 @@ def evaluate(self:ReIDLearner,
     distance='cosine', # Or 'euclidean'
     rerank=False,      # k-reciprocal re-ranking: True, or a dict of arguments for `rerank`; the card says so
     device=None,       # Device for the distances; None: the CPU
+    key=None,          # Column such as 'clothes': images of the query's person with the query's own value are left out
     **kwargs           # Passed to `evaluate_distances`
 ):
     "Rank the gallery for each query and return the protocol card, a `ReIDResult`"
-    ranking = self.to_rank(dl, flip=flip, distance=distance, rerank=rerank, device=device)
+    ranking = self.to_rank(dl, flip=flip, distance=distance, rerank=rerank, device=device, key=key)
     return evaluate_distances(**(ranking | kwargs))
 
 # %% ../../nbs/training/03_learner.ipynb #42ab598b
