@@ -347,7 +347,7 @@ def test_images_at_infinity_are_not_ranked():
     assert evaluate_distances([[1,inf,3]], [1], [1,2,3]).mAP==1
     card = evaluate_distances([[inf,1,2],[1,2,3],[inf,inf,inf]], [1,1,1], [1,2,1])
     assert card.first_rank.tolist()==[2,1,0] and card.n_query_valid==2 and card.mAP==(1/2+(1+2/3)/2)/2
-    assert card.card().loc['infinite distance','']=='not ranked, 3 matches among them'
+    assert card.card().loc['infinite distance','']=='not ranked (matches among them: 3)'
     assert 'infinite distance' not in evaluate_distances([[1,inf,3]], [1], [1,2,3]).words()
     with pytest.raises(NoMatchError, match='all matches are at infinite distance'):
         evaluate_distances([[inf,1,2]], [1], [1,2,3])
@@ -440,11 +440,11 @@ def test_left_out_in_words():
     assert card.words()['the query itself']=='left out: 2 of 2 queries are in the gallery'
     masked = evaluate_distances(dist, [7,8], [7,8,9,7], mask=[[True,True,False,False],[False]*4])
     assert masked.first_rank.tolist()==[2,2]
-    assert masked.words()['mask']=='left out (2 pairs of query and gallery image)'
+    assert masked.words()['mask']=='left out (pairs of query and gallery image: 2)'
     changed = evaluate_distances(dist, [7,8], [7,8,9,7], query_keys=['red','blue'],
                                  gallery_keys=['blue','red','red','red'])
     assert changed.first_rank.tolist()==[1,2]
-    assert changed.words()['same person, same key']=='left out (1 pairs of query and gallery image)'
+    assert changed.words()['same person, same key']=='left out (pairs of query and gallery image: 1)'
     back = Card.from_json(changed.to_json())
     assert back.words()==changed.words() and back.to_json()==changed.to_json()
     with pytest.raises(ValueError, match='not of the same'): bootstrap(changed, minus=masked)

@@ -124,8 +124,8 @@ class ReIDResult(Card):
     def rank10(self): return self.rank(10)
 
 # %% ../../nbs/evaluation/02_protocol_card.ipynb #df18dea6
-_UNKNOWN_CAMERAS = ("cameras unknown: images from the query's own camera count as matches, "
-                    "so not comparable with camera-aware results")
+_UNKNOWN_CAMERAS = ("cameras unknown, so not comparable with camera-aware results: "
+                    "images from the query's own camera count as matches")
 
 def camera_rule(
     known # Are the cameras known?

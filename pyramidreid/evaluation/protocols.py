@@ -45,7 +45,7 @@ def _camera_rankings(ranking):
         return Ranking((ranking.shape[0],len(c)), ranking.query, persons[c], **ids)
     return {cam:restricted(c) for cam,c in columns.items()},columns
 
-# %% ../../nbs/evaluation/05_protocols.ipynb #598db1a4
+# %% ../../nbs/evaluation/05_protocols.ipynb #99931189
 def _add_camera(rows, i, ranking, columns):
     "Score queries `i` among the images of one camera, at positions `columns`"
     valid = torch.isin(i, ranking.valid)

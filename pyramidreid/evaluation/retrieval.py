@@ -102,7 +102,7 @@ class Ranking:
         self.valid = (self.index.n_match>0).nonzero().view(-1)
         self.positions,self.scores,self.n_tied,self.n_masked,self.n_unreachable = [],[],0,0,0
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #1b593db1
+# %% ../../nbs/evaluation/04_retrieval.ipynb #696eee47
 def _texts(ids):
     "File names as text"
     if ids is None or not any(isinstance(o, Path) for o in ids): return ids
@@ -161,7 +161,7 @@ def _why_no_match(self:Ranking):
     return (f"{n:,} queries have images of their person in the gallery, but all {reasons}, "
             f"which do not count. {hint}")
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #fd3f4cbc
+# %% ../../nbs/evaluation/04_retrieval.ipynb #c2edfde3
 @patch
 def candidates(self:Ranking,
     dist, # (n, G) distances
@@ -214,12 +214,12 @@ def left_out(self:Ranking):
         n = int((self.n_own>0).sum())
         words['the query itself'] = f'left out: {n:,} of {self.shape[0]:,} queries are in the gallery'
     if 'keys' in self.codes:
-        words['same person, same key'] = f'left out ({self.n_same_key:,} pairs of query and gallery image)'
-    if self.mask is not None: words['mask'] = f'left out ({self.n_masked:,} pairs of query and gallery image)'
-    if self.n_unreachable: words['infinite distance'] = f'not ranked, {self.n_unreachable:,} matches among them'
+        words['same person, same key'] = f'left out (pairs of query and gallery image: {self.n_same_key:,})'
+    if self.mask is not None: words['mask'] = f'left out (pairs of query and gallery image: {self.n_masked:,})'
+    if self.n_unreachable: words['infinite distance'] = f'not ranked (matches among them: {self.n_unreachable:,})'
     return words
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #61707c6e
+# %% ../../nbs/evaluation/04_retrieval.ipynb #b069f2f3
 @patch
 def result(self:Ranking,
     distance,  # Kind of distance, for the card
@@ -239,7 +239,7 @@ def result(self:Ranking,
         n_distractor=self.n_distractor, n_tied=self.n_tied,
         distance=distance, cameras=bool(self.cams), left_out=self.left_out(), about=dict(about or {}))
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #a47087fc
+# %% ../../nbs/evaluation/04_retrieval.ipynb #e9b27c24
 def _equal_rows(a, b):
     "Do two tensors hold the same embeddings?"
     if a is b: return True
@@ -326,7 +326,7 @@ def known_cams(
     if (cams<0).all(): return None
     return torch.where(cams<0, -1-torch.arange(len(cams), device=cams.device), cams)
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #c072acf5
+# %% ../../nbs/evaluation/04_retrieval.ipynb #160335e7
 def _image_key(file, folders):
     "What tells the image behind `file` from others: its path without links, or the object itself"
     if not isinstance(file, (str,os.PathLike)): return id(file)

@@ -28,13 +28,16 @@ def _evaluate_pass(query, gallery, **kwargs):
     except ValueError as e:
         warnings.warn(f'No re-ID metrics for this validation: {e}', ReIDWarning, stacklevel=2)
 
-# %% ../../nbs/training/02_metrics.ipynb #87adedca
+# %% ../../nbs/training/02_metrics.ipynb #3afdaf03
 def _shared_files(items, targ):
     "Which image each query and gallery image is, as arguments of `evaluate`; nothing where that is unknown"
     columns = ['label','camera','role','fn']
     if not isinstance(items, pd.DataFrame) or not {*columns}<={*items.columns}: return {}
-    if not np.array_equal(items[columns[:3]].to_numpy(), targ.cpu().numpy()): return {}
-    return shared_images(*[items.fn[items.role==role] for role in (Role.QUERY,Role.GALLERY)])
+    images = shared_images(*[items.fn[items.role==role] for role in (Role.QUERY,Role.GALLERY)])
+    if not images or np.array_equal(items[columns[:3]].to_numpy(), targ.cpu().numpy()): return images
+    warnings.warn("Some files are queries and in the gallery, but the images were not validated in the order of their "
+                  "table, so a query may find its own file. Validate without shuffling", ReIDWarning, stacklevel=2)
+    return {}
 
 # %% ../../nbs/training/02_metrics.ipynb #f302b7b5
 class _Pass:
