@@ -111,6 +111,7 @@ def test_camera_pairs_are_evaluations_of_their_own(case):
         assert cell.queries==alone.n_query_valid
 
 def test_camera_pairs_among_all_images():
+    interp = make()
     pairs = interp.camera_pairs(gallery='all').set_index(['query_cam','gallery_cam'])
     queries,gallery = interp.queries,interp.gallery
     query_emb,gallery_emb = interp._split(interp.emb)
