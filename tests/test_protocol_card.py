@@ -143,8 +143,8 @@ def test_unknown_cameras_are_said_where_the_metrics_stand():
     unknown = whole()
     known = evaluate_distances(DIST, *PIDS, [1,1,1], [2,2,2,2])
     says = 'cameras unknown, so not comparable with camera-aware results: images from the query\'s own camera count'
-    for shown in (str(unknown),unknown._repr_html_().replace('&#x27;', "'"),unknown.words()['same person, same camera']):
-        assert says in shown
+    html,words = unknown._repr_html_().replace('&#x27;', "'"),unknown.words()['same person, same camera']
+    assert all(says in shown for shown in (str(unknown),html,words))
     assert unknown.card().index[len(unknown.metrics())]=='same person, same camera', 'right below the metrics'
     assert says not in str(known) and known.words()['same person, same camera']=='left out'
     for cards in ([unknown],[unknown,unknown],[unknown,known],[single(),unknown],[single()]):

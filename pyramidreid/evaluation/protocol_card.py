@@ -69,6 +69,7 @@ def _field_from_json(f, value):
     convert = _tensor if f.type is torch.Tensor else f.type
     return convert(value)
 
+# %% ../../nbs/evaluation/02_protocol_card.ipynb #930711ae
 @patch(cls_method=True)
 def from_json(cls:Card,
     src # What `to_json` returned, or the path that it wrote to

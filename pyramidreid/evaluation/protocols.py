@@ -21,7 +21,7 @@ from .retrieval import NoMatchError, Ranking, warn_if_one_set
 
 # %% ../../nbs/evaluation/05_protocols.ipynb #f2978abd
 _CELLS = {'camera':"each cell ranks the images of its gallery camera alone",
-          'all':"each cell ranks the whole gallery, without the person's images from other cameras than the gallery camera"}
+          'all':"each cell ranks the whole gallery, without the person's images from other cameras than its own"}
 
 def _pair_rows(ranking, query_cams, gallery_cam, n_images, names):
     "Yield the results of each query camera for the matches from one gallery camera"
@@ -45,7 +45,7 @@ def _camera_rankings(ranking):
         return Ranking((ranking.shape[0],len(c)), ranking.query, persons[c], **ids)
     return {cam:restricted(c) for cam,c in columns.items()},columns
 
-# %% ../../nbs/evaluation/05_protocols.ipynb #99931189
+# %% ../../nbs/evaluation/05_protocols.ipynb #6986770e
 def _add_camera(rows, i, ranking, columns):
     "Score queries `i` among the images of one camera, at positions `columns`"
     valid = torch.isin(i, ranking.valid)
@@ -86,9 +86,9 @@ def evaluate_cameras(
     **kwargs           # What else to leave out, as in `Ranking`
 ):
     """Evaluate each camera's queries against each other camera: among the images of that camera alone, or with
-    `gallery='all'` among all images, of which those of the person from that camera are the matches (the pairwise numbers
-    of Market-1501's own code). Return a data frame of `query_cam`, `gallery_cam`, `queries`, `images` (ranked, without
-    junk), and `mAP`, `rank-1` and `mAP (trapezoid)` in percent; its `attrs['gallery']` says which of the two it is"""
+    `gallery='all'` among all images, of which those of the person from that camera are the matches (the pairwise
+    numbers of Market-1501's own code). Return a data frame of `query_cam`, `gallery_cam`, `queries`, `images` (ranked,
+    without junk), and `mAP`, `rank-1` and `mAP (trapezoid)` in percent; its `attrs['gallery']` says which it is"""
     if gallery not in _CELLS: raise ValueError(f"gallery is 'camera' or 'all', not {gallery!r}")
     dist = distance_matrix(dist)
     ids = query_pids,gallery_pids,query_cams,gallery_cams
@@ -102,6 +102,7 @@ def evaluate_cameras(
             for cam,ranking in rankings.items(): _add_camera(rows, i, ranking, columns[cam])
     return _pair_table(whole, rankings, gallery)
 
+# %% ../../nbs/evaluation/05_protocols.ipynb #10667c84
 def _pair_table(whole, rankings, gallery):
     "The table of all pairs of cameras"
     def n_images(ranking): return (whole if gallery=='all' else ranking).n_ranked
@@ -175,8 +176,8 @@ def _draw_matches(dist, same, match, n, generator):
     return same.gather(1, matches_first.gather(1, drawn)),found
 
 def _ranks(dist, galleries, match, drawn):
-    """Return the ranks (n, trials), 0 = first, of column `match` (n,) of the `galleries` (trials, ids) of each trial, or
-    of the images `drawn` (n, trials) in place of it, if given. Equal distances are ranked by position"""
+    """Return the ranks (n, trials), 0 = first, of column `match` (n,) of the `galleries` (trials, ids) of each trial,
+    or of the images `drawn` (n, trials) in place of it, if given. Equal distances are ranked by position"""
     x = dist[:,galleries.to(dist.device)].cpu()
     column = match[:,None,None].expand(-1, len(galleries), 1)
     position = galleries.expand(len(dist), -1, -1)
@@ -185,8 +186,8 @@ def _ranks(dist, galleries, match, drawn):
         x = x.scatter(2, column, dist.gather(1, drawn.to(dist.device)).cpu()[:,:,None])
     match_dist = x.gather(2, column)
     if not (x>-torch.inf).all():
-        raise ValueError("Distances hold NaN or -inf: they must be finite, or inf for images that are not to be ranked. "
-                         "Look for a diverged model or overflow in half precision")
+        raise ValueError("Distances hold NaN or -inf: they must be finite, or inf for images that are not to be "
+                         "ranked. Look for a diverged model or overflow in half precision")
     before = (x==match_dist) & (position<position.gather(2, column))
     return ((x<match_dist) | before).sum(2)
 

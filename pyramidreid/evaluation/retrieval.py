@@ -102,7 +102,7 @@ class Ranking:
         self.valid = (self.index.n_match>0).nonzero().view(-1)
         self.positions,self.scores,self.n_tied,self.n_masked,self.n_unreachable = [],[],0,0,0
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #696eee47
+# %% ../../nbs/evaluation/04_retrieval.ipynb #85842126
 def _texts(ids):
     "File names as text"
     if ids is None or not any(isinstance(o, Path) for o in ids): return ids
@@ -112,8 +112,8 @@ def _positions(shape, query_images):
     "Ids for images of which the queries and the gallery both consist"
     if query_images is not None: raise ValueError("Give same_set=True or query_images and gallery_images, not both")
     if shape[0]!=shape[1]:
-        raise ValueError(f"same_set=True means that queries and gallery are the same images in the same order, but there "
-                         f"are {shape[0]:,} queries and {shape[1]:,} gallery images")
+        raise ValueError("same_set=True means that queries and gallery are the same images in the same order, "
+                         f"but there are {shape[0]:,} queries and {shape[1]:,} gallery images")
     return np.arange(shape[0]),np.arange(shape[1])
 
 @patch
@@ -161,7 +161,7 @@ def _why_no_match(self:Ranking):
     return (f"{n:,} queries have images of their person in the gallery, but all {reasons}, "
             f"which do not count. {hint}")
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #c2edfde3
+# %% ../../nbs/evaluation/04_retrieval.ipynb #201b09d6
 @patch
 def candidates(self:Ranking,
     dist, # (n, G) distances
@@ -219,7 +219,7 @@ def left_out(self:Ranking):
     if self.n_unreachable: words['infinite distance'] = f'not ranked (matches among them: {self.n_unreachable:,})'
     return words
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #b069f2f3
+# %% ../../nbs/evaluation/04_retrieval.ipynb #a31e3366
 @patch
 def result(self:Ranking,
     distance,  # Kind of distance, for the card
@@ -239,7 +239,7 @@ def result(self:Ranking,
         n_distractor=self.n_distractor, n_tied=self.n_tied,
         distance=distance, cameras=bool(self.cams), left_out=self.left_out(), about=dict(about or {}))
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #e9b27c24
+# %% ../../nbs/evaluation/04_retrieval.ipynb #44e564ff
 def _equal_rows(a, b):
     "Do two tensors hold the same embeddings?"
     if a is b: return True
@@ -326,7 +326,7 @@ def known_cams(
     if (cams<0).all(): return None
     return torch.where(cams<0, -1-torch.arange(len(cams), device=cams.device), cams)
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #160335e7
+# %% ../../nbs/evaluation/04_retrieval.ipynb #234bd712
 def _image_key(file, folders):
     "What tells the image behind `file` from others: its path without links, or the object itself"
     if not isinstance(file, (str,os.PathLike)): return id(file)

@@ -88,8 +88,8 @@ def _ids(self:ReIDInterpretation):
     query_pids,gallery_pids = self._split(self.items.label.to_numpy(copy=True))
     cams = known_cams(self.items.camera.tolist())
     query_cams,gallery_cams = (None,None) if cams is None else self._split(cams)
-    images = shared_images(*self._split(self.items.fn.tolist()))
-    return dict(query_pids=query_pids, gallery_pids=gallery_pids, query_cams=query_cams, gallery_cams=gallery_cams) | images
+    ids = dict(query_pids=query_pids, gallery_pids=gallery_pids, query_cams=query_cams, gallery_cams=gallery_cams)
+    return ids | shared_images(*self._split(self.items.fn.tolist()))
 
 @patch(cls_method=True)
 def from_learner(

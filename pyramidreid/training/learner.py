@@ -186,7 +186,7 @@ def _trained_people(self:ReIDLearner, queries, about):
     n = len(asked & trained) if _same_dataset(name, trained_on) else len({f'{name}/{pid}' for pid in asked} & trained)
     return {'query identities trained on':f'{n:,} of {len(asked):,}'} if n else {}
 
-# %% ../../nbs/training/03_learner.ipynb #eba63778
+# %% ../../nbs/training/03_learner.ipynb #3b4379b1
 @patch
 def to_rank(self:ReIDLearner,
     dl=None,           # Queries and gallery; None: the validation loader
@@ -214,6 +214,7 @@ def to_rank(self:ReIDLearner,
     split = {f'{side}_{name}':None if o is None else o[rows] for name,o in ids.items() for side,rows in sides.items()}
     return dict(dist=dist, **split, **shared_images(items.fn[query], items.fn[gallery]))
 
+# %% ../../nbs/training/03_learner.ipynb #982aff78
 @patch
 def evaluate(self:ReIDLearner,
     dl=None,           # Queries and gallery; None: the validation loader

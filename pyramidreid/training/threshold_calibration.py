@@ -125,7 +125,8 @@ def calibrate_distances(
     "Return the best scores of searches for unknown and known people as a `Calibration`, in bounded memory"
     if unknown not in ('hide','absent'): raise ValueError(f"unknown is 'hide' or 'absent', not {unknown!r}")
     dist = distance_matrix(dist)
-    ids = _search_ids(tuple(dist.shape), query_pids, gallery_pids, query_cams, gallery_cams, junk_pid=junk_pid, **kwargs)
+    columns = query_pids,gallery_pids,query_cams,gallery_cams
+    ids = _search_ids(tuple(dist.shape), *columns, junk_pid=junk_pid, **kwargs)
     warn_if_one_set(dist, ids.ranking)
     if chunk is not None and chunk<1:
         raise ValueError(f"chunk={chunk}: give the number of queries per chunk, from 1 on")
@@ -140,6 +141,7 @@ def calibrate_distances(
         n_gallery=len(ids.kept), n_ids=len(np.unique(ids.gallery)), unknown=unknown, cameras=bool(ids.ranking.cams),
         far=far, level=level, **distance_context(dist, ids.ranking.left_out() | (about or {})))
 
+# %% ../../nbs/training/07_threshold_calibration.ipynb #79b5910e
 def _no_impostor(unknown):
     "The reason why there is no impostor search"
     if unknown=='hide':
