@@ -4,13 +4,19 @@ import random
 import numpy as np
 
 
-def plain_scores(dist, query_pids, gallery_pids, query_cams=None, gallery_cams=None, junk_pid=-1):
+def plain_scores(dist, query_pids, gallery_pids, query_cams=None, gallery_cams=None, junk_pid=-1, *,
+                 query_images=None, gallery_images=None, query_keys=None, gallery_keys=None, mask=None):
     "Per query a dict of `ap`, `trapezoid`, `inp` and `first`, or None without a match: sort, walk down, count"
+    def is_left_out(i, j):
+        if dist[i][j]==np.inf or (mask is not None and mask[i][j]): return True
+        if query_images is not None and query_images[i]==gallery_images[j]: return True
+        same_key = query_keys is not None and query_keys[i]==gallery_keys[j]
+        return same_key and query_pids[i]==gallery_pids[j]
     res = []
     for i,row in enumerate(dist):
         is_match = []
         for j in np.argsort(row, kind='stable'):
-            if gallery_pids[j]==junk_pid: continue
+            if gallery_pids[j]==junk_pid or is_left_out(i, j): continue
             same_pid = gallery_pids[j]==query_pids[i]
             if same_pid and query_cams is not None and gallery_cams[j]==query_cams[i]: continue
             is_match.append(bool(same_pid))

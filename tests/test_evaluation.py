@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from reference import plain_scores
 from torch import nn, tensor
 
+from pyramidreid.core import ReIDWarning
 from pyramidreid.evaluation.protocol_card import *
 from pyramidreid.evaluation.ranking import *
 from pyramidreid.evaluation.retrieval import *
@@ -265,14 +267,16 @@ def test_match_ranks(spread, dtype):
         n_tied_plain += n
     assert n_tied==n_tied_plain
 
-@pytest.mark.parametrize('row', [[np.nan,1,2],[1,np.nan,2],[1,2,np.nan],[np.inf,1,2],[1,-np.inf,2]])
+@pytest.mark.parametrize('row', [[np.nan,1,2],[1,np.nan,2],[1,2,np.nan],[-np.inf,1,2],[1,-np.inf,2],[np.nan]*3])
 def test_match_ranks_refuses_invalid_distances(row):
     same,match = tensor([[0,1]]),tensor([[True,False]])
     with pytest.raises(ValueError, match='finite'): match_ranks(tensor([row]), same, match)
 
-def test_match_ranks_needs_a_match():
-    with pytest.raises(ValueError, match='a match in each row'):
-        match_ranks(torch.rand(1,3), tensor([[0,1]]), tensor([[False,False]]))
+def test_ranks_without_a_match_in_reach():
+    same = tensor([[0,1]])
+    for row,match in (([1.,2,3],[False,False]), ([torch.inf,2,3],[True,False]), ([torch.inf]*3,[True,True])):
+        ranks,n_tied = match_ranks(tensor([row]), same, tensor([match]))
+        assert ranks.tolist()==[[-1,-1]] and n_tied==0
 
 # given distances
 
@@ -306,7 +310,7 @@ def matrices(draw):
     query_pids = rng.integers(0, n_pids, n_query)
     gallery_pids = rng.integers(draw(st.sampled_from([-1,0])), n_pids+1, n_gallery)
     if kind in FLOAT_KINDS:
-        dist[(rng.random(dist.shape)<.2) & (query_pids[:,None]!=gallery_pids)] = np.inf
+        dist[rng.random(dist.shape)<.2] = np.inf
         dist[:,gallery_pids==-1] = rng.choice([np.nan,-np.inf,0])
     cams = (rng.integers(0, n_cams, n_query),rng.integers(0, n_cams, n_gallery)) if draw(st.booleans()) else ()
     return dist,(query_pids,gallery_pids),cams,kind,draw(st.sampled_from([*PID_KINDS])),draw(st.integers(1,4))
@@ -334,12 +338,19 @@ def in_three_threads(f, **kwargs):
     try: return f(**kwargs)
     finally: torch.set_num_threads(n)
 
-@pytest.mark.parametrize('row', [[np.nan,2,3],[np.inf,2,3],[-np.inf,2,3],[1,np.nan,3],[1,-np.inf,3]])
+@pytest.mark.parametrize('row', [[np.nan,2,3],[-np.inf,2,3],[1,np.nan,3],[1,-np.inf,3]])
 def test_invalid_distances(row):
     with pytest.raises(ValueError, match='finite'): evaluate_distances([row], [1], [1,2,3])
 
-def test_images_other_than_matches_may_be_out_of_reach():
-    assert evaluate_distances([[1,np.inf,3]], [1], [1,2,3]).mAP==1
+def test_images_at_infinity_are_not_ranked():
+    inf = np.inf
+    assert evaluate_distances([[1,inf,3]], [1], [1,2,3]).mAP==1
+    card = evaluate_distances([[inf,1,2],[1,2,3],[inf,inf,inf]], [1,1,1], [1,2,1])
+    assert card.first_rank.tolist()==[2,1,0] and card.n_query_valid==2 and card.mAP==(1/2+(1+2/3)/2)/2
+    assert card.card().loc['infinite distance','']=='not ranked (matches among them: 3)'
+    assert 'infinite distance' not in evaluate_distances([[1,inf,3]], [1], [1,2,3]).words()
+    with pytest.raises(NoMatchError, match='all matches are at infinite distance'):
+        evaluate_distances([[inf,1,2]], [1], [1,2,3])
 
 @pytest.mark.parametrize('shape', [(3,),(0,3),(2,0),(1,2,3)])
 def test_distances_are_a_matrix(shape):
@@ -382,6 +393,122 @@ def test_a_wide_gallery():
         match = pids[row.argsort(stable=True)]==1
         precision = match.cumsum(0)/torch.arange(1, 100_001).double()
         assert ap.item()==pytest.approx(precision[match].mean().item(), abs=1e-9)
+
+# what else is left out: the query itself, images with the same key, and those of a mask
+
+@st.composite
+def exclusions(draw):
+    "Small distances with ties and inf, ids, and any of: cameras, images, second keys, a mask"
+    n_query,n_gallery = draw(st.sampled_from([1,2,6])),draw(st.sampled_from([1,5,30]))
+    rng = np.random.default_rng(draw(st.integers(0,2**32-1)))
+    def both(n): return rng.integers(0, n, n_query),rng.integers(0, n, n_gallery)
+    dist = rng.integers(-2, 3, (n_query,n_gallery)).astype(draw(st.sampled_from(['f4','f8','f2'])))
+    dist[rng.random(dist.shape)<draw(st.sampled_from([0,.2,.9]))] = np.inf
+    pids = rng.integers(0, 3, n_query),rng.integers(-1, 4, n_gallery)
+    options = {}
+    if draw(st.booleans()): options.update(zip(('query_cams','gallery_cams'), both(3)))
+    if draw(st.booleans()): options.update(zip(('query_images','gallery_images'), both(12)))
+    if draw(st.booleans()): options.update(zip(('query_keys','gallery_keys'), both(3)))
+    if draw(st.booleans()): options['mask'] = rng.random(dist.shape)<.3
+    return dist,pids,options,draw(st.integers(1,4)),draw(st.sampled_from([*MASK_KINDS]))
+
+MASK_KINDS = {'array':lambda x: x, 'tensor':tensor, 'lists':lambda x: x.tolist(), 'frame':pd.DataFrame,
+              'rows':lambda x: Rows(tensor(x)), 'rows of an array':Rows}
+
+@settings(max_examples=400, deadline=None)
+@given(exclusions())
+def test_left_out(problem):
+    dist,pids,options,chunk,kind = problem
+    scores = plain_scores(dist, *pids, **options)
+    if 'mask' in options: options = {**options, 'mask':MASK_KINDS[kind](options['mask'])}
+    before = dist.copy()
+    def run(**kwargs): return evaluate_distances(dist, *pids, **options, **kwargs)
+    if not any(scores):
+        with pytest.raises(NoMatchError): run()
+        return
+    card = run()
+    assert_scores(card, scores)
+    assert_same(in_three_threads(run, chunk=chunk), card)
+    assert np.array_equal(dist, before)
+
+def test_left_out_in_words():
+    "By hand: query 1 is gallery image 0, query 2 is image 2 under another name, and image 3 has query 1's clothes"
+    dist = np.arange(8.).reshape(2,4)
+    card = evaluate_distances(dist, [7,8], [7,8,9,7], query_images=['a.jpg','b.jpg'],
+                              gallery_images=['a.jpg','c.jpg','b.jpg','d.jpg'])
+    assert card.first_rank.tolist()==[3,2]
+    assert card.words()['the query itself']=='left out: 2 of 2 queries are in the gallery'
+    masked = evaluate_distances(dist, [7,8], [7,8,9,7], mask=[[True,True,False,False],[False]*4])
+    assert masked.first_rank.tolist()==[2,2]
+    assert masked.words()['mask']=='left out (pairs of query and gallery image: 2)'
+    changed = evaluate_distances(dist, [7,8], [7,8,9,7], query_keys=['red','blue'],
+                                 gallery_keys=['blue','red','red','red'])
+    assert changed.first_rank.tolist()==[1,2]
+    assert changed.words()['same person, same key']=='left out (pairs of query and gallery image: 1)'
+    back = Card.from_json(changed.to_json())
+    assert back.words()==changed.words() and back.to_json()==changed.to_json()
+    with pytest.raises(ValueError, match='not of the same'): bootstrap(changed, minus=masked)
+
+def test_nothing_else_left_out():
+    "Arguments that leave nothing out change nothing"
+    q,g,*ids = clustered()
+    card = evaluate(q, g, *ids)
+    nothing = dict(query_images=range(60), gallery_images=range(60,760), query_keys=[0]*60, gallery_keys=[1]*700,
+                   mask=np.zeros((60,700), bool))
+    same = evaluate(q, g, *ids, **nothing)
+    assert same.ap.equal(card.ap) and same.first_rank.equal(card.first_rank) and same.mAP==card.mAP
+    assert card.left_out=={} and list(same.left_out)==['the query itself','same person, same key','mask']
+
+def test_a_set_against_itself():
+    "Random embeddings find nobody, unless each image finds itself"
+    torch.manual_seed(0)
+    emb,pids = torch.randn(144,64),torch.arange(144)//12
+    with pytest.warns(ReIDWarning, match='same_set=True'): fooled = evaluate(emb, emb, pids, pids)
+    assert fooled.rank1==1
+    with pytest.warns(ReIDWarning, match='same_set=True'): evaluate(emb, emb.clone(), pids, pids)
+    with pytest.warns(ReIDWarning, match='same_set=True'):
+        evaluate_distances(torch.cdist(emb, emb), pids, pids, [1]*144, range(144))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', ReIDWarning)
+        card = evaluate(emb, emb, pids, pids, same_set=True)
+        evaluate(emb, emb+.1, pids, pids)
+        own_camera = evaluate(emb, emb, pids, pids, range(144), range(144))
+        evaluate_distances(torch.cdist(emb, emb+torch.randn(144,64)/9), pids, pids)
+    dist = -emb@(emb/emb.norm(dim=1, keepdim=True)).T
+    assert_scores(card, plain_scores(dist.numpy(), pids, pids, mask=torch.eye(144).bool().numpy()))
+    assert card.rank1<.3 and own_camera.mAP==card.mAP
+    assert card.words()['the query itself']=='left out: 144 of 144 queries are in the gallery'
+
+@pytest.mark.parametrize('change,says', [
+    (dict(same_set=True), 'as many|2 queries and 3'), (dict(query_images=[1,2]), 'both query_images'),
+    (dict(query_keys=[1], gallery_keys=[1,2,3]), 'query_keys has 1'),
+    (dict(query_keys=[1,None], gallery_keys=[1,2,3]), 'missing'),
+    (dict(mask=[[True]*2]*2), 'mask has shape .2, 2. for 2 queries and 3'),
+    (dict(mask=np.zeros((2,3))), 'mask holds .*float64'),
+    (dict(mask=np.ones((2,3), bool)), 'left out by the mask')])
+def test_errors_of_what_is_left_out(change, says):
+    with pytest.raises(ValueError, match=says): evaluate_distances(np.zeros((2,3)), [1,2], [1,2,3], **change)
+
+def test_the_reason_why_there_is_no_match():
+    images = dict(query_images=['a'], gallery_images=['a'])
+    with pytest.raises(NoMatchError, match='all the query itself, which do not'):
+        evaluate_distances([[1.]], [1], [1], **images)
+    with pytest.raises(NoMatchError, match="query's own camera or the query itself or with the query's own key"):
+        evaluate_distances([[1.]], [1], [1], [0], [0], query_keys=[1], gallery_keys=[1], **images)
+
+def test_files_of_both_sides(tmp_path, monkeypatch):
+    "One file by several names is one image; without a common file there is nothing to leave out"
+    for name in ('a','b','c'): (tmp_path/f'{name}.jpg').touch()
+    (tmp_path/'link.jpg').symlink_to(tmp_path/'a.jpg')
+    (tmp_path/'folder').symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    photo = np.zeros((2,2))
+    queries = [tmp_path/'a.jpg','b.jpg',photo]
+    gallery = ['link.jpg',tmp_path/'folder'/'b.jpg',tmp_path/'c.jpg',photo]
+    images = shared_images(queries, gallery)
+    same = images['query_images'][:,None]==images['gallery_images']
+    assert same.tolist()==[[True,False,False,False],[False,True,False,False],[False,False,False,True]]
+    assert shared_images(queries[:2], gallery[2:])=={}
 
 # files and memory
 

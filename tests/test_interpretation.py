@@ -110,6 +110,20 @@ def test_camera_pairs_are_evaluations_of_their_own(case):
         assert (cell['mAP'],cell['rank-1'])==(round(100*alone.mAP, 2),round(100*alone.rank1, 2))
         assert cell.queries==alone.n_query_valid
 
+def test_camera_pairs_among_all_images():
+    interp = make()
+    pairs = interp.camera_pairs(gallery='all').set_index(['query_cam','gallery_cam'])
+    queries,gallery = interp.queries,interp.gallery
+    query_emb,gallery_emb = interp._split(interp.emb)
+    for (a,b),cell in pairs.iterrows():
+        i,elsewhere = (queries.cam==a).to_numpy(copy=True),(gallery.cam!=b).to_numpy()
+        pids = queries.label[i].to_numpy(),gallery.label.to_numpy()
+        of_all = evaluate(query_emb[i], gallery_emb, *pids, mask=(pids[0][:,None]==pids[1]) & elsewhere)
+        assert (cell['mAP'],cell['rank-1'])==(round(100*of_all.mAP, 2),round(100*of_all.rank1, 2))
+    assert 'whole gallery' in interp.camera_pairs(gallery='all').attrs['gallery']
+    assert 'among all images' in interp.plot_camera_pairs(gallery='all').axes[0].get_xlabel()
+    assert interp.plot_camera_pairs().axes[0].get_xlabel()=='camera of the gallery, alone'
+
 @pytest.mark.parametrize('metric', ['mAP','rank-1'])
 def test_camera_pairs_are_drawn(metric):
     interp = make(n=120)

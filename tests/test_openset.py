@@ -28,10 +28,11 @@ def of_scores(impostor, person=None, genuine=(), place=None, **kwargs):
 
 # scores, by loops
 
-def loop_searches(dist, query_pids, gallery_pids, query_cams, gallery_cams, unknown):
+def loop_searches(dist, query_pids, gallery_pids, query_cams, gallery_cams, unknown, mask=None):
     "Lists of (score, person), of (score, rank), and of the scores of pairs of different people and of one person"
     impostor,genuine,different,same = [],[],[],[]
     def counts(i, j):
+        if dist[i][j]==np.inf or (mask is not None and mask[i][j]): return False
         same_camera = query_cams is not None and gallery_cams[j]==query_cams[i]
         return gallery_pids[j]!=-1 and not (gallery_pids[j]==query_pids[i] and same_camera)
     for i,pid in enumerate(query_pids):
@@ -105,6 +106,41 @@ def test_searches_are_those_of_the_loops(ranking, unknown, kind, chunk):
     card = evaluate_distances(*args)
     assert result.dir_at(-np.inf)==pytest.approx(card.rank1) and result.dir_at(-np.inf, 5)==pytest.approx(card.rank5)
 
+@settings(max_examples=150, deadline=None)
+@given(rankings(), st.sampled_from(['hide','absent']), st.sampled_from(['mask','inf','images','keys']))
+def test_searches_with_images_left_out(ranking, unknown, by):
+    dist,query_pids,gallery_pids,*cams = ranking
+    rng = np.random.default_rng(0)
+    query_keys,gallery_keys = rng.integers(0, 3, len(dist)),rng.integers(0, 3, dist.shape[1])
+    same_key = query_keys[:,None]==gallery_keys
+    mask = dict(mask=rng.random(dist.shape)<.3, inf=rng.random(dist.shape)<.3, images=same_key,
+                keys=same_key & (query_pids[:,None]==gallery_pids))[by]
+    options = dict(mask=dict(mask=mask), inf={}, images=dict(query_images=query_keys, gallery_images=gallery_keys),
+                   keys=dict(query_keys=query_keys, gallery_keys=gallery_keys))[by]
+    impostor,genuine,different,same = loop_searches(*ranking, unknown, mask)
+    if by=='inf': dist = np.where(mask, np.inf, dist).astype(np.float32)
+    args = dist,query_pids,gallery_pids,*cams
+    if not impostor:
+        with pytest.raises(ValueError, match='no search for an unknown|junk'):
+            calibrate_distances(*args, unknown=unknown, **options)
+        return
+    result = calibrate_distances(*args, unknown=unknown, chunk=2, **options)
+    assert result.impostor.tolist()==[score for score,_ in impostor]
+    assert result.genuine.tolist()==[score for score,_ in genuine]
+    assert result.place.tolist()==[rank for _,rank in genuine]
+    check_pair_rates(result.pairs, np.float32(different), np.float32(same))
+    words = dict(mask='mask', images='the query itself', keys='same person, same key')
+    if by in words: assert words[by] in result.about and words[by] in repr(result)
+
+def test_a_set_calibrated_against_itself():
+    torch.manual_seed(0)
+    emb,pids = torch.randn(60,16),torch.arange(60)//4
+    with pytest.warns(UserWarning, match='same_set=True'): fooled = calibrate_distances(Distances(emb, emb), pids, pids)
+    assert fooled.place.tolist()==[1]*60
+    right = calibrate_distances(Distances(emb, emb), pids, pids, same_set=True)
+    assert right.place.tolist()==evaluate_distances(Distances(emb, emb), pids, pids, same_set=True).first_rank.tolist()
+    assert np.mean(right.place==1)<.3
+
 def test_ranks_as_in_evaluation_on_real_numbers():
     torch.manual_seed(0)
     dist = Distances(torch.randn(80,8), torch.randn(500,8))
@@ -146,7 +182,6 @@ def test_one_camera_and_one_person():
 @pytest.mark.parametrize('bad', [np.nan,-np.inf])
 def test_bad_distances(bad):
     with pytest.raises(ValueError, match='NaN'): calibrate_distances([[bad,1.]], [1], [1,2])
-    with pytest.raises(ValueError, match='infinitely far'): calibrate_distances([[np.inf,1.]], [1], [1,2])
     junk_and_infinite = calibrate_distances([[.5,bad,np.inf,.7]], [1], [1,-1,2,3])
     assert junk_and_infinite.impostor.tolist()==pytest.approx([-.7])
 

@@ -42,7 +42,7 @@ def test_a_card_from_a_file_serves_like_the_original(make):
     card = make(about=ABOUT)
     back = Card.from_json(card.to_json())
     assert back.cmc.dtype==torch.float64
-    assert compare_cards([card,back]).shape[1]==len(card.metrics())
+    assert compare_cards([card,back]).shape[1]==len(card.metrics())+1, 'that cameras are unknown'
     if make is whole:
         assert back.ap[2].isnan() and back.first_rank.dtype==torch.int64
         assert bootstrap(back).equals(bootstrap(card))
@@ -98,7 +98,8 @@ def test_context_hides_neither_metrics_nor_choices():
     assert (shown['rank-1'],shown['about: rank-1'])==('50.00 %','100 %')
     assert (shown['distance'],shown['about: distance'])==('as given','the best')
     assert shown['flip']=='none'
-    assert list(compare_cards([card,whole()]).columns[6:])==['about: rank-1','about: distance','flip']
+    columns = list(compare_cards([card,whole()]).columns[6:])
+    assert columns==['same person, same camera','about: rank-1','about: distance','flip']
 
 def test_words():
     card = whole(about={'html':'<b>', 'long':'x'*90})
@@ -121,7 +122,7 @@ def test_cards_are_equal_by_identity():
 def test_one_card():
     for cards in ([whole()],{'only':whole()}):
         table = compare_cards(cards)
-        assert table.shape==(1,6) and table['rank-1'].tolist()==[50]
+        assert table.shape==(1,7) and table['rank-1'].tolist()==[50]
     with pytest.raises(ValueError, match='no cards'): compare_cards([])
 
 def test_cards_of_two_kinds():
@@ -135,8 +136,27 @@ def test_cards_of_two_kinds():
 def test_equal_cards_of_equal_names():
     card = whole(about={'data':'x'})
     table = compare_cards([card,card,whole(about={'data':'y'})])
-    assert list(table.index)==[0,1,2] and table['data'].tolist()==['x','x','y'] and table.shape==(3,7)
-    assert compare_cards({('r',1):card, ('r',2):card}).shape==(2,6)
+    assert list(table.index)==[0,1,2] and table['data'].tolist()==['x','x','y'] and table.shape==(3,8)
+    assert compare_cards({('r',1):card, ('r',2):card}).shape==(2,7)
+
+def test_unknown_cameras_are_said_where_the_metrics_stand():
+    unknown = whole()
+    known = evaluate_distances(DIST, *PIDS, [1,1,1], [2,2,2,2])
+    says = 'cameras unknown, so not comparable with camera-aware results: images from the query\'s own camera count'
+    html,words = unknown._repr_html_().replace('&#x27;', "'"),unknown.words()['same person, same camera']
+    assert all(says in shown for shown in (str(unknown),html,words))
+    assert unknown.card().index[len(unknown.metrics())]=='same person, same camera', 'right below the metrics'
+    assert says not in str(known) and known.words()['same person, same camera']=='left out'
+    for cards in ([unknown],[unknown,unknown],[unknown,known],[single(),unknown],[single()]):
+        assert compare_cards(cards)['same person, same camera'].str.startswith(says).any()
+    assert says in str(single())
+    assert 'same person, same camera' not in compare_cards([known,known])
+
+def test_a_card_of_an_earlier_version():
+    "Without what else was left out"
+    values = json.loads(whole().to_json())
+    del values['left_out']
+    assert repr(Card.from_json(json.dumps(values)))==repr(whole())
 
 # bootstrap
 

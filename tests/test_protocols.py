@@ -33,39 +33,73 @@ def random_ids(n_query, n_gallery):
 
 # pairs of cameras
 
-def plain_cameras(dist, query_pids, gallery_pids, query_cams, gallery_cams):
-    "`{(query camera, gallery camera): (queries, mAP, rank-1)}` for pairs with a match"
+def plain_cameras(dist, query_pids, gallery_pids, query_cams, gallery_cams, gallery='camera', mask=None):
+    "`{(query camera, gallery camera): (queries, images, mAP, rank-1, trapezoidal mAP)}` for pairs with a match"
     res = {}
+    mask = np.zeros(dist.shape, bool) if mask is None else mask
     for a,b in itertools.product(sorted({*query_cams}), sorted({*gallery_cams})):
-        q,g = np.nonzero(query_cams==a)[0],np.nonzero(gallery_cams==b)[0]
-        scores = plain_scores(dist[q][:,g], query_pids[q], gallery_pids[g], query_cams[q], gallery_cams[g])
+        q,g = query_cams==a,gallery_cams==b
+        left_out = mask[q]
+        if gallery=='all':
+            left_out = left_out | ((query_pids[q][:,None]==gallery_pids) & ~g)
+            g = np.ones(len(gallery_pids), bool)
+        scores = plain_scores(dist[q][:,g], query_pids[q], gallery_pids[g], query_cams[q], gallery_cams[g],
+                              mask=left_out[:,g])
         scores = [s for s in scores if s]
         if not scores: continue
-        mAP,rank1 = np.mean([s['ap'] for s in scores]),np.mean([s['first']==1 for s in scores])
-        res[a,b] = len(scores),100*mAP,100*rank1
+        mAP,trapezoid = [100*np.mean([s[name] for s in scores]) for name in ('ap','trapezoid')]
+        rank1 = 100*np.mean([s['first']==1 for s in scores])
+        res[a,b] = len(scores),(gallery_pids[g]!=-1).sum(),mAP,rank1,trapezoid
     return res
 
 CAMERA_IDS = {'numbers':lambda x: x, 'strings':lambda x: np.array([f'c{o}' for o in x]), 'tensors':tensor,
               'floats':lambda x: x.astype(float)}
 
 @settings(max_examples=150, deadline=None)
-@given(rankings(), st.sampled_from([*CAMERA_IDS]), st.integers(1,4))
-def test_every_pair(problem, kind, chunk):
+@given(rankings(), st.sampled_from([*CAMERA_IDS]), st.integers(1,4), st.sampled_from(['camera','all']), st.booleans())
+def test_every_pair(problem, kind, chunk, gallery, masked):
     dist,query_pids,gallery_pids,*cams = problem
     ids = query_pids,gallery_pids,*map(CAMERA_IDS[kind], cams)
-    want = plain_cameras(dist, query_pids, gallery_pids, *cams)
+    options = dict(gallery=gallery, mask=np.random.default_rng(0).random(dist.shape)<.3 if masked else None)
+    want = plain_cameras(dist, query_pids, gallery_pids, *cams, **options)
     if not want:
-        with pytest.raises(NoMatchError): evaluate_cameras(dist, *ids)
+        with pytest.raises(NoMatchError): evaluate_cameras(dist, *ids, **options)
         return
     before = dist.copy()
-    res = evaluate_cameras(dist, *ids)
-    assert res.equals(evaluate_cameras(torch.from_numpy(dist), *ids, chunk=chunk))
+    res = evaluate_cameras(dist, *ids, **options)
+    assert res.equals(evaluate_cameras(torch.from_numpy(dist), *ids, chunk=chunk, **options))
     assert np.array_equal(dist, before)
     def number(cam): return int(cam[1:]) if kind=='strings' else cam
-    got = {(number(row.query_cam),number(row.gallery_cam)): (row.queries,row.mAP,row['rank-1'])
-           for _,row in res.iterrows()}
+    got = {(number(query_cam),number(gallery_cam)): row for query_cam,gallery_cam,*row in res.values.tolist()}
     assert got.keys()==want.keys()
     for k in want: assert got[k]==pytest.approx(want[k], abs=.0051)
+
+def test_pairs_among_the_camera_s_images_or_among_all():
+    "By hand: Ann's image from the hall is behind a stranger in the hall, one on the roof, and her own from the roof"
+    dist,pids,cams = [[.1,.2,.3,.4]],['bob','ann','eve','ann'],['roof','roof','hall','hall']
+    def cells(**kwargs): return evaluate_cameras(dist, ['ann'], pids, ['door'], cams, **kwargs)
+    alone,among_all = cells(),cells(gallery='all')
+    columns = ['query_cam','gallery_cam','queries','images','mAP','rank-1','mAP (trapezoid)']
+    assert list(alone.columns)==list(among_all.columns)==columns
+    assert alone.values.tolist()==[['door','hall',1,2,50.,0.,25.], ['door','roof',1,2,50.,0.,25.]]
+    assert among_all.values.tolist()==[['door','hall',1,4,33.33,0.,16.67], ['door','roof',1,4,50.,0.,25.]]
+    assert 'images of its gallery camera alone' in alone.attrs['gallery']
+    assert 'the whole gallery' in among_all.attrs['gallery']
+    assert "that camera alone" in evaluate_cameras.__doc__ and "gallery='all'" in evaluate_cameras.__doc__
+    with pytest.raises(ValueError, match="'camera' or 'all', not 'whole'"): cells(gallery='whole')
+
+def test_pairs_leave_out_the_query_itself_and_other_keys():
+    torch.manual_seed(0)
+    dist = torch.rand(30,90)
+    query_pids,gallery_pids = torch.randint(5, (30,)),torch.randint(5, (90,))
+    cams = torch.randint(3, (30,)),torch.randint(3, (90,))
+    images,keys = (torch.arange(30),torch.randint(90, (90,))),(torch.randint(2, (30,)),torch.randint(2, (90,)))
+    def equal(pair): return pair[0][:,None]==pair[1]
+    mask = equal(images) | (equal(keys) & (query_pids[:,None]==gallery_pids))
+    for gallery in ('camera','all'):
+        got = evaluate_cameras(dist, query_pids, gallery_pids, *cams, gallery=gallery, query_images=images[0],
+                               gallery_images=images[1], query_keys=keys[0], gallery_keys=keys[1])
+        assert got.equals(evaluate_cameras(dist, query_pids, gallery_pids, *cams, gallery=gallery, mask=mask))
 
 def test_pairs_are_those_of_evaluate():
     torch.manual_seed(0)
@@ -84,11 +118,11 @@ def test_unusual_cameras():
     dist = np.array([[.1,.2,.3,.4,.5]]*2)
     gallery_pids,gallery_cams = [1,2,1,9,-1],['hall','roof','roof','yard','lift']
     res = evaluate_cameras(dist, [1,2], gallery_pids, ['door','door'], gallery_cams)
-    assert res.values.tolist()==[['door','hall',1,100.,100.],['door','roof',2,75.,50.]]
+    assert res.values.tolist()==[['door','hall',1,1,100.,100.,100.],['door','roof',2,2,75.,50.,62.5]]
     query_cams = pd.Series(['door']*2).astype('category')
     assert evaluate_cameras(dist.tolist(), pd.Series([1,2]), gallery_pids, query_cams, gallery_cams).equals(res)
     one_image = evaluate_cameras(dist[:,:1], [1,2], [1], [0,0], [1])
-    assert one_image.values.tolist()==[[0,1,1,100,100]]
+    assert one_image.values.tolist()==[[0,1,1,1,100,100,100]]
 
 def test_camera_errors():
     dist,pids = np.zeros((2,2)),([1,2],[1,2])
@@ -102,7 +136,7 @@ def test_camera_errors():
 
 # single gallery shot
 
-def plain_single_shot(dist, query_pids, gallery_pids, query_cams=None, gallery_cams=None):
+def plain_single_shot(dist, query_pids, gallery_pids, query_cams=None, gallery_cams=None, left_out=None):
     """Per query the probability of each rank of its match, 0 = first, over all galleries of one image per person
     that could be drawn; None without a match"""
     res = []
@@ -110,6 +144,9 @@ def plain_single_shot(dist, query_pids, gallery_pids, query_cams=None, gallery_c
         images = {}
         for j,pid in enumerate(gallery_pids):
             if pid==-1 or (query_cams is not None and gallery_cams[j]==query_cams[i]): continue
+            if left_out is not None and left_out[i][j]:
+                if pid==query_pids[i]: continue
+                row = [*row[:j],np.inf,*row[j+1:]] # drawn, but not ranked
             images.setdefault(pid, []).append(j)
         res.append(rank_probabilities(row, images, query_pids[i]) if query_pids[i] in images else None)
     return res
@@ -145,6 +182,27 @@ def test_single_shot_is_the_mean_over_all_galleries(problem, with_cameras):
     def is_certain(p): return min(abs(p), abs(1-p))<1e-9
     for k in range(4):
         if all(is_certain(up_to(p, k)) for p in want): assert res.std[k]==0
+
+@settings(max_examples=40, deadline=None)
+@given(rankings(max_gallery=9), st.booleans(), st.sampled_from(['mask','inf','keys','images']))
+def test_single_shot_with_images_left_out(problem, with_cameras, by):
+    dist,query_pids,gallery_pids,*cams = problem
+    ids = query_pids,gallery_pids,*(cams if with_cameras else ())
+    rng = np.random.default_rng(0)
+    query_keys,gallery_keys = rng.integers(0, 3, len(dist)),rng.integers(0, 3, dist.shape[1])
+    same_key = query_keys[:,None]==gallery_keys
+    left_out = dict(mask=rng.random(dist.shape)<.3, inf=rng.random(dist.shape)<.3, images=same_key,
+                    keys=same_key & (query_pids[:,None]==gallery_pids))[by]
+    options = dict(mask=dict(mask=left_out), inf={}, images=dict(query_images=query_keys, gallery_images=gallery_keys),
+                   keys=dict(query_keys=query_keys, gallery_keys=gallery_keys))[by]
+    want = [p for p in plain_single_shot(dist, *ids, *(() if with_cameras else (None,None)), left_out) if p]
+    if by=='inf': dist = np.where(left_out, np.inf, dist)
+    if not want:
+        with pytest.raises(NoMatchError): evaluate_single_shot(dist, *ids, **options)
+        return
+    res = evaluate_single_shot(dist, *ids, trials=2000, ranks=4, **options)
+    assert res.n_query_valid==len(want)
+    np.testing.assert_allclose(res.cmc, [np.mean([up_to(p, k) for p in want]) for k in range(4)], atol=.06)
 
 def test_single_shot_of_one_image_each_is_the_whole_gallery():
     torch.manual_seed(0)
@@ -192,7 +250,6 @@ def test_queries_of_one_camera_share_the_draws():
 def test_single_shot_refuses_invalid_distances(bad):
     with pytest.raises(ValueError, match='NaN'): evaluate_single_shot([[bad,1.]], [1], [1,2])
     with pytest.raises(ValueError, match='NaN'): evaluate_single_shot([[1.,bad]], [1], [1,2])
-    with pytest.raises(ValueError, match='infinitely far'): evaluate_single_shot([[np.inf,1.]], [1], [1,2])
     junk_may_be_invalid = evaluate_single_shot([[1.,np.inf,bad]], [1], [1,2,-1])
     assert junk_may_be_invalid.rank1==1
 

@@ -193,7 +193,9 @@ def card(self:Calibration):
     rows['known searches'] = f'{len(self.genuine):,}'
     rows['gallery searched'] = f'{self.n_gallery:,} images of {self.n_ids:,} people'
     rows['distance'] = self.distance
-    rows['same person, same camera'] = 'left out' if self.cameras else 'nothing left out: cameras unknown'
+    rows['same person, same camera'] = 'left out' if self.cameras else (
+        "cameras unknown, so not comparable with camera-aware results: "
+        "images from the query's own camera count as matches")
     rows |= {str(k):str(v) for k,v in self.about.items()}
     return pd.DataFrame({'':list(rows.values())}, index=list(rows))
 

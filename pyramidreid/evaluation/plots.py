@@ -12,16 +12,25 @@ import torch
 from torch.nn import functional as F
 
 from ..data.loaders import open_image
+from .retrieval import shared_images
 
 # %% ../../nbs/evaluation/09_plots.ipynb #abd708d9
 def _column(table, name): return torch.tensor(table[name].to_numpy(copy=True))
+
+def _same_file(queries, gallery):
+    "Which gallery images are a query's own file, (Q, G)"
+    images = shared_images(queries.fn, gallery.fn)
+    if not images: return torch.zeros(len(queries), len(gallery), dtype=torch.bool)
+    query,gallery = map(torch.from_numpy, images.values())
+    return query[:,None]==gallery
 
 def rank_gallery(
     query_emb,   # (Q, D) embeddings of the queries
     gallery_emb, # (G, D) embeddings of the gallery
     queries,     # Encoded table of the queries, Q rows
     gallery,     # Encoded table of the gallery, G rows
-    k=10         # Number of matches per query
+    k=10,        # Number of matches per query
+    own_file=False # Rank the query's own file, too?
 ):
     """Return the `k` nearest gallery images of each query that count, as a table of `query`, `rank`, `similarity`,
     `right` and the columns of `gallery`"""
@@ -30,7 +39,9 @@ def rank_gallery(
     query_camera = _column(queries, 'camera')[:,None]
     right = _column(queries, 'label')[:,None]==label
     same_camera = (query_camera==camera) & (query_camera>=0)
-    similarity = similarity.masked_fill((right & same_camera) | (label<0), -torch.inf)
+    left_out = (right & same_camera) | (label<0)
+    if not own_file: left_out |= _same_file(queries, gallery)
+    similarity = similarity.masked_fill(left_out, -torch.inf)
     order = similarity.argsort(dim=1, descending=True, stable=True)[:,:k]
     tables = []
     for i,best in enumerate(order):

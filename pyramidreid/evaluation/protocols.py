@@ -11,24 +11,66 @@ from dataclasses import dataclass, field
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 
 from ..core import with_progress
 from .distances import distance_context, distance_matrix, distance_rows
-from .protocol_card import Card
-from .ranking import id_codes
-from .retrieval import Ranking
+from .protocol_card import Card, camera_rule
+from .ranking import match_ranks, ranking_scores
+from .retrieval import NoMatchError, Ranking, warn_if_one_set
 
 # %% ../../nbs/evaluation/05_protocols.ipynb #f2978abd
-def _pair_rows(ranking, gallery_cam, query_cams, names):
-    "Yield the results of each query camera among the images of one gallery camera"
+_CELLS = {'camera':"each cell ranks the images of its gallery camera alone",
+          'all':"each cell ranks the whole gallery, without the person's images from other cameras than its own"}
+
+def _pair_rows(ranking, query_cams, gallery_cam, n_images, names):
+    "Yield the results of each query camera for the matches from one gallery camera"
     i,scores = ranking.scored()
-    for query_cam in query_cams[i].unique():
-        mine = query_cams[i]==query_cam
+    query_cams = query_cams[i]
+    for query_cam in query_cams.unique():
+        mine = query_cams==query_cam
         yield {'query_cam':names[query_cam], 'gallery_cam':names[gallery_cam], 'queries':int(mine.sum()),
-               'mAP':100*scores.ap[mine].mean().item(),
-               'rank-1':100*(scores.first_rank[mine]==1).double().mean().item()}
+               'images':n_images, 'mAP':100*scores.ap[mine].mean().item(),
+               'rank-1':100*(scores.first_rank[mine]==1).double().mean().item(),
+               'mAP (trapezoid)':100*scores.ap_trapezoid[mine].mean().item()}
+
+def _camera_rankings(ranking):
+    "A `Ranking` of the images of each gallery camera, and the positions of these images"
+    q_cams,g_cams = ranking.cams
+    persons = ranking.gallery.index_fill(0, ranking.junk, -1)
+    columns = {cam:(g_cams==cam).nonzero().view(-1) for cam in g_cams.unique().tolist()}
+    def restricted(c):
+        ids = {f'{side}_{name}':codes if side=='query' else codes[c]
+               for name,pair in ranking.codes.items() for side,codes in zip(('query','gallery'), pair)}
+        return Ranking((ranking.shape[0],len(c)), ranking.query, persons[c], **ids)
+    return {cam:restricted(c) for cam,c in columns.items()},columns
+
+# %% ../../nbs/evaluation/05_protocols.ipynb #6986770e
+def _add_camera(rows, i, ranking, columns):
+    "Score queries `i` among the images of one camera, at positions `columns`"
+    valid = torch.isin(i, ranking.valid)
+    if not valid.any(): return
+    ranking.add(rows[valid.to(rows.device)].index_select(1, columns.to(rows.device)), i[valid])
+
+def _add_all(rows, i, whole, rankings):
+    "Score queries `i` among all images, for the matches of one camera at a time, without their other matches"
+    same,match = whole.index[i]
+    ranks,_ = match_ranks(rows, same.to(rows.device), match.to(rows.device), whole.junk.to(rows.device))
+    ranks,match_dist = ranks.cpu(),rows.gather(1, same.clamp(min=0).to(rows.device)).cpu()
+    order = match_dist.masked_fill(~match, torch.inf).sort(dim=1, stable=True).indices
+    cams,ranked = whole.cams[1][same.gather(1, order)],ranks>=0
+    last = rows.shape[1]
+    for cam,ranking in rankings.items():
+        mine = ranked & (cams==cam)
+        found = mine.any(1)
+        if not found.any(): continue
+        others_before = (ranked & ~mine).cumsum(1)
+        own_ranks = (ranks-others_before).masked_fill(~mine, last).sort(dim=1).values
+        ranking.positions.append(i[found])
+        ranking.scores.append(ranking_scores(own_ranks.masked_fill(own_ranks==last, -1)[found]))
 
 # %% ../../nbs/evaluation/05_protocols.ipynb #81d7952d
+@delegates(Ranking)
 @torch.no_grad()
 def evaluate_cameras(
     dist,              # (Q, G) distances: tensor, array, or an object with `shape` and rows such as `Distances`
@@ -37,28 +79,40 @@ def evaluate_cameras(
     query_cams,        # (Q,) camera ids
     gallery_cams,      # (G,) camera ids
     *,
+    gallery='camera',  # Images a cell ranks: its gallery camera's alone ('camera'), or of 'all' cameras, as Market-1501
     junk_pid=-1,       # Gallery images with this id are dropped; None: no junk
     chunk=None,        # Queries per chunk; None: 64 MB of distances
     progress_bar=True, # Show progress in Jupyter and on a terminal, if there are several chunks?
+    **kwargs           # What else to leave out, as in `Ranking`
 ):
-    """Evaluate each camera's queries among the images of each other camera.
-    Return a data frame of `query_cam`, `gallery_cam`, `queries`, and `mAP` and `rank-1` in percent"""
+    """Evaluate each camera's queries against each other camera: among the images of that camera alone, or with
+    `gallery='all'` among all images, of which those of the person from that camera are the matches (the pairwise
+    numbers of Market-1501's own code). Return a data frame of `query_cam`, `gallery_cam`, `queries`, `images` (ranked,
+    without junk), and `mAP`, `rank-1` and `mAP (trapezoid)` in percent; its `attrs['gallery']` says which it is"""
+    if gallery not in _CELLS: raise ValueError(f"gallery is 'camera' or 'all', not {gallery!r}")
     dist = distance_matrix(dist)
-    ranking = Ranking(tuple(dist.shape), query_pids, gallery_pids, query_cams, gallery_cams, junk_pid=junk_pid)
-    if not ranking.cams: raise ValueError("Results per pair of cameras need query_cams and gallery_cams")
-    q,g,_ = id_codes(query_pids, gallery_pids)
-    q_cams,g_cams,names = id_codes(query_cams, gallery_cams, 'cams')
-    g = g.index_fill(0, ranking.junk, -1)
-    columns = {cam:(g_cams==cam).nonzero().view(-1) for cam in g_cams.unique().tolist()}
-    rankings = {cam:Ranking((len(q),len(c)), q, g[c], q_cams, g_cams[c]) for cam,c in columns.items()}
-    for i in with_progress(ranking.chunks(chunk), progress_bar):
-        rows = distance_rows(dist, i)
-        for cam,camera_ranking in rankings.items():
-            valid = torch.isin(i, camera_ranking.valid)
-            if not valid.any(): continue
-            camera_ranking.add(rows[valid.to(rows.device)].index_select(1, columns[cam].to(rows.device)), i[valid])
-    pairs = [row for cam,r in rankings.items() if r.scores for row in _pair_rows(r, cam, q_cams, names)]
-    return pd.DataFrame(pairs).sort_values(['query_cam','gallery_cam'], ignore_index=True).round(2)
+    ids = query_pids,gallery_pids,query_cams,gallery_cams
+    whole = Ranking(tuple(dist.shape), *ids, junk_pid=junk_pid, **kwargs)
+    if not whole.cams: raise ValueError("Results per pair of cameras need query_cams and gallery_cams")
+    rankings,columns = _camera_rankings(whole)
+    for i in with_progress(whole.chunks(chunk), progress_bar):
+        rows = whole.candidates(distance_rows(dist, i), i)
+        if gallery=='all': _add_all(rows, i, whole, rankings)
+        else:
+            for cam,ranking in rankings.items(): _add_camera(rows, i, ranking, columns[cam])
+    return _pair_table(whole, rankings, gallery)
+
+# %% ../../nbs/evaluation/05_protocols.ipynb #10667c84
+def _pair_table(whole, rankings, gallery):
+    "The table of all pairs of cameras"
+    def n_images(ranking): return (whole if gallery=='all' else ranking).n_ranked
+    scored = {cam:r for cam,r in rankings.items() if r.scores}
+    pairs = [row for cam,ranking in scored.items()
+             for row in _pair_rows(ranking, whole.cams[0], cam, n_images(ranking), whole.cam_names)]
+    if not pairs: whole.scored()
+    table = pd.DataFrame(pairs).sort_values(['query_cam','gallery_cam'], ignore_index=True).round(2)
+    table.attrs['gallery'] = _CELLS[gallery]
+    return table
 
 # %% ../../nbs/evaluation/05_protocols.ipynb #dce5d51d
 @dataclass(repr=False, eq=False)
@@ -98,7 +152,8 @@ def metrics(self:SingleShotResult):
 def choices(self:SingleShotResult):
     "Return the choices by name, as text"
     cameras = 'from another camera' if self.cameras else 'cameras unknown'
-    return {'protocol':f'single gallery shot, {self.trials} trials, seed {self.seed}',
+    rule = {} if self.cameras else camera_rule(known=False)
+    return {**rule, 'protocol':f'single gallery shot, {self.trials} trials, seed {self.seed}',
             'rank-1 over trials':f'± {100*self.std[0]:.2f} %',
             'gallery of a trial':f'one image of each of {self.n_ids:,} identities, {cameras}',
             'distance':self.distance, 'queries counted':f'{self.n_query_valid:,} of {self.n_query:,}'}
@@ -111,34 +166,62 @@ def _draw(pids, n, generator):
     first = count.cumsum(0)-count
     return order[first + (torch.rand(n, len(ids), generator=generator)*count).long()],ids
 
-def _ranks(dist, galleries, match):
-    """Return the ranks (n, trials), 0 = first, of column `match` (n,) of the `galleries` (trials, ids) of each trial.
-    Equal distances are ranked by position"""
+def _draw_matches(dist, same, match, n, generator):
+    "Draw `n` times one of each query's matches in reach, (k, n); and which queries have one, (k,) of them"
+    match = match & (dist.gather(1, same.clamp(min=0).to(dist.device))!=torch.inf).cpu()
+    found = match.any(1)
+    same,match = same[found],match[found]
+    drawn = (torch.rand(len(match), n, generator=generator)*match.sum(1, keepdim=True)).long()
+    matches_first = (~match).byte().argsort(dim=1, stable=True)
+    return same.gather(1, matches_first.gather(1, drawn)),found
+
+def _ranks(dist, galleries, match, drawn):
+    """Return the ranks (n, trials), 0 = first, of column `match` (n,) of the `galleries` (trials, ids) of each trial,
+    or of the images `drawn` (n, trials) in place of it, if given. Equal distances are ranked by position"""
     x = dist[:,galleries.to(dist.device)].cpu()
     column = match[:,None,None].expand(-1, len(galleries), 1)
-    match_dist = x.gather(2, column)
-    if not (x.amin()>-torch.inf and match_dist.isfinite().all()):
-        raise ValueError("Distances hold NaN or -inf, or a match is infinitely far: they must be finite, or inf for "
-                         "images out of reach. Look for a diverged model or overflow in half precision")
     position = galleries.expand(len(dist), -1, -1)
+    if drawn is not None:
+        position = position.scatter(2, column, drawn[:,:,None])
+        x = x.scatter(2, column, dist.gather(1, drawn.to(dist.device)).cpu()[:,:,None])
+    match_dist = x.gather(2, column)
+    if not (x>-torch.inf).all():
+        raise ValueError("Distances hold NaN or -inf: they must be finite, or inf for images that are not to be "
+                         "ranked. Look for a diverged model or overflow in half precision")
     before = (x==match_dist) & (position<position.gather(2, column))
     return ((x<match_dist) | before).sum(2)
 
 # %% ../../nbs/evaluation/05_protocols.ipynb #a5d7c734
-def _trial_ranks(dist, ranking, q, g, trials, seed):
+def _chunk_ranks(dist, ranking, i, galleries, match, generator):
+    "`_ranks` of queries `i`, with a match of its own for each query if some of its person's images are left out"
+    rows = ranking.candidates(distance_rows(dist, i), i)
+    same,matches = ranking.index[i]
+    by_camera = not ranking.codes.keys()-{'cams'}
+    in_reach = (rows.gather(1, same.clamp(min=0).to(rows.device))!=torch.inf).cpu()
+    if by_camera and (in_reach | ~matches).all(): return _ranks(rows, galleries, match, None)
+    ranking.n_unreachable += int((matches & ~in_reach).sum())
+    drawn,found = _draw_matches(rows, same, matches, len(galleries), generator)
+    return _ranks(rows[found.to(rows.device)], galleries, match[found], drawn)
+
+def _trial_ranks(dist, ranking, trials, seed):
     "Ranks of the match, 0 = first, of each valid query (rows) in each trial; queries of one camera share the draws"
+    q,g = ranking.query,ranking.gallery.index_fill(0, ranking.junk, -1)
     q_cams,g_cams = ranking.cams or (torch.zeros_like(q),torch.ones_like(g))
-    generator = torch.Generator().manual_seed(seed)
+    generator,own_generator = torch.Generator().manual_seed(seed),torch.Generator().manual_seed(seed)
     ranks = []
     for cam in q_cams[ranking.valid].unique():
         elsewhere = ((g_cams!=cam) & (g>=0)).nonzero().view(-1)
         picks,ids = _draw(g[elsewhere], trials, generator)
         queries = ranking.valid[q_cams[ranking.valid]==cam]
         for i in queries.split(max(1, 2**22//max(picks.numel(), len(g)))):
-            ranks.append(_ranks(distance_rows(dist, i), elsewhere[picks], torch.searchsorted(ids, q[i])))
-    return torch.cat(ranks)
+            match = torch.searchsorted(ids, q[i])
+            ranks.append(_chunk_ranks(dist, ranking, i, elsewhere[picks], match, own_generator))
+    ranks = torch.cat(ranks)
+    if len(ranks): return ranks
+    raise NoMatchError("Nothing to evaluate: all matches are at infinite distance, or left out by the mask")
 
 # %% ../../nbs/evaluation/05_protocols.ipynb #43de75b3
+@delegates(Ranking)
 @torch.no_grad()
 def evaluate_single_shot(
     dist,              # (Q, G) distances: tensor, array, or an object with `shape` and rows such as `Distances`
@@ -151,20 +234,21 @@ def evaluate_single_shot(
     seed=42,           # Seed of the draws
     junk_pid=-1,       # Gallery images with this id are dropped; None: no junk
     ranks=50,          # Length of the CMC curve
-    about=None         # Context for the card
+    about=None,        # Context for the card
+    **kwargs           # What else to leave out, as in `Ranking`
 )->SingleShotResult:
     """CMC over random galleries of one image per person, from cameras other than the query's.
     Raises `NoMatchError` if no query has a match"""
     if trials<1: raise ValueError(f"trials={trials}: give the number of random galleries, from 1 on")
     if ranks<1: raise ValueError(f"ranks={ranks}: give the length of the CMC curve, from 1 on")
     dist = distance_matrix(dist)
-    ranking = Ranking(tuple(dist.shape), query_pids, gallery_pids, query_cams, gallery_cams, junk_pid=junk_pid)
+    ids = query_pids,gallery_pids,query_cams,gallery_cams
+    ranking = Ranking(tuple(dist.shape), *ids, junk_pid=junk_pid, **kwargs)
+    warn_if_one_set(dist, ranking)
     ranking.chunks() # raises where there is nothing to evaluate
-    q,g,_ = id_codes(query_pids, gallery_pids)
-    g = g.index_fill(0, ranking.junk, -1)
-    trial_ranks = _trial_ranks(dist, ranking, q, g, trials, seed)
+    trial_ranks = _trial_ranks(dist, ranking, trials, seed)
     hits = torch.stack([(trial_ranks<=k).double().mean(0) for k in range(ranks)])
     return SingleShotResult(
         mAP=(1/(trial_ranks+1)).double().mean().item(), cmc=hits.mean(1), std=hits.std(1, correction=0),
-        trials=trials, seed=seed, n_query=len(q), n_query_valid=len(trial_ranks), n_ids=len(g[g>=0].unique()),
-        cameras=bool(ranking.cams), **distance_context(dist, about))
+        trials=trials, seed=seed, n_query=ranking.shape[0], n_query_valid=len(trial_ranks), n_ids=ranking.n_ids,
+        cameras=bool(ranking.cams), **distance_context(dist, ranking.left_out() | (about or {})))

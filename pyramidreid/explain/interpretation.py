@@ -22,7 +22,7 @@ from ..data.loaders import open_image
 from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocols import evaluate_cameras
-from ..evaluation.retrieval import Ranking, evaluate_distances, known_cams
+from ..evaluation.retrieval import Ranking, evaluate_distances, known_cams, shared_images
 
 # %% ../../nbs/explain/02_interpretation.ipynb #29f84170
 _COLUMNS = ('fn','pid','cam','label','camera','role')
@@ -84,11 +84,12 @@ def _split(self:ReIDInterpretation, x):
 
 @patch
 def _ids(self:ReIDInterpretation):
-    "Person and camera ids as arguments of the evaluations"
+    "Person and camera ids as arguments of the evaluations, and where a file is on both sides, which one each image is"
     query_pids,gallery_pids = self._split(self.items.label.to_numpy(copy=True))
     cams = known_cams(self.items.camera.tolist())
     query_cams,gallery_cams = (None,None) if cams is None else self._split(cams)
-    return dict(query_pids=query_pids, gallery_pids=gallery_pids, query_cams=query_cams, gallery_cams=gallery_cams)
+    ids = dict(query_pids=query_pids, gallery_pids=gallery_pids, query_cams=query_cams, gallery_cams=gallery_cams)
+    return ids | shared_images(*self._split(self.items.fn.tolist()))
 
 @patch(cls_method=True)
 def from_learner(
@@ -208,9 +209,11 @@ def confused(
 
 # %% ../../nbs/explain/02_interpretation.ipynb #5b001bb8
 @patch
-def camera_pairs(self:ReIDInterpretation):
-    """Return the metrics of each camera's queries in each other camera's gallery, as a table of `query_cam`,
-    `gallery_cam`, `queries`, and `mAP` and `rank-1` in percent"""
+def camera_pairs(
+    self:ReIDInterpretation,
+    gallery='camera' # Images that are ranked: the gallery camera's alone ('camera'), or those of 'all' cameras
+):
+    "Return the metrics of each camera's queries against each other camera, as the table of `evaluate_cameras`"
     ids = self._ids()
     known = torch.from_numpy((self.items.camera>=0).to_numpy(copy=True))
     (q,g),(query_emb,gallery_emb) = self._split(known),self._split(self.emb)
@@ -218,7 +221,7 @@ def camera_pairs(self:ReIDInterpretation):
         f"Cameras are known for {int(q.sum())} of {len(q)} queries and {int(g.sum())} of {len(g)} gallery images: "
         "there is no pair of cameras to compare")
     ids = {name:values[(q if name.startswith('query') else g).numpy()] for name,values in ids.items()}
-    table = evaluate_cameras(Distances(query_emb[q], gallery_emb[g]), **ids)
+    table = evaluate_cameras(Distances(query_emb[q], gallery_emb[g]), **ids, gallery=gallery)
     cam = self.items.drop_duplicates('camera').set_index('camera').cam
     table = table.assign(query_cam=table.query_cam.map(cam), gallery_cam=table.gallery_cam.map(cam))
     table.attrs['unknown camera'] = dict(queries=int((~q).sum()), gallery=int((~g).sum()))
@@ -228,11 +231,12 @@ def camera_pairs(self:ReIDInterpretation):
 @patch
 def plot_camera_pairs(
     self:ReIDInterpretation,
-    metric='mAP' # 'mAP' or 'rank-1'
+    metric='mAP',    # 'mAP' or 'rank-1'
+    gallery='camera' # Images that are ranked: the gallery camera's alone ('camera'), or those of 'all' cameras
 ):
     "Draw a metric of each pair of cameras, in percent, with the number of queries in each cell; return the figure"
     if metric not in ('mAP','rank-1'): raise ValueError(f"metric={metric!r}: choose 'mAP' or 'rank-1'")
-    pairs = self.camera_pairs()
+    pairs = self.camera_pairs(gallery)
     cams = self.items.sort_values('camera').cam.drop_duplicates()
     rows,cols = [cams[cams.isin(pairs[side])].tolist() for side in ('query_cam','gallery_cam')]
     table = pairs.pivot(index='query_cam', columns='gallery_cam', values=metric).reindex(index=rows, columns=cols)
@@ -241,8 +245,9 @@ def plot_camera_pairs(
     for query_cam,gallery_cam,n,value in pairs[['query_cam','gallery_cam','queries',metric]].itertuples(index=False):
         ax.text(cols.index(gallery_cam), rows.index(query_cam), f'{value:.0f}\nn={n:,}', ha='center', va='center',
                 fontsize=8, color='white' if value<50 else 'black')
+    ranked = 'alone' if gallery=='camera' else 'among all images'
     ax.set(xticks=range(len(cols)), xticklabels=cols, yticks=range(len(rows)), yticklabels=rows,
-           xlabel='camera of the gallery', ylabel='camera of the queries')
+           xlabel=f'camera of the gallery, {ranked}', ylabel='camera of the queries')
     ax.spines[:].set_visible(False)
     fig.colorbar(image, ax=ax, label=f'{metric}, %')
     return fig

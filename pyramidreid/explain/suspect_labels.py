@@ -129,7 +129,8 @@ def _near_suspects(self:ReIDInterpretation, at, k):
     "The `k` images nearest to each suspect, and the nearest of its own id if it is not among them"
     suspects = self.items.loc[at].assign(camera=-1)
     everything = self.items.assign(row=self.items.index)
-    ranked = rank_gallery(self.emb[torch.tensor(at)].cpu(), self.emb.cpu(), suspects, everything, len(everything))
+    ranked = rank_gallery(self.emb[torch.tensor(at)].cpu(), self.emb.cpu(), suspects, everything, len(everything),
+                          own_file=True) # listed once more as somebody else, it is a suspect
     ranked = ranked[ranked.row!=np.array(at)[ranked['query']]].copy()
     ranked['rank'] = ranked.groupby('query').cumcount()+1
     nearest,rest = ranked[ranked['rank']<=k],ranked[ranked['rank']>k]

@@ -9,11 +9,13 @@ __all__ = ['ReIDMetric', 'mAP', 'rank1', 'rank5']
 import warnings
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import pandas as pd
 import torch
 from fastai.learner import Metric
 
 from ..core import ReIDWarning, Role
-from ..evaluation.retrieval import NoMatchError, evaluate, known_cams
+from ..evaluation.retrieval import NoMatchError, evaluate, known_cams, shared_images
 
 # %% ../../nbs/training/02_metrics.ipynb #054cbd4f
 def _evaluate_pass(query, gallery, **kwargs):
@@ -26,11 +28,23 @@ def _evaluate_pass(query, gallery, **kwargs):
     except ValueError as e:
         warnings.warn(f'No re-ID metrics for this validation: {e}', ReIDWarning, stacklevel=2)
 
+# %% ../../nbs/training/02_metrics.ipynb #3afdaf03
+def _shared_files(items, targ):
+    "Which image each query and gallery image is, as arguments of `evaluate`; nothing where that is unknown"
+    columns = ['label','camera','role','fn']
+    if not isinstance(items, pd.DataFrame) or not {*columns}<={*items.columns}: return {}
+    images = shared_images(*[items.fn[items.role==role] for role in (Role.QUERY,Role.GALLERY)])
+    if not images or np.array_equal(items[columns[:3]].to_numpy(), targ.cpu().numpy()): return images
+    warnings.warn("Some files are queries and in the gallery, but the images were not validated in the order of their "
+                  "table, so a query may find its own file. Validate without shuffling", ReIDWarning, stacklevel=2)
+    return {}
+
 # %% ../../nbs/training/02_metrics.ipynb #f302b7b5
 class _Pass:
     "Embeddings and targets of one validation pass; after `result`, only the result"
     def __init__(self):
         self.emb,self.targ = [],[]
+        self.items = None # Table of the loader's images, if it has one
         self.last = None # The prediction that was added last
         self.done,self._result = False,None
 
@@ -38,6 +52,7 @@ class _Pass:
         "Add the learner's current batch, once for all metrics"
         if self.last is learn.pred: return
         self.last = learn.pred
+        self.items = getattr(getattr(learn.dl, 'dataset', None), 'items', None)
         emb,targ = learn.to_detach((learn.pred, learn.yb[0]))
         self.emb.append(emb.as_subclass(torch.Tensor))
         self.targ.append(targ.as_subclass(torch.Tensor).long())
@@ -46,10 +61,10 @@ class _Pass:
         "The evaluation of the whole pass, None where it cannot be ranked; `kwargs` are passed to `evaluate`"
         if not self.done:
             query,gallery = self._take(Role.QUERY),self._take(Role.GALLERY)
-            device = self.last.device
-            self.emb,self.targ,self.last = [],[],None
+            kwargs |= dict(device=self.last.device, **_shared_files(self.items, torch.cat(self.targ)))
+            self.emb,self.targ,self.items,self.last = [],[],None,None
             self.done = True
-            self._result = _evaluate_pass(query, gallery, device=device, **kwargs)
+            self._result = _evaluate_pass(query, gallery, **kwargs)
         return self._result
 
     def _take(self, role):

@@ -12,33 +12,33 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 
 from ..core import with_progress
-from ..evaluation.distances import distance_matrix, distance_rows
+from ..evaluation.distances import distance_context, distance_matrix, distance_rows
 from ..evaluation.openset import Calibration
-from ..evaluation.ranking import id_codes
-from ..evaluation.retrieval import Ranking
+from ..evaluation.retrieval import Ranking, is_junk_id, warn_if_one_set
 from ..models.fingerprints import learner_fingerprint
 from .learner import ReIDLearner
 
 # %% ../../nbs/training/07_threshold_calibration.ipynb #43760d5a
-def _search_ids(shape, query_pids, gallery_pids, query_cams, gallery_cams, junk_pid):
-    "Person and camera codes, and the positions of queries (`asking`) and gallery images (`kept`) that are not junk"
-    cams = [o.numpy() for o in Ranking(shape, query_pids, gallery_pids, query_cams, gallery_cams, junk_pid).cams]
-    query,gallery,pids = [np.asarray(o) for o in id_codes(query_pids, gallery_pids)]
-    if pids.dtype.kind=='U' and junk_pid is not None: junk_pid = str(junk_pid)
-    junk = np.zeros(len(pids), bool) if junk_pid is None else pids==junk_pid
+def _search_ids(shape, *ids, junk_pid, **kwargs):
+    "The `Ranking`, the positions of queries (`asking`) and gallery images (`kept`) that are not junk, and their codes"
+    ranking = Ranking(shape, *ids, junk_pid=junk_pid, **kwargs)
+    junk = is_junk_id(ranking.pids, junk_pid)
+    query,gallery = ranking.query.numpy(),ranking.gallery.numpy()
     asking,kept = np.flatnonzero(~junk[query]),np.flatnonzero(~junk[gallery])
     if not len(asking): raise ValueError("Nothing to calibrate with: all queries are junk")
     if not len(kept): raise ValueError("Nothing to calibrate with: all gallery images are junk")
-    return SimpleNamespace(query=query, gallery=gallery[kept], asking=asking, kept=kept,
-                           query_cams=cams[0] if cams else None, gallery_cams=cams[1][kept] if cams else None)
+    keys = [(q.numpy(),g.numpy()[kept]) for q,g in ranking.codes.values()]
+    return SimpleNamespace(ranking=ranking, query=query, gallery=gallery[kept], asking=asking, kept=kept, keys=keys)
 
 def _same_and_match(ids, i):
     "Which gallery images show the person of each query at positions `i`, and which of them count as true matches"
     same = ids.query[i][:,None]==ids.gallery
-    if ids.query_cams is None: return same,same
-    return same, same & (ids.query_cams[i][:,None]!=ids.gallery_cams)
+    match = same
+    for query_key,gallery_key in ids.keys: match = match & (query_key[i][:,None]!=gallery_key)
+    return same,match
 
 def _best_scores(scores, same, match):
     "Per row: best score of another person and where it is, best score of a match and its rank, ties in gallery order"
@@ -79,16 +79,19 @@ def _pair_rates(different, same):
 # %% ../../nbs/training/07_threshold_calibration.ipynb #f7bc1f38
 def _chunk_scores(dist, ids, i):
     "Scores of the queries at positions `i`, as a dict of arrays, and counts of both kinds of pairs"
-    scores = 0-distance_rows(dist, i).cpu().numpy()[:,ids.kept]
+    scores = 0-ids.ranking.candidates(distance_rows(dist, i), i).cpu().numpy()[:,ids.kept]
     if scores.dtype==np.float16: scores = scores.astype(np.float32)
-    same,match = _same_and_match(ids, i.numpy())
-    best,at,top,place = _best_scores(scores, same, match)
-    known = match.any(1)
-    if not (scores<np.inf).all() or np.isneginf(top[known]).any(): raise ValueError(
-        f"The distances of queries {i[0]} to {i[-1]} contain NaN or -inf, or a true match is infinitely far. "
+    if not (scores<np.inf).all(): raise ValueError(
+        f"The distances of queries {i[0]} to {i[-1]} contain NaN or -inf. "
         "Look for a diverged model or overflow in half precision")
-    result = dict(best=best, found=ids.gallery[at], top=top, place=place, known=known, person=ids.query[i.numpy()])
-    return result,(_bin_counts(scores[~same]),_bin_counts(scores[match]))
+    same,match = _same_and_match(ids, i.numpy())
+    in_reach = scores>-np.inf
+    ids.ranking.n_unreachable += int((match & ~in_reach).sum())
+    match = match & in_reach
+    best,at,top,place = _best_scores(scores, same, match)
+    result = dict(best=best, found=ids.gallery[at], top=top, place=place, known=match.any(1),
+                  person=ids.query[i.numpy()])
+    return result,(_bin_counts(scores[~same & in_reach]),_bin_counts(scores[match]))
 
 def _collect_scores(dist, ids, chunk, progress_bar):
     "Scores of all queries, as a dict of arrays, and the table of rates per pair"
@@ -102,6 +105,7 @@ def _collect_scores(dist, ids, chunk, progress_bar):
     return SimpleNamespace(**scores),_pair_rates(different, same)
 
 # %% ../../nbs/training/07_threshold_calibration.ipynb #3ae3fcc5
+@delegates(Ranking)
 def calibrate_distances(
     dist,              # (Q, G) distances, smaller is nearer: tensor, array, or an object with rows such as `Distances`
     query_pids,        # (Q,) person ids, whole numbers or strings
@@ -115,12 +119,15 @@ def calibrate_distances(
     level=.95,         # Confidence level of the intervals
     chunk=None,        # Queries per chunk; None: as many as make 16 MB of distances
     progress_bar=True, # Show a bar in Jupyter and on a terminal, if there are several chunks?
-    about=None         # Context, such as `{'data':…}`
+    about=None,        # Context, such as `{'data':…}`
+    **kwargs           # What else to leave out, as in `Ranking`
 )->Calibration:
     "Return the best scores of searches for unknown and known people as a `Calibration`, in bounded memory"
     if unknown not in ('hide','absent'): raise ValueError(f"unknown is 'hide' or 'absent', not {unknown!r}")
     dist = distance_matrix(dist)
-    ids = _search_ids(tuple(dist.shape), query_pids, gallery_pids, query_cams, gallery_cams, junk_pid)
+    columns = query_pids,gallery_pids,query_cams,gallery_cams
+    ids = _search_ids(tuple(dist.shape), *columns, junk_pid=junk_pid, **kwargs)
+    warn_if_one_set(dist, ids.ranking)
     if chunk is not None and chunk<1:
         raise ValueError(f"chunk={chunk}: give the number of queries per chunk, from 1 on")
     scores,pairs = _collect_scores(dist, ids, chunk, progress_bar)
@@ -131,10 +138,10 @@ def calibrate_distances(
         impostor=scores.best[impostor], person=scores.person[impostor],
         found=scores.found[impostor] if unknown=='hide' else (),
         genuine=scores.top[scores.known], place=scores.place[scores.known], pairs=pairs,
-        n_gallery=len(ids.kept), n_ids=len(np.unique(ids.gallery)), unknown=unknown, cameras=ids.query_cams is not None,
-        distance=getattr(dist, 'distance', 'as given'), far=far, level=level,
-        about={**getattr(dist, 'about', {}), **(about or {})})
+        n_gallery=len(ids.kept), n_ids=len(np.unique(ids.gallery)), unknown=unknown, cameras=bool(ids.ranking.cams),
+        far=far, level=level, **distance_context(dist, ids.ranking.left_out() | (about or {})))
 
+# %% ../../nbs/training/07_threshold_calibration.ipynb #79b5910e
 def _no_impostor(unknown):
     "The reason why there is no impostor search"
     if unknown=='hide':
