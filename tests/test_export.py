@@ -378,7 +378,12 @@ CHANGED = [
     (dict(arch='fasterrcnn_resnet50_fpn', arch_from='torchvision'), 'not known here'),
     (dict(arch='system', arch_from='os'), 'not known here'),
     (dict(arch='resnet18', arch_from='torchvision'), 'is missing'),
-    (dict(format=2), 'later version'),
+    (dict(format=3), 'later version'),
+    (dict(format=1), "'history' is not known"),
+    (dict(history=...), "'history' is missing"),
+    (dict(history={}), "'history' is {}"),
+    (dict(history=dict(start=None, recorded=True, stages=[dict(data='x', identities=-1, epochs=1, steps=1)])),
+     "'history' is"),
     (dict(format=...), 'does not describe a model'),
     (dict(format=0), 'does not describe'),
     (dict(format=True), 'does not describe'),
@@ -533,9 +538,9 @@ def test_from_a_cache_it_is_the_same_model(people, tmp_path, crops):
     found = load_embedder(learn.save_model(tmp_path/'m')).embed(crops[0][:5])
     assert abs(found-learn.embed(dls.test_dl(crops[0][:5])).numpy()).max()<=1e-4
 
-def test_a_backbone_of_ones_own_cannot_be_shared(make_dls, make_learner, tmp_path):
+def test_a_backbone_that_is_not_what_its_name_says_cannot_be_shared(make_dls, make_learner, tmp_path):
     learn = make_learner(make_dls(size=SIZE))
-    learn.arch_name = 'resnet_mine'
+    learn.arch_name,learn.arch_from = 'resnet_mine','torchvision'
     with pytest.raises(ValueError, match="'resnet_mine' of 'torchvision' is not known here"):
         learn.save_model(tmp_path/'m')
     learn = make_learner(make_dls(size=SIZE))

@@ -194,10 +194,11 @@ def embed_files(
 # %% ../../nbs/cli/03_inputs.ipynb #85e72a12
 def _describe_model(model, name, flip):
     "Describe a model and its data as a learner's card does"
+    from pyramidreid.models.history import described_history, history_entries
     about = model.about
     height,width = about['size']
     return {'data':name,
-            'trained on':f"{about['data']}, {about['n_ids']:,} identities",
+            **history_entries(described_history(about), name),
             'backbone':about['arch'],
             'input':f'{height}×{width}',
             'pyramid':f"n_parts={about['n_parts']}, levels={about['levels']}, {model.n_branches} branches",
@@ -219,6 +220,7 @@ def query_gallery_distances(
     from pyramidreid.data.tables import check_match, encode_table
     from pyramidreid.evaluation.distances import Distances
     from pyramidreid.evaluation.reranking import rerank as reranked_distances
+    from pyramidreid.models.history import described_history, warn_if_untrained
     from pyramidreid.training.learner import camera_ids
     items,*_ = encode_table(df)
     check_match(items)
@@ -227,6 +229,7 @@ def query_gallery_distances(
     if rerank: # without junk, as its neighbourhoods would include it
         kept = (items.label>=0).to_numpy()
         items,query,gallery = items[kept].reset_index(drop=True),query[kept],gallery[kept]
+    warn_if_untrained(described_history(model.about))
     embeddings = embed_files(console, model, items.fn.tolist(), flip)
     make_distances = reranked_distances if rerank else Distances
     dist = make_distances(embeddings[query], embeddings[gallery])

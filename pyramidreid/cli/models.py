@@ -13,7 +13,6 @@ import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.error import URLError
 
 import click
 
@@ -105,6 +104,7 @@ def _learner_from_model(dls, opt):
 
 def _train_learner(dls, opt):
     "Return the untrained learner that the options of `train` describe"
+    from pyramidreid.models.backbone import DownloadError
     from pyramidreid.training.learner import pyramid_learner
     if (Path(opt.weights)/'model.json').is_file(): return _learner_from_model(dls, opt)
     arch = opt.arch or 'resnet50'
@@ -114,9 +114,8 @@ def _train_learner(dls, opt):
                                 "or a folder with a model.json")
     pretrained = opt.weights=='imagenet'
     try: return pyramid_learner(dls, _backbone(arch), pretrained=pretrained, weights=weights_file, path=opt.out)
-    except OSError as e:
-        if not isinstance(e.__cause__, URLError): raise
-        raise OSError(f"The ImageNet weights of {arch} could not be downloaded ({e.__cause__.reason}). "
+    except DownloadError as e:
+        raise OSError(f"The pretrained weights of {arch} could not be downloaded ({e.reason}). "
                       "Pass a file with them as --weights FILE, or train from scratch with --weights none") from e
 
 # %% ../../nbs/cli/05_models.ipynb #a5b00005

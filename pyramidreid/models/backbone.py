@@ -127,7 +127,7 @@ def _watched_run(model, image):
     training = model.training
     try:
         with torch.no_grad(): model.eval()(image)
-    except RuntimeError: pass # the classifier may not fit an image of this size
+    except Exception: pass # the classifier may not fit an image of this size
     finally:
         for hook in hooks: hook.remove()
         model.train(training)
@@ -144,7 +144,15 @@ def _chain_of_maps(model):
         last,version = output,output._version
     return nn.Sequential(*chain)
 
-def _n_conv_weights(m): return sum(o.weight.numel() for o in m.modules() if isinstance(o, nn.Conv2d))
+def _n_weights(modules): return sum(p.numel() for m in modules for p in m.parameters())
+
+def _kept(body, model):
+    "Fraction of a classifier's weights that its body has, without those of the last layer and of what does not run"
+    children = list(model.children())
+    ran = [step[0] for step in _watched_run(model, torch.zeros(1, 3, 256, 128))]
+    finished = bool(ran) and ran[-1] is children[-1]
+    used = [m for m in children[:-1] if m in ran or not finished]
+    return _n_weights([body])/max(1, _n_weights(used))
 
 def _returns_map(body):
     try: return _is_map(_probe(body)[0])
@@ -152,17 +160,17 @@ def _returns_map(body):
 
 # %% ../../nbs/models/01_backbone.ipynb #5c39a607
 def _cut_body(model, arch):
-    "The body of a classifier. Raises `ValueError` if no cut leaves a feature map and most of the weights"
+    "The body of a classifier. Raises `ValueError` if no cut leaves a feature map and half of the weights"
     if isinstance(arch, str): return TimmBody(model)
     cut = model_meta.get(arch, _default_meta)['cut']
-    def kept(body): return _n_conv_weights(body)/max(1, _n_conv_weights(model))
     try: body = create_body(model, pretrained=False, cut=cut)
     except StopIteration: body = nn.Sequential()
-    if kept(body)>=.5 and _returns_map(body): return body
+    if _kept(body, model)>=.5 and _returns_map(body): return body
     body = _chain_of_maps(model)
-    if kept(body)>=.5: return body
+    kept = _kept(body, model)
+    if kept>=.5: return body
     raise ValueError(f"{arch_name(arch)} cannot be cut before its classifier: the modules that pass a feature map from "
-                     f"one to the next hold {kept(body):.0%} of the weights of its convolutions. Choose a CNN, e.g. resnet50")
+                     f"one to the next hold {kept:.0%} of its weights. Choose a CNN, e.g. resnet50")
 
 # %% ../../nbs/models/01_backbone.ipynb #479bf380
 def _check_map(body, name):
@@ -220,8 +228,8 @@ def create_backbone(
     weights=None,    # Load this file instead: safetensors or torch, with or without the classifier
     last_stride=1    # 1 keeps the resolution in the last stage, 2 leaves the body unchanged
 ):
-    """Return the body of `arch`, whose feature map is (N, C, H, W). Raises `ValueError` if `arch` is not a suitable CNN,
-    `DownloadError` if there is no connection to download weights."""
+    """Return the body of `arch`, whose feature map is (N, C, H, W). Raises `ValueError` if `arch` is not a suitable
+    CNN, `DownloadError` if there is no connection to download weights."""
     if last_stride not in (1,2):
         raise ValueError(f"last_stride={last_stride}: 1 keeps the resolution in the last stage, 2 halves it")
     with _download_errors(arch): model = _new_model(arch, pretrained and weights is None)

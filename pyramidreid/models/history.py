@@ -10,6 +10,7 @@ __all__ = ['new_history', 'add_stage', 'is_trained', 'unrecorded_history', 'is_h
 import copy
 import math
 import re
+import sys
 import warnings
 
 # %% ../../nbs/models/06_history.ipynb #072bef4c
@@ -140,12 +141,18 @@ def described_history(
     return add_stage(new_history(), about['data'], about['n_ids'])
 
 # %% ../../nbs/models/06_history.ipynb #c3acdef1
+def _first_frame_outside():
+    "Number of frames up to the code that called this library, as `stacklevel` counts them"
+    frame,level = sys._getframe(1),1
+    while frame.f_back and frame.f_globals.get('__name__', '').split('.')[0]=='pyramidreid':
+        frame,level = frame.f_back,level+1
+    return level-1
+
 def warn_if_untrained(
-    history,     # A history
-    stacklevel=3 # As for `warnings.warn`
+    history # A history
 ):
-    "Warn that embeddings of an untrained model mean nothing"
+    "Warn, where this library was called, that embeddings of an untrained model mean nothing"
     if is_trained(history): return
     from pyramidreid.core import ReIDWarning
-    warnings.warn("This model has not been trained, so its embeddings mean nothing: call fit_one_cycle, or load trained "
-                  "weights", ReIDWarning, stacklevel)
+    warnings.warn("This model has not been trained, so its embeddings mean nothing: call fit_one_cycle, or load "
+                  "trained weights", ReIDWarning, stacklevel=_first_frame_outside())

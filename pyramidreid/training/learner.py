@@ -18,7 +18,15 @@ from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocol_card import compare_cards
 from ..evaluation.reranking import rerank as k_reciprocal
 from ..evaluation.retrieval import evaluate_distances, known_cams
-from ..models.backbone import arch_name, backbone_stats, create_backbone
+from ..models.backbone import arch_name, arch_source, backbone_stats, create_backbone, start_words
+from ..models.fingerprints import inner_model
+from pyramidreid.models.history import (
+    add_stage,
+    history_entries,
+    loaded_history,
+    new_history,
+    warn_if_untrained,
+)
 from ..models.losses import PyramidLoss
 from ..models.pyramid import PyramidNet, join_branches, pyramid_split
 from .dynamic_losses import DynamicLossWeights
@@ -86,6 +94,27 @@ class ReIDLearner(Learner):
         is_fastais = cb is ProgressCallback or type(cb) is ProgressCallback
         return super().add_cb(ReIDProgress() if is_fastais else cb)
 
+# %% ../../nbs/training/03_learner.ipynb #87175ad9
+@patch
+def _do_epoch_train(self:ReIDLearner):
+    self._n_steps,self._history_before = 0,getattr(inner_model(self.model), 'history', new_history())
+    super(ReIDLearner, self)._do_epoch_train()
+    if self._n_steps and self.iter+1==self.n_iter: self._record_training()
+
+@patch
+def _step(self:ReIDLearner):
+    super(ReIDLearner, self)._step()
+    if not any(hyper['lr'] for hyper in self.opt.hypers): return # nothing was changed
+    self._n_steps += 1
+    self._record_training()
+
+@patch
+def _record_training(self:ReIDLearner):
+    "Write into the model's history what this epoch has trained so far"
+    data = getattr(self.dls, 'data_name', '') or 'data without a name'
+    inner_model(self.model).history = add_stage(
+        self._history_before, data, getattr(self.dls, 'c', None), epochs=(self.iter+1)/self.n_iter, steps=self._n_steps)
+
 # %% ../../nbs/training/03_learner.ipynb #2a58e3da
 @contextmanager
 def _eval_mode(model):
@@ -151,9 +180,10 @@ def about(self:ReIDLearner,
     "Describe model and data for a protocol card"
     model = get_model(self.model)
     head,own_data = model.head,dl.dataset is self.dls.valid.dataset
+    data = self.dls.data_name if own_data else dl.dataset.items.attrs.get('name')
     return {
-        'data':self.dls.data_name if own_data else dl.dataset.items.attrs.get('name', 'another table'),
-        'trained on':f"{self.dls.data_name}, {self.dls.c:,} identities",
+        'data':data or 'another table',
+        **history_entries(inner_model(model).full_history(), data),
         'backbone':self.arch_name,
         'input':'{}×{}'.format(*_image_size(dl)),
         'pyramid':f'n_parts={head.n_parts}, levels={head.levels}, {len(head.windows)} branches',
@@ -177,6 +207,7 @@ def to_rank(self:ReIDLearner,
     "Return distances, person ids and camera ids of queries and gallery, as arguments for `evaluate_distances`"
     dl = ifnone(dl, self.dls.valid)
     items,query,gallery = _queries_and_gallery(dl)
+    warn_if_untrained(inner_model(self.model).full_history())
     emb = self.embed(dl, flip)
     cams,pids = camera_ids(items),items.label.to_numpy(copy=True)
     if rerank is not False: query,gallery = query & (pids>=0),gallery & (pids>=0)
@@ -252,6 +283,7 @@ def predict(self:ReIDLearner,
     k=10          # Number of matches returned
 ):
     "Return the embedding of `item`, (D,); with a `gallery` its `k` best matches, a table with their `similarity`"
+    warn_if_untrained(inner_model(self.model).full_history())
     emb = self.embed(self.dls.test_dl([item], num_workers=0))[0]
     if gallery is None: return emb
     dl = gallery if isinstance(gallery, DataLoader) else self.dls.test_dl(gallery)
@@ -268,6 +300,11 @@ def _to_builtin(o):
     if isinstance(o, tuple): return tuple(_to_builtin(v) for v in o)
     if isinstance(o, (list,L)): return [_to_builtin(v) for v in o]
     return o.item() if isinstance(o, np.generic) else o
+
+def _history_in(sd, file):
+    "The model's history in a state dict that `save` wrote; of one without, that it is not known"
+    saved = getattr(sd, '_metadata', {}).get('', {}).get('history')
+    return loaded_history(saved, sd.get('head.bn.num_batches_tracked'), f'weights of {Path(file).name}')
 
 def load_opt_state(
     opt,  # An optimizer: fastai's own, or one of PyTorch's in an `OptimWrapper`
@@ -310,6 +347,7 @@ def load(self:ReIDLearner,
         f"{file} was not written by `save`. Load backbone weights with pyramid_learner(weights=…), "
         "and released checkpoints with released_state_dict")
     get_model(self.model).load_state_dict(state['model'], strict=strict)
+    inner_model(self.model).history = _history_in(state['model'], file)
     if with_opt and 'opt' in state:
         if self.opt is None: self.create_opt()
         load_opt_state(self.opt, state['opt'])
@@ -347,6 +385,7 @@ def pyramid_learner(
     "Create a learner for the pyramid model (paper §3). Raises `ValueError` if parts, images and weights do not fit"
     body = create_backbone(arch, pretrained, weights, last_stride)
     model = PyramidNet(body, dls.c, n_parts, emb_sz, levels, drop, norm)
+    model.history = new_history(start_words(arch, pretrained, weights))
     model.check_size(_image_size(dls.valid)[0])
     if normalize and not dls.after_batch.fs.filter(risinstance(Normalize)):
         dls.add_tfms([Normalize.from_stats(*backbone_stats(arch))], 'after_batch')
@@ -355,5 +394,5 @@ def pyramid_learner(
     metrics = loss_parts.columns + L(ifnone(metrics, [mAP,rank1,rank5]))
     learn = ReIDLearner(dls, model, loss_func=ifnone(loss_func, PyramidLoss()), splitter=splitter, cbs=cbs,
                         metrics=metrics, **kwargs)
-    learn.arch_name = arch_name(arch)
+    learn.arch_name,learn.arch_from,learn.last_stride = arch_name(arch),arch_source(arch),last_stride
     return learn
