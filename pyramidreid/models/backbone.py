@@ -117,16 +117,16 @@ def _new_model(arch, pretrained):
                      "ask for: pass pretrained=False, or a file as weights=")
 
 # %% ../../nbs/models/01_backbone.ipynb #765c15b5
-def _watched_run(model, image):
-    "The children of a classifier in the order in which they run: `(child, input, version of the input, output)`"
+def _watched_run(model):
+    "The children of a classifier in the order in which they run: child, input, its version, output, its version"
     steps,starts = [],{}
     def before(m, inputs): starts[m] = (inputs[0], inputs[0]._version)
-    def after(m, inputs, output): steps.append((m, *starts[m], output))
+    def after(m, inputs, output): steps.append((m, *starts[m], output, getattr(output, '_version', None)))
     hooks = [o for m in model.children()
              for o in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
     training = model.training
     try:
-        with torch.no_grad(): model.eval()(image)
+        with torch.no_grad(): model.eval()(torch.zeros(1, 3, 256, 128))
     except Exception: pass # the classifier may not fit an image of this size
     finally:
         for hook in hooks: hook.remove()
@@ -135,21 +135,22 @@ def _watched_run(model, image):
 
 def _is_map(x): return isinstance(x, torch.Tensor) and x.ndim==4 and max(x.shape[-2:])>1
 
-def _chain_of_maps(model):
-    "The children of a classifier that pass a feature map from one to the next, unchanged in between"
-    chain,last,version = [],torch.zeros(1, 3, 256, 128),0
-    for m,x,x_version,output in _watched_run(model, last):
-        if x is not last or x_version!=version or not _is_map(output): break
+def _chain_of_maps(steps):
+    "The children that pass a feature map from one to the next, and whether it was changed before the next one"
+    chain,last = [],None
+    for m,x,x_version,output,version in steps:
+        if last and (x is not last[0] or x_version!=last[1]): return chain,_is_map(x)
+        if not last and (x.shape[1:]!=(3,256,128) or x.any()): return chain,True
+        if not _is_map(output): break
         chain.append(m)
-        last,version = output,output._version
-    return nn.Sequential(*chain)
+        last = output,version
+    return chain,False
 
 def _n_weights(modules): return sum(p.numel() for m in modules for p in m.parameters())
 
-def _kept(body, model):
+def _kept(body, model, steps):
     "Fraction of a classifier's weights that its body has, without those of the last layer and of what does not run"
-    children = list(model.children())
-    ran = [step[0] for step in _watched_run(model, torch.zeros(1, 3, 256, 128))]
+    children,ran = list(model.children()),[step[0] for step in steps]
     finished = bool(ran) and ran[-1] is children[-1]
     used = [m for m in children[:-1] if m in ran or not finished]
     return _n_weights([body])/max(1, _n_weights(used))
@@ -159,18 +160,30 @@ def _returns_map(body):
     except (RuntimeError,TypeError): return False
 
 # %% ../../nbs/models/01_backbone.ipynb #5c39a607
+def _usual_body(model, arch):
+    "The body as fastai cuts it, which may be empty"
+    cut = model_meta.get(arch, _default_meta)['cut']
+    try: return create_body(model, pretrained=False, cut=cut)
+    except StopIteration: return nn.Sequential()
+
+def _after(chain): return f'after the {len(chain)} first ({type(chain[-1]).__name__})' if chain else 'before the first'
+
 def _cut_body(model, arch):
     "The body of a classifier. Raises `ValueError` if no cut leaves a feature map and half of the weights"
     if isinstance(arch, str): return TimmBody(model)
-    cut = model_meta.get(arch, _default_meta)['cut']
-    try: body = create_body(model, pretrained=False, cut=cut)
-    except StopIteration: body = nn.Sequential()
-    if _kept(body, model)>=.5 and _returns_map(body): return body
-    body = _chain_of_maps(model)
-    kept = _kept(body, model)
-    if kept>=.5: return body
-    raise ValueError(f"{arch_name(arch)} cannot be cut before its classifier: the modules that pass a feature map from "
-                     f"one to the next hold {kept:.0%} of its weights. Choose a CNN, e.g. resnet50")
+    steps = _watched_run(model)
+    chain,changed = _chain_of_maps(steps)
+    body = _usual_body(model, arch)
+    n_run = sum(step[0] in list(body.children()) for step in steps)
+    faithful = n_run<=len(chain) or not changed
+    if faithful and _kept(body, model, steps)>=.5 and _returns_map(body): return body
+    body = nn.Sequential(*chain)
+    kept = _kept(body, model, steps)
+    if kept>=.5 and not changed: return body
+    reason = f"the modules that pass a feature map from one to the next hold {kept:.0%} of its weights"
+    if changed: reason = (f"something is done to the feature map between its modules, {_after(chain)}. If it is your "
+                          "own network, let a module do it")
+    raise ValueError(f"{arch_name(arch)} cannot be cut before its classifier: {reason}. Choose a CNN, e.g. resnet50")
 
 # %% ../../nbs/models/01_backbone.ipynb #479bf380
 def _check_map(body, name):

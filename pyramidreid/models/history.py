@@ -143,10 +143,10 @@ def described_history(
 # %% ../../nbs/models/06_history.ipynb #c3acdef1
 def _first_frame_outside():
     "Number of frames up to the code that called this library, as `stacklevel` counts them"
-    frame,level = sys._getframe(1),1
+    frame,level = sys._getframe(1),1 # the caller, which warns
     while frame.f_back and frame.f_globals.get('__name__', '').split('.')[0]=='pyramidreid':
         frame,level = frame.f_back,level+1
-    return level-1
+    return level
 
 def warn_if_untrained(
     history # A history
