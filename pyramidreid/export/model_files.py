@@ -174,8 +174,8 @@ def _write_weights(net, about, file):
     weights = shareable_weights(net.model.state_dict(), 'The model')
     with atomic_write(file) as partial_file:
         save_file({name: tensor.contiguous() for name,tensor in weights.items()}, partial_file)
-        blank = copy.deepcopy(net.model) if about['arch_from']=='own' else None
-        try: again = _load_embedder(about, partial_file, model=blank)
+        model = copy.deepcopy(net.model) if about['arch_from']=='own' else _build_model(about)
+        try: again = _load_embedder(about, partial_file, model=model)
         except ValueError as e:
             raise ValueError(f"This learner's backbone differs from {about['arch']} as built by its name: it was "
                              "changed by hand. Only a model that can be rebuilt can be shared") from e
