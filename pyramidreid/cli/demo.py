@@ -87,6 +87,7 @@ def _demo_report(card, chance, untrained):
             f'  trained network    {card.mAP:.3f}\n\n'
             f'Training closed {gain:.0%} of the gap between the untrained network and a perfect mAP of 1.')
 
+# %% ../../nbs/cli/07_demo.ipynb #74b1175d
 def run_demo(
     out='demo',   # Folder for the pictures
     epochs=14,    # Of training

@@ -263,7 +263,9 @@ def embed_command(console, model, files, out, flip, device):
     if out.suffix not in _EMBEDDING_WRITERS:
         raise click.BadParameter(f'{out} is not a .safetensors, .npz or .csv file', param_hint='--out')
     from pyramidreid.cli.inputs import embed_files, image_files, open_model
+    from pyramidreid.models.history import described_history, warn_if_untrained
     files,model = image_files(files),open_model(model, device)
+    warn_if_untrained(described_history(model.about))
     console.say(f"Embedding {len(files):,} image{'' if len(files)==1 else 's'} …")
     embeddings = embed_files(console, model, files, flip)
     _write_embeddings(out, list(map(str, files)), embeddings, model.fingerprint)
@@ -283,7 +285,9 @@ def export_command(console, model, to, out):
     if model.suffix=='.onnx': raise ValueError(f"{model} is already exported: pass the model folder")
     from pyramidreid.cli.inputs import open_model
     from pyramidreid.export.model_files import write_exported, write_onnx
+    from pyramidreid.models.history import described_history, warn_if_untrained
     model = open_model(model, 'cpu')
+    warn_if_untrained(described_history(model.about))
     console.say(f'Writing {out} …')
     write = write_onnx if to=='onnx' else write_exported
     about = {name:value for name,value in model.about.items() if name!='weights'}

@@ -149,11 +149,11 @@ def _portable(learn, card):
     "A copy of a learner's model as a `PixelNet` on the CPU, and its description"
     model = inner_model(learn.model)
     shareable_weights(model.state_dict(), 'The model')
-    warn_if_untrained(model.full_history())
     with no_random():
         about = describe_model(learn, card)
         net = PixelNet(copy.deepcopy(model).cpu().float(), input_stats(learn))
         _check_pipeline(learn, net, tuple(about['size']))
+    warn_if_untrained(about['history'])
     return net,about
 
 def _check_agreement(run, net, size, what):

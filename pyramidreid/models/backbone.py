@@ -146,6 +146,7 @@ def _chain_of_maps(steps):
         last = output,version
     return chain,False
 
+# %% ../../nbs/models/01_backbone.ipynb #3e3a46d6
 def _n_weights(modules): return sum(p.numel() for m in modules for p in m.parameters())
 
 def _kept(body, model, steps):

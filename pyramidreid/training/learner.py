@@ -196,6 +196,7 @@ def _distances(query_emb, gallery_emb, distance, rerank, device):
     kwargs = rerank if isinstance(rerank, dict) else {}
     return k_reciprocal(query_emb, gallery_emb, distance=distance, device=device, **kwargs)
 
+# %% ../../nbs/training/03_learner.ipynb #be2b5481
 @patch
 def to_rank(self:ReIDLearner,
     dl=None,           # Queries and gallery; None: the validation loader
@@ -362,6 +363,7 @@ def _dynamic_cbs(dynamic, cbs):
     given = any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs))
     return L() if given else L(DynamicLossWeights())
 
+# %% ../../nbs/training/03_learner.ipynb #1fa9528c
 @delegates(Learner.__init__, but='model')
 def pyramid_learner(
     dls,                    # `ReIDDataLoaders`
