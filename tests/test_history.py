@@ -26,6 +26,8 @@ from pyramidreid.core import ReIDWarning
 from pyramidreid.data.datasets import market_table
 from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.evaluation.protocol_card import Card
+from pyramidreid.explain.interpretation import ReIDInterpretation
+from pyramidreid.explain.matching_bands import explain  # noqa: F401 adds learn.explain
 from pyramidreid.export import model_files
 from pyramidreid.export.model_files import learner_from, load_embedder, read_description
 from pyramidreid.gallery.gallery import Gallery
@@ -316,6 +318,7 @@ def test_what_an_untrained_model_warns_about(learn, test_images, tmp_path, monke
     for write in ('write_onnx','write_exported'): monkeypatch.setattr(model_files, write, lambda net, about, file: file)
     file = test_images.fn[0]
     calls = [learn.evaluate, lambda: learn.predict(file), lambda: learn.predict(file, gallery=list(test_images.fn[:3])),
+             lambda: learn.explain(file, file), lambda: ReIDInterpretation.from_learner(learn),
              learn.calibrate, lambda: Gallery(learn), lambda: learn.save_model(tmp_path/'m'),
              lambda: learn.to_exported('m.pt2'), lambda: learn.to_onnx('m.onnx'),
              lambda: Gallery(load_embedder(tmp_path/'m'))]
