@@ -5,6 +5,7 @@ the model's size; and how far each is from the learner.
 import argparse
 import json
 import time
+import warnings
 from tempfile import mkdtemp
 
 import numpy as np
@@ -57,6 +58,7 @@ def new_learner(arch, size):
     people = lib.synth_persons(n_train=8, n_test=6, size=(96,48))
     dls = lib.ReIDDataLoaders.from_market(people, p=4, k=2, size=size, num_workers=0)
     lib.set_seed(0)
+    warnings.filterwarnings('ignore', 'This model has not been trained') # which makes no difference to its speed
     return lib.pyramid_learner(dls, getattr(lib, arch), pretrained=False, path=mkdtemp())
 
 def measure(name, threads, repeats, compiled):

@@ -21,6 +21,10 @@ SIZE = (96, 48)
 LOADERS = dict(p=4, k=4, size=(48,24), num_workers=0)
 LEARNER = dict(pretrained=False, n_parts=3, emb_sz=8, lr=3e-3)
 
+def pytest_configure(config):
+    "Most tests need no trained model; those that are about the warning use `pytest.warns`"
+    config.addinivalue_line('filterwarnings', 'ignore:This model has not been trained')
+
 @pytest.fixture(scope='session')
 def people(tmp_path_factory):
     "Folder in Market's layout: 12 training and 6 test people, 4 cameras, 4 distractors, 2 junk images"

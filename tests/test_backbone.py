@@ -1,5 +1,6 @@
 "Bodies of many families: the last stride, weights that do not fit or are damaged, models without a feature map"
 import importlib.util
+import pickle
 import re
 from pathlib import Path
 from urllib.error import URLError
@@ -84,6 +85,74 @@ def test_a_transformer_is_refused(arch):
 def test_a_last_stride_that_cannot_be_undone_is_an_error(arch):
     "Merged patches, blur before a stride, several resolutions: no other stride is changed, and the body does not crash"
     with pytest.raises(ValueError, match=f'{arch_name(arch)}.*last_stride=2'): create_backbone(arch, pretrained=False)
+
+# Where a body is cut
+
+def count(module): return sum(p.numel() for p in module.parameters())
+
+def without_pooling_layers():
+    "Three convolutions and a mean without a layer for it; a pooling layer at the beginning, as ShuffleNet has it"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1,self.pool,self.stage = nn.Conv2d(3,4,3,2,1),nn.MaxPool2d(2),nn.Conv2d(4,8,3,2,1)
+            self.conv2,self.fc = nn.Conv2d(8,16,1),nn.Linear(16,10)
+        def forward(self, x): return self.fc(self.conv2(self.stage(self.pool(self.conv1(x)))).mean([2,3]))
+    return Net()
+
+def changed_in_between():
+    "The same, but with something between its modules that no module does"
+    net = without_pooling_layers()
+    net.forward = lambda x: net.fc(net.conv2(net.stage(net.pool(net.conv1(x))).relu()).mean([2,3]))
+    return net
+
+def test_a_body_keeps_what_is_before_the_mean():
+    "The input of the classifier is the mean of the body's feature map"
+    torch.manual_seed(0)
+    net,body = without_pooling_layers(),None
+    body = create_backbone(lambda: net, pretrained=False, last_stride=2)
+    assert count(body)==count(net)-count(net.fc)
+    seen = []
+    net.fc.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    x = torch.randn(2,3,64,32)
+    with torch.no_grad():
+        net.eval()(x)
+        torch.testing.assert_close(body.eval()(x).mean([2,3]), seen[0])
+
+def test_a_body_that_would_lose_its_weights_is_refused():
+    words = r'is done to the feature map.*after the 3 first \(Conv2d\).*let a module do it'
+    with pytest.raises(ValueError, match=words): create_backbone(changed_in_between, pretrained=False)
+    def mostly_vectors(): # a convolution, and a network of linear layers behind a mean
+        vectors = nn.Linear(4,99),nn.Linear(99,9)
+        return nn.Sequential(nn.Conv2d(3,4,3,4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *vectors)
+    with pytest.raises(ValueError, match=r'hold 18% of its weights'): create_backbone(mostly_vectors, pretrained=False)
+
+def test_what_is_done_between_modules_is_not_lost_where_a_pooling_layer_follows():
+    "fastai's cut alone would return a body without the ReLU"
+    net = nn.Sequential(nn.Conv2d(3,4,3,4), nn.Conv2d(4,8,3,4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,5))
+    assert len(create_backbone(lambda: net, pretrained=False, last_stride=2))==2
+    class WithReLU(nn.Sequential):
+        def forward(self, x): return self[4](self[3](self[2](self[1](self[0](x).relu()))))
+    def changed(): return WithReLU(*net)
+    with pytest.raises(ValueError, match=r'after the 1 first \(Conv2d\)'): create_backbone(changed, pretrained=False)
+
+def slow(arch): return pytest.param(arch, marks=pytest.mark.slow)
+
+@pytest.mark.parametrize('arch', [models.shufflenet_v2_x0_5, slow(models.shufflenet_v2_x1_0), models.mnasnet0_5,
+                                  slow(models.mobilenet_v2)])
+def test_torchvision_s_networks_without_a_pooling_layer(arch):
+    net,body = arch(weights=None),create_backbone(arch, pretrained=False)
+    classifier = list(net.children())[-1]
+    assert count(body)==count(net)-count(classifier)
+    assert body_shape(body)[1]==16
+
+@pytest.mark.slow
+def test_auxiliary_classifiers_fall_away():
+    body = create_backbone(models.googlenet, pretrained=False)
+    net = models.googlenet(weights=None, init_weights=False)
+    assert count(body)==count(net)-sum(map(count, (net.aux1,net.aux2,net.fc)))
+    def rescales(): return models.googlenet(weights=None, init_weights=False, transform_input=True) # as if pretrained
+    with pytest.raises(ValueError, match='before the first'): create_backbone(rescales, pretrained=False)
 
 def test_wrong_arguments():
     with pytest.raises(ValueError, match='last_stride=3'): create_backbone(resnet10, False, last_stride=3)
@@ -190,6 +259,49 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
     def fail(*args): raise URLError('no network')
     monkeypatch.setattr(backbone, '_new_model', fail)
     with pytest.raises(OSError, match='no network.*weights=.*pretrained=False'): create_backbone(resnet18)
+
+class LocalEntryNotFoundError(FileNotFoundError):
+    "As in huggingface_hub, whose message begins with advice and whose cause is the connection"
+    __module__ = 'huggingface_hub.errors'
+
+def raised_from(outer, inner):
+    try: raise outer from inner
+    except type(outer) as e: return e
+
+NO_HOST = OSError('[Errno -2] Name or service not known')
+class ConnectError(Exception): __module__ = 'httpx'
+class ProxyError(OSError): __module__ = 'requests.exceptions'
+class OfflineModeIsEnabled(ConnectionError): __module__ = 'huggingface_hub.errors'
+
+FAILED = [
+    (URLError('no network'), 'no network'),
+    (ConnectionResetError(104, 'Connection reset by peer'), 'Connection reset by peer'),
+    (TimeoutError('timed out'), 'timed out'),
+    (ProxyError('proxy refused'), 'proxy refused'),
+    (OfflineModeIsEnabled('Cannot reach the hub: offline mode is enabled\nmore text'), 'offline mode is enabled'),
+    (raised_from(LocalEntryNotFoundError('An error happened'), raised_from(ConnectError('no such host'), NO_HOST)),
+     'no such host')]
+
+@pytest.mark.parametrize('error,reason', FAILED, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('arch', [resnet18, timm_model('test_resnet')], ids=['torchvision', 'timm'])
+def test_every_failed_download_is_the_same_error(monkeypatch, arch, error, reason):
+    def fail(*args, **kwargs): raise error
+    if isinstance(arch, str):
+        import timm
+        monkeypatch.setattr(timm.models._builder, 'load_state_dict_from_hf', fail)
+    else: monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: '/nowhere')
+    words = f'The pretrained weights of {arch_name(arch)} could not be'
+    with pytest.raises(OSError, match=words) as e: create_backbone(arch)
+    message = str(e.value)
+    assert isinstance(e.value, DownloadError) and reason in e.value.reason and '\n' not in message
+    assert message.endswith('Pass a file as weights=, or pretrained=False')
+    assert str(pickle.loads(pickle.dumps(e.value)))==message
+
+def test_other_errors_are_not_called_failed_downloads(monkeypatch):
+    def fail(*args): raise RuntimeError('invalid hash value')
+    monkeypatch.setattr(backbone, '_new_model', fail)
+    with pytest.raises(RuntimeError, match='invalid hash'): create_backbone(resnet18)
 
 # Parameter groups
 

@@ -822,6 +822,15 @@ def test_full_stdout(desk, line):
     done = in_shell(f'{line} >/dev/full', desk.folder)
     assert done.code==2 and done.err.startswith('Error: ') and 'Traceback' not in done.err
 
+@pytest.mark.parametrize('command', [
+    'evaluate {model} {people} --json', 'embed {model} {file} --out {new}/e.npz',
+    pytest.param('gallery add {new}/street {file} --model {model}', marks=pytest.mark.slow)])
+def test_an_untrained_model_says_so(desk, other_model, cli, tmp_path, command):
+    words = command.format(model=other_model, people=desk.people, file=desk.queries[0], new=tmp_path)
+    done = cli(*words.split())
+    assert done.code==0 and done.err.count('This model has not been trained')==1
+    if '--json' in words: assert done.json['choices']['trained on']=='nothing: untrained (random weights)'
+
 # errors of other libraries, in words
 
 def test_unknown_backbone(people, cli, tmp_path):

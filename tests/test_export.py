@@ -16,6 +16,8 @@ import pytest
 import torch
 from fastai.vision.all import Normalize, resnet18, set_seed
 from PIL import Image
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 from toys import quiet
 
 from pyramidreid.data.loaders import ReIDDataLoaders
@@ -334,6 +336,15 @@ def test_no_person_and_no_path_is_in_the_files(exported, learn):
     with safe_open(exported['safetensors'][0]/about['weights'], 'pt') as file: names = list(file.keys())
     assert names and not [name for name in names if 'classify' in name]
 
+def test_the_history_is_in_every_file(exported, learn):
+    history = learn.model.history
+    assert [stage['data'] for stage in history['stages']]==['people'] and history['stages'][0]['epochs']==2
+    extra = {'pyramidreid.json':''}
+    torch.export.load(exported['pt2'][0], extra_files=extra)
+    assert json.loads(extra['pyramidreid.json'])['history']==history
+    assert read_description(exported['safetensors'][0])['history']==history
+    if 'onnx' in exported: assert Runtime(exported['onnx'][0]).about['history']==history
+
 def test_the_card_goes_along(learn, tmp_path):
     card = learn.evaluate()
     about = load_embedder(learn.save_model(tmp_path, card=card)).about
@@ -378,7 +389,12 @@ CHANGED = [
     (dict(arch='fasterrcnn_resnet50_fpn', arch_from='torchvision'), 'not known here'),
     (dict(arch='system', arch_from='os'), 'not known here'),
     (dict(arch='resnet18', arch_from='torchvision'), 'is missing'),
-    (dict(format=2), 'later version'),
+    (dict(format=3), 'later version'),
+    (dict(format=1), "'history' is not known"),
+    (dict(history=...), "'history' is missing"),
+    (dict(history={}), "'history' is {}"),
+    (dict(history=dict(start=None, recorded=True, stages=[dict(data='x', identities=-1, epochs=1, steps=1)])),
+     "'history' is"),
     (dict(format=...), 'does not describe a model'),
     (dict(format=0), 'does not describe'),
     (dict(format=True), 'does not describe'),
@@ -533,15 +549,78 @@ def test_from_a_cache_it_is_the_same_model(people, tmp_path, crops):
     found = load_embedder(learn.save_model(tmp_path/'m')).embed(crops[0][:5])
     assert abs(found-learn.embed(dls.test_dl(crops[0][:5])).numpy()).max()<=1e-4
 
-def test_a_backbone_of_ones_own_cannot_be_shared(make_dls, make_learner, tmp_path):
+def test_a_backbone_that_is_not_what_its_name_says_cannot_be_shared(make_dls, make_learner, tmp_path):
     learn = make_learner(make_dls(size=SIZE))
-    learn.arch_name = 'resnet_mine'
+    learn.arch_name,learn.arch_from = 'resnet_mine','torchvision'
     with pytest.raises(ValueError, match="'resnet_mine' of 'torchvision' is not known here"):
         learn.save_model(tmp_path/'m')
     learn = make_learner(make_dls(size=SIZE))
     learn.model.body[4][0].conv1.dilation,learn.model.body[4][0].conv1.padding = (2,2),(2,2)
     with pytest.raises(ValueError, match='changed by hand'): learn.save_model(tmp_path/'m')
     assert not list((tmp_path/'m').iterdir())
+
+# a backbone of one's own
+
+def instance_net(pretrained=False):
+    "A ResNet with another normalisation, as in ResNet-IBN"
+    return ResNet(BasicBlock, [1,2,1,1], norm_layer=nn.InstanceNorm2d)
+
+def plain_net(): return ResNet(BasicBlock, [1,1,1,1])
+
+@pytest.fixture(scope='session')
+def own(make_dls, make_learner, tmp_path_factory):
+    "A learner with a backbone of its own, and its folder"
+    learn = make_learner(make_dls(size=SIZE), arch=instance_net)
+    learn.fit(1)
+    return learn,learn.save_model(tmp_path_factory.mktemp('own')/'shared')
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_backbone_of_ones_own(own, crops, tmp_path, kind):
+    learn,folder = own
+    files = crops[0][:6]
+    truth = learn.embed(learn.dls.test_dl(files)).numpy()
+    if kind=='safetensors': embed = load_embedder(folder, arch=instance_net).embed
+    elif kind=='onnx': embed = Runtime(learn.to_onnx(tmp_path/'m.onnx'), threads=1).embed
+    else: embed = program(learn.to_exported(tmp_path/'m.pt2'))
+    assert abs(embed(files)-truth).max()<=1e-4
+
+def test_a_backbone_of_ones_own_is_asked_for(own, make_dls):
+    about = read_description(own[1])
+    assert (about['arch'],about['arch_from'])==('instance_net','own')
+    words = "'instance_net' is in no library.*load_embedder\(folder, arch=…\)"
+    for call in (load_embedder, lambda folder: learner_from(folder, make_dls(size=SIZE))):
+        with pytest.raises(ValueError, match=words): call(own[1])
+
+def test_the_weights_of_a_backbone_of_ones_own_are_checked(own, exported):
+    "Other layers, and layers of the same shapes that compute something else"
+    with pytest.raises(ValueError, match='does not fit the model'): load_embedder(own[1], arch=plain_net)
+    def shifted():
+        net = instance_net()
+        net.layer3[0].conv2.dilation = net.layer3[0].conv2.padding = (2,2)
+        return net
+    with pytest.raises(ValueError, match='does not have the fingerprint'): load_embedder(own[1], arch=shifted)
+    with pytest.raises(ValueError, match='resnet10 of pyramidreid, which is known here: leave out arch'):
+        load_embedder(exported['safetensors'][0], arch=resnet10)
+
+def test_training_goes_on_from_a_backbone_of_ones_own(own, make_dls, make_learner, tmp_path):
+    learn,folder = own
+    more = quiet(learner_from(folder, make_dls(size=SIZE), arch=instance_net, path=tmp_path))
+    assert learner_fingerprint(more)==learner_fingerprint(learn) and more.model.history==learn.model.history
+    again = load_embedder(more.save_model(tmp_path/'again'), arch=instance_net)
+    assert again.fingerprint==learner_fingerprint(learn)
+    other = make_learner(make_dls(size=SIZE), arch=instance_net).load_weights(folder, arch=instance_net)
+    assert learner_fingerprint(other)==learner_fingerprint(learn)
+
+def test_a_function_without_arguments_is_a_backbone_too(make_dls, make_learner, tmp_path):
+    "Of last stride 2, whose images must be higher"
+    learn = make_learner(make_dls(size=SIZE), arch=plain_net, last_stride=2)
+    assert load_embedder(learn.save_model(tmp_path/'m'), arch=plain_net).about['last_stride']==2
+    with pytest.raises(ValueError, match='plain_net takes neither weights nor pretrained'):
+        make_learner(make_dls(size=SIZE), arch=plain_net, pretrained=True)
+
+def test_the_command_line_says_what_a_backbone_of_ones_own_needs(own):
+    from pyramidreid.cli.inputs import open_model
+    with pytest.raises(ValueError, match='in Python: load_embedder'): open_model(own[1], 'cpu')
 
 def test_a_missing_extra_is_named(learn, tmp_path, monkeypatch):
     import sys

@@ -6,13 +6,14 @@
 __all__ = ['chance_mAP', 'run_demo', 'demo_command']
 
 # %% ../../nbs/cli/07_demo.ipynb #3e7cb1d7
+import warnings
 from pathlib import Path
 
 import click
 
 from .frame import CommandResult, command
 from .options import new_folder
-from ..core import atomic_write
+from ..core import ReIDWarning, atomic_write
 
 # %% ../../nbs/cli/07_demo.ipynb #f7b69e5f
 def chance_mAP(
@@ -72,6 +73,12 @@ def _untrained_learner(out, n_train, n_test, seed):
     dls = ReIDDataLoaders.from_market(people, p=8, k=8, size=(96,48), num_workers=0)
     return pyramid_learner(dls, resnet10, pretrained=False, path=out)
 
+def _untrained_mAP(learn):
+    "mAP of the network before training, which needs no warning here"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', ReIDWarning)
+        return learn.evaluate().mAP
+
 def _demo_report(card, chance, untrained):
     "Return the results of the demo as text"
     gain = (card.mAP-untrained)/(1-untrained)
@@ -80,6 +87,7 @@ def _demo_report(card, chance, untrained):
             f'  trained network    {card.mAP:.3f}\n\n'
             f'Training closed {gain:.0%} of the gap between the untrained network and a perfect mAP of 1.')
 
+# %% ../../nbs/cli/07_demo.ipynb #74b1175d
 def run_demo(
     out='demo',   # Folder for the pictures
     epochs=14,    # Of training
@@ -94,7 +102,7 @@ def run_demo(
     out = Path(out)
     print(f'Drawing {n_train} people to train on and {n_test} to search for …')
     learn = _untrained_learner(out, n_train, n_test, seed)
-    chance,untrained = chance_mAP(learn.dls.valid.items),learn.evaluate().mAP
+    chance,untrained = chance_mAP(learn.dls.valid.items),_untrained_mAP(learn)
     print(f'Training from scratch for {epochs} epoch{"" if epochs==1 else "s"} …')
     if prepare: prepare(learn)
     learn.fit_one_cycle(epochs, 3e-3)

@@ -175,10 +175,11 @@ def embed_files(
 # %% ../../nbs/cli/03_inputs.ipynb #85e72a12
 def _describe_model(model, name, flip):
     "Describe a model and its data as a learner's card does"
+    from pyramidreid.models.history import described_history, history_entries
     about = model.about
     height,width = about['size']
     return {'data':name,
-            'trained on':f"{about['data']}, {about['n_ids']:,} identities",
+            **history_entries(described_history(about), name),
             'backbone':about['arch'],
             'input':f'{height}×{width}',
             'pyramid':f"n_parts={about['n_parts']}, levels={about['levels']}, {model.n_branches} branches",
@@ -195,11 +196,13 @@ def query_gallery_distances(
     flip=False,  # Average the embeddings of each image and its mirror image?
     rerank=False # Re-rank by k-reciprocal neighbours?
 ):
-    "Return a dict of the distances from queries to gallery, and the ids and cameras of both"
+    "Return a dict of the distances from queries to gallery, the ids and cameras of both, and the files that both have"
     from pyramidreid.core import Role
     from pyramidreid.data.tables import check_match, encode_table
     from pyramidreid.evaluation.distances import Distances
     from pyramidreid.evaluation.reranking import rerank as reranked_distances
+    from pyramidreid.evaluation.retrieval import shared_images
+    from pyramidreid.models.history import described_history, warn_if_untrained
     from pyramidreid.training.learner import camera_ids
     items,*_ = encode_table(df)
     check_match(items)
@@ -208,6 +211,7 @@ def query_gallery_distances(
     if rerank: # without junk, as its neighbourhoods would include it
         kept = (items.label>=0).to_numpy()
         items,query,gallery = items[kept].reset_index(drop=True),query[kept],gallery[kept]
+    warn_if_untrained(described_history(model.about))
     embeddings = embed_files(console, model, items.fn.tolist(), flip)
     make_distances = reranked_distances if rerank else Distances
     dist = make_distances(embeddings[query], embeddings[gallery])
@@ -215,4 +219,4 @@ def query_gallery_distances(
     pids,cams = items.label.to_numpy(),camera_ids(items)
     result = dict(dist=dist, query_pids=pids[query], gallery_pids=pids[gallery], query_cams=None, gallery_cams=None)
     if cams is not None: result.update(query_cams=cams[query], gallery_cams=cams[gallery])
-    return result
+    return result | shared_images(items.fn[query], items.fn[gallery])

@@ -13,7 +13,6 @@ import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.error import URLError
 
 import click
 
@@ -107,6 +106,7 @@ def _learner_from_model(dls, opt):
 
 def _train_learner(dls, opt):
     "Return the untrained learner that the options of `train` describe"
+    from pyramidreid.models.backbone import DownloadError
     from pyramidreid.training.learner import pyramid_learner
     if (Path(opt.weights)/'model.json').is_file(): return _learner_from_model(dls, opt)
     arch = opt.arch or 'resnet50'
@@ -116,9 +116,8 @@ def _train_learner(dls, opt):
                                 "or a folder with a model.json")
     pretrained = opt.weights=='imagenet'
     try: return pyramid_learner(dls, _backbone(arch), pretrained=pretrained, weights=weights_file, path=opt.out)
-    except OSError as e:
-        if not isinstance(e.__cause__, URLError): raise
-        raise OSError(f"The ImageNet weights of {arch} could not be downloaded ({e.__cause__.reason}). "
+    except DownloadError as e:
+        raise OSError(f"The pretrained weights of {arch} could not be downloaded ({e.reason}). "
                       "Pass a file with them as --weights FILE, or train from scratch with --weights none") from e
 
 # %% ../../nbs/cli/05_models.ipynb #a5b00005
@@ -277,7 +276,9 @@ def embed_command(console, model, files, out, flip, device):
     if out.suffix not in _EMBEDDING_WRITERS:
         raise click.BadParameter(f'{out} is not a .safetensors, .npz or .csv file', param_hint='--out')
     from pyramidreid.cli.inputs import embed_files, image_files, open_model
+    from pyramidreid.models.history import described_history, warn_if_untrained
     files,model = image_files(files),open_model(model, device)
+    warn_if_untrained(described_history(model.about))
     console.say(f"Embedding {len(files):,} image{'' if len(files)==1 else 's'} …")
     embeddings = embed_files(console, model, files, flip)
     _write_embeddings(out, list(map(str, files)), embeddings, model.fingerprint)
@@ -297,7 +298,9 @@ def export_command(console, model, to, out):
     if model.suffix=='.onnx': raise ValueError(f"{model} is already exported: pass the model folder")
     from pyramidreid.cli.inputs import open_model
     from pyramidreid.export.model_files import write_exported, write_onnx
+    from pyramidreid.models.history import described_history, warn_if_untrained
     model = open_model(model, 'cpu')
+    warn_if_untrained(described_history(model.about))
     console.say(f'Writing {out} …')
     write = write_onnx if to=='onnx' else write_exported
     about = {name:value for name,value in model.about.items() if name!='weights'}

@@ -206,6 +206,17 @@ def _make_block(df, encode, size, item_tfms, batch_tfms, cached):
     return DataBlock(blocks=(image,target), getters=(ColReader('fn'), noop), dl_type=PKDataLoader,
                      splitter=IndexSplitter(df.index[df.role!=Role.TRAIN]), item_tfms=item_tfms, batch_tfms=batch_tfms)
 
+# %% ../../nbs/data/10_loaders.ipynb #694d9fed
+def _warn_of_trained_queries(df, c):
+    "Warn if people of the queries are among the `c` training identities of an encoded table"
+    asked = df.label[(df.role==Role.QUERY) & (df.label>=0)].drop_duplicates()
+    known = asked[asked<c]
+    if known.empty: return
+    names = ', '.join(map(repr, df.pid[known.index[:3]])) + (', …' if len(known)>3 else '')
+    warnings.warn(f"{len(known):,} of {len(asked):,} people with queries are in the training images, too ({names}), "
+                  "so the metrics are not those of new people. Keep each person on one side, "
+                  "or hold people out (valid_pct)", ReIDWarning, stacklevel=4)
+
 # %% ../../nbs/data/10_loaders.ipynb #6e1d145e
 @patch(cls_method=True)
 @delegates(DataLoaders.from_dblock)
@@ -238,6 +249,7 @@ def from_table(cls:ReIDDataLoaders,
     c = df.label[df.role==Role.TRAIN].nunique()
     _check_identities(c, p)
     check_match(df)
+    _warn_of_trained_queries(df, c)
     item,batch = tfms(size, batch=cached)
     encode = EncodeTarget(pids, cams, c, name)
     block = _make_block(df, encode, size, ifnone(item_tfms, item), ifnone(batch_tfms, batch), cached)

@@ -23,6 +23,8 @@ from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocols import evaluate_cameras
 from ..evaluation.retrieval import Ranking, evaluate_distances, known_cams, shared_images
+from ..models.fingerprints import inner_model
+from ..models.history import warn_if_untrained
 
 # %% ../../nbs/explain/02_interpretation.ipynb #29f84170
 _COLUMNS = ('fn','pid','cam','label','camera','role')
@@ -102,6 +104,7 @@ def from_learner(
     if dl is None: dl = learn.dls.valid
     is_training = getattr(dl.dataset, 'split_idx', 1)==0
     if is_training: dl = learn.dls.test_dl(dl.dataset.items, with_labels=True)
+    warn_if_untrained(inner_model(learn.model).full_history())
     return cls(learn.embed(dl, flip), dl.dataset.items)
 
 # %% ../../nbs/explain/02_interpretation.ipynb #db7d2d63

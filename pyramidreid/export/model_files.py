@@ -41,6 +41,7 @@ from pyramidreid.models.fingerprints import (
     rounded_stats,
     shareable_weights,
 )
+from ..models.history import data_entries, described_history, warn_if_untrained
 from ..models.pyramid import PyramidNet, pyramid_windows
 from ..training.learner import ReIDLearner, pyramid_learner
 
@@ -75,14 +76,25 @@ def _find_arch(source, name):
     raise ValueError(f"The backbone {name!r:.60} of {source!r:.60} is not known here. Known are resnet10 and the "
                      "models of torchvision and timm")
 
+def _described_arch(about, arch=None):
+    "The backbone of a description, which must be given as `arch` if it is in no library"
+    source,name = about['arch_from'],about['arch']
+    if source!='own':
+        if arch is None: return _find_arch(source, name)
+        raise ValueError(f"This model's backbone is {name} of {source}, which is known here: leave out arch")
+    if arch is not None: return arch
+    raise ValueError(f"This model's backbone {name!r:.60} is in no library, and files bring no code. Pass the function "
+                     "that makes it, in Python: load_embedder(folder, arch=…) or learner_from(folder, dls, arch=…)")
+
 def _arch_source(learn):
     "The library that has the backbone of a learner"
-    if isinstance(inner_model(learn.model).body, TimmBody): return 'timm'
+    if hasattr(learn, 'arch_from'): return learn.arch_from
+    if isinstance(inner_model(learn.model).body, TimmBody): return 'timm' # learners pickled by earlier versions
     return 'pyramidreid' if learn.arch_name=='resnet10' else 'torchvision'
 
-def _build_model(about):
+def _build_model(about, arch=None):
     "An untrained model as `about` describes it, with a classifier of one class"
-    arch = _find_arch(about['arch_from'], about['arch'])
+    arch = _described_arch(about, arch)
     with no_random():
         body = create_backbone(arch, pretrained=False, last_stride=about['last_stride'])
         return PyramidNet(body, 1, about['n_parts'], about['emb_sz'], about['levels'], about['drop'], about['norm'])
@@ -97,6 +109,7 @@ def _card_entries(card):
 
 def _last_stride(learn, source, stride):
     "1 if the last stage of the backbone keeps its resolution, else 2"
+    if hasattr(learn, 'last_stride'): return learn.last_stride
     halved = create_backbone(_find_arch(source, learn.arch_name), pretrained=False, last_stride=2)
     return 2 if body_shape(halved)[1]==stride else 1
 
@@ -106,12 +119,12 @@ def describe_model(
 )->dict:
     "Return the description of a learner's model, fit for JSON: what `model.json` holds"
     model,size,stats = inner_model(learn.model),input_size(learn),input_stats(learn)
-    head,source = model.head,_arch_source(learn)
+    head,source,history = model.head,_arch_source(learn),model.full_history()
     return dict(
         format=FORMAT, arch=learn.arch_name, arch_from=source, last_stride=_last_stride(learn, source, model.stride),
         n_parts=head.n_parts, levels=head.levels, emb_sz=head.reduce.bias.shape[1], norm=model.norm, drop=head.drop.p,
         size=list(size), mean=stats and stats[0], std=stats and stats[1], resize='PIL bicubic',
-        data=learn.dls.data_name, n_ids=learn.dls.c, fingerprint=fingerprint(model, size, stats),
+        **data_entries(history), history=history, fingerprint=fingerprint(model, size, stats),
         card=_card_entries(card),
         versions={name: version(name) for name in ('pyramidreid', 'torch', 'torchvision', 'fastai')})
 
@@ -140,6 +153,7 @@ def _portable(learn, card):
         about = describe_model(learn, card)
         net = PixelNet(copy.deepcopy(model).cpu().float(), input_stats(learn))
         _check_pipeline(learn, net, tuple(about['size']))
+    warn_if_untrained(about['history'])
     return net,about
 
 def _check_agreement(run, net, size, what):
@@ -160,7 +174,8 @@ def _write_weights(net, about, file):
     weights = shareable_weights(net.model.state_dict(), 'The model')
     with atomic_write(file) as partial_file:
         save_file({name: tensor.contiguous() for name,tensor in weights.items()}, partial_file)
-        try: again = _load_embedder(about, partial_file)
+        model = copy.deepcopy(net.model) if about['arch_from']=='own' else _build_model(about)
+        try: again = _load_embedder(about, partial_file, model=model)
         except ValueError as e:
             raise ValueError(f"This learner's backbone differs from {about['arch']} as built by its name: it was "
                              "changed by hand. Only a model that can be rebuilt can be shared") from e
@@ -245,12 +260,13 @@ class Embedder(BaseEmbedder):
         if not len(x): return np.empty((0, self.emb_sz), np.float32)
         with torch.no_grad(): return self.net(torch.from_numpy(x).to(self.device)).float().cpu().numpy()
 
-def _load_embedder(about, file, device='cpu'):
-    "The `Embedder` of a description and a file of weights"
+def _load_embedder(about, file, device='cpu', arch=None, model=None):
+    "The `Embedder` of a description and a file of weights, which `model` is given, or a new model"
     weights = read_weights(file)
     _check_head(about, weights, file)
-    model = _build_model(about)
+    if model is None: model = _build_model(about, arch)
     _load_weights(model, weights, file)
+    model.history = described_history(about)
     embedder = Embedder(model, about, device)
     if fingerprint(model, embedder.size, embedder.stats)!=embedder.fingerprint:
         raise ValueError(f"{file} does not have the fingerprint in model.json: one of the two was changed or damaged. "
@@ -258,12 +274,13 @@ def _load_embedder(about, file, device='cpu'):
     return embedder
 
 def load_embedder(
-    folder,      # As given to `save_model`
-    device='cpu' # Where to compute
+    folder,       # As given to `save_model`
+    device='cpu', # Where to compute
+    arch=None     # The function that makes the backbone, if it is one of your own
 )->Embedder:
     "Return the model that `save_model` wrote, to embed images with. No code from the files is run"
     about = read_description(folder)
-    return _load_embedder(about, Path(folder)/about['weights'], device)
+    return _load_embedder(about, Path(folder)/about['weights'], device, arch)
 
 # %% ../../nbs/export/02_model_files.ipynb #6de298aa
 def _take_weights(learn, shared, where):
@@ -276,27 +293,30 @@ def _take_weights(learn, shared, where):
         raise ValueError(f"The model in {where} has n_parts={other.n_parts}, levels={other.levels}, and this learner "
                          f"n_parts={own.n_parts}, levels={own.levels}: their branches see different windows")
     _load_weights(inner_model(learn.model), shareable_weights(shared.model.state_dict(), where), where)
+    inner_model(learn.model).history = copy.deepcopy(shared.model.history)
     return learn
 
 @patch
 def load_weights(self:ReIDLearner,
-    folder # As given to `save_model`
+    folder,   # As given to `save_model`
+    arch=None # The function that makes the backbone, if it is one of your own
 ):
     """Load the weights of a shared model, all but the classifiers, to train on; return the learner. Raises `ValueError`
     for a model of another shape or normalisation"""
-    return _take_weights(self, load_embedder(folder), folder)
+    return _take_weights(self, load_embedder(folder, arch=arch), folder)
 
 def learner_from(
-    folder,  # As given to `save_model`
-    dls,     # `ReIDDataLoaders`
-    **kwargs # Passed to `pyramid_learner`
+    folder,    # As given to `save_model`
+    dls,       # `ReIDDataLoaders`
+    arch=None, # The function that makes the backbone, if it is one of your own
+    **kwargs   # Passed to `pyramid_learner`
 )->ReIDLearner:
     "Return a learner for `dls` that starts from a shared model"
-    shared = load_embedder(folder)
+    shared = load_embedder(folder, arch=arch)
     about = shared.about
     same = {name: about[name] for name in ('n_parts', 'levels', 'emb_sz', 'last_stride', 'drop', 'norm')}
     settings = {**same, 'pretrained': False, 'normalize': False, **kwargs}
-    learn = pyramid_learner(dls, _find_arch(about['arch_from'], about['arch']), **settings)
+    learn = pyramid_learner(dls, _described_arch(about, arch), **settings)
     if shared.stats and not input_stats(learn): dls.add_tfms([Normalize.from_stats(*shared.stats)], 'after_batch')
     return _take_weights(learn, shared, folder)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..images import load_pixels
+from ..models.history import described_history, is_history, trained_on
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #7df0ed7f
 class BaseEmbedder:
@@ -39,8 +40,8 @@ class BaseEmbedder:
     def __repr__(self):
         h,w = self.size
         network = f"{self.about['arch']} at {h}×{w}, {self.emb_sz} dimensions"
-        trained = f"trained on {self.about['data']} ({self.about['n_ids']:,} identities)"
-        return f"{type(self).__name__}: {network}, {trained}, fingerprint {self.fingerprint}"
+        trained = trained_on(described_history(self.about))
+        return f"{type(self).__name__}: {network}, trained on {trained}, fingerprint {self.fingerprint}"
 
     def embed(self,
         items, # Paths of files, PIL images or uint8 RGB arrays (H, W, 3); or a single one
@@ -90,7 +91,7 @@ def checksum_ok(
     return hashlib.sha256(blanked).hexdigest().encode()==data[start:start+64]
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #5b7be0a2
-FORMAT = 1 # Of the description: raised when an older library can no longer read it
+FORMAT = 2 # Of the description: raised when an older library can no longer read it; 2 added `history`
 
 _NONE = type(None)
 _ENTRIES = dict( # of a description, with their types
@@ -129,12 +130,13 @@ def _bad_values(about):
         resize = about['resize']=='PIL bicubic',
         mean = mean_ok,
         std = not mean_ok or _valid_stats(mean, std),
-        fingerprint = re.fullmatch('[0-9a-f]{64}', about['fingerprint']) is not None)
+        fingerprint = re.fullmatch('[0-9a-f]{64}', about['fingerprint']) is not None,
+        history = about['format']==1 or is_history(about['history']))
     return [name for name,ok in valid.items() if not ok]
 
 def _faults(about, more):
     "What is wrong with the entries of a description, in words"
-    known = (*_ENTRIES, *more)
+    known = (*_ENTRIES, *more, *(['history'] if about['format']>1 else []))
     missing = [f'{name!r} is missing' for name in known if name not in about]
     unknown = [f'{name!r:.60} is not known' for name in about if name not in known]
     bad = [name for name,kind in _ENTRIES.items() if name in about and not _has_type(about[name], kind)]

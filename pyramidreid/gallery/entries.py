@@ -60,10 +60,24 @@ class LearnerEmbedder:
                     layers=list(layer_settings(model)), weights=_weight_state(model))
 
 # %% ../../nbs/gallery/01_entries.ipynb #457719b6
+def _warn_if_untrained(model):
+    "Warn if a learner's model, or that of an embedder with a description, has never been trained"
+    from pyramidreid.models.history import described_history, warn_if_untrained
+    if hasattr(model, 'dls'):
+        from pyramidreid.models.fingerprints import inner_model
+        net = inner_model(model.model)
+        if hasattr(net, 'full_history'): warn_if_untrained(net.full_history())
+        return
+    about = getattr(model, 'about', None)
+    if isinstance(about, dict) and {'data','n_ids'} <= about.keys():
+        warn_if_untrained(described_history(about))
+
 def as_embedder(
     model # A learner, or an object with `embed(images)` and `fingerprint`
 ):
-    "Return `model` with `embed` and `fingerprint`; a learner is wrapped. Raises `TypeError` if it cannot embed"
+    """Return `model` with `embed` and `fingerprint`; a learner is wrapped, and a model that was never trained is warned
+    about. Raises `TypeError` if it cannot embed"""
+    _warn_if_untrained(model)
     if hasattr(model, 'dls') and hasattr(model, 'model'): return LearnerEmbedder(model)
     has_embed = callable(getattr(model, 'embed', None))
     if has_embed and isinstance(getattr(model, 'fingerprint', None), str): return model

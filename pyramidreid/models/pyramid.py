@@ -7,15 +7,17 @@ __all__ = ['pyramid_windows', 'part_height', 'PlainBranch', 'PlainPyramidHead', 
            'PyramidHead', 'fuse_state', 'join_branches', 'PyramidNet', 'pyramid_split']
 
 # %% ../../nbs/models/02_pyramid.ipynb #cb8ac31f
+import copy
 from operator import index
 
 import torch
 from fastai.vision.all import params
-from fastcore.all import L
+from fastcore.all import L, patch
 from torch import nn
 from torch.nn import functional as F
 
 from .backbone import body_shape, map_height
+from .history import is_trained, loaded_history, new_history, unrecorded_history
 
 # %% ../../nbs/models/02_pyramid.ipynb #fe8fdefc
 def pyramid_windows(
@@ -220,6 +222,7 @@ class PyramidNet(nn.Module):
         nf,self.stride = body_shape(body)
         self.body,self.norm = body,norm
         self.head = PyramidHead(nf, n_ids, n_parts, emb_sz, levels, drop)
+        self.history = new_history() # What the weights were trained on; a learner writes it
 
     def forward(self, x): # Images (N, 3, H, W)
         fmap = self.body(x)
@@ -229,12 +232,34 @@ class PyramidNet(nn.Module):
         "Raise a `ValueError`, with heights that fit, if images of this height cannot be cut into equal parts"
         part_height(map_height(self.body, height), self.head.n_parts, self.stride)
 
-    @property
-    def trained(self):
-        "Has the head been trained on any batch?"
-        return bool(self.head.bn.num_batches_tracked)
+    def __setstate__(self, state):
+        super().__setstate__({'history':new_history(), **state}) # models pickled by earlier versions have none
 
 def pyramid_split(m): # A `PyramidNet`
     "Return parameter groups for discriminative learning rates: first and second half of the body, and the head"
     body = params(m.body)
     return L(body[:len(body)//2], body[len(body)//2:], params(m.head))
+
+# %% ../../nbs/models/02_pyramid.ipynb #f6a57f58
+@patch
+def _save_to_state_dict(self:PyramidNet, destination, prefix, keep_vars):
+    super(PyramidNet, self)._save_to_state_dict(destination, prefix, keep_vars)
+    notes = getattr(destination, '_metadata', {}).get(prefix[:-1])
+    if notes is not None: notes['history'] = copy.deepcopy(self.history)
+
+@patch
+def _load_from_state_dict(self:PyramidNet, state_dict, prefix, local_metadata, *args):
+    super(PyramidNet, self)._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    seen = state_dict.get(f'{prefix}head.bn.num_batches_tracked')
+    self.history = loaded_history(local_metadata.get('history'), seen, 'weights from a state dict')
+
+@patch
+def full_history(self:PyramidNet):
+    "Return `history`, marked as incomplete if no training is recorded and yet batch norm has seen batches"
+    unrecorded = not is_trained(self.history) and bool(self.head.bn.num_batches_tracked)
+    return unrecorded_history(self.history['start']) if unrecorded else self.history
+
+@patch(as_prop=True)
+def trained(self:PyramidNet):
+    "Have the weights been trained, as far as is known?"
+    return is_trained(self.full_history())

@@ -7,9 +7,11 @@ __all__ = ['released_state_dict']
 
 # %% ../../nbs/models/04_released.ipynb #eef4541a
 import re
+from collections import OrderedDict
 
 import torch
 
+from .history import add_stage, new_history
 from .pyramid import fuse_state
 
 # %% ../../nbs/models/04_released.ipynb #c0aefc89
@@ -60,10 +62,14 @@ def _check_complete(body, branches, n_branches):
     if not body: raise ValueError("The checkpoint has no backbone: no name begins with base.")
 
 def released_state_dict(sd): # State dict of a released checkpoint; names may begin with `module.`
-    "Return the weights for a `PyramidNet` on torchvision's ResNet. Raises `ValueError` on unknown or missing names."
+    """Return the weights for a `PyramidNet` on torchvision's ResNet, with their history as the model keeps it.
+    Raises `ValueError` on unknown or missing names."""
     body,branches = _rename_weights(sd)
     n_branches = 1 + max((int(key.split('.')[1]) for key in branches), default=-1)
     _check_complete(body, branches, n_branches)
     for i in range(n_branches): branches.setdefault(f'branches.{i}.bn.num_batches_tracked', torch.tensor(1))
     head = {f'head.{key}':value for key,value in fuse_state(branches).items()}
-    return {**body, **head}
+    res = OrderedDict({**body, **head})
+    n_ids = len(branches['branches.0.fc.bias'])
+    res._metadata = {'':{'history':add_stage(new_history(), "the authors' released checkpoint", n_ids)}}
+    return res

@@ -115,6 +115,8 @@ def run_config(
     kept = get_rng_state()
     about = learn.about(learn.dls.valid) # Draws an image
     set_rng_state(kept)
+    about.pop('domain', None) # The model's history is part of the state, not of the settings
+    about['trained on'] = f"{learn.dls.data_name}, {learn.dls.c:,} identities"
     parts = [_model_config, _data_config, _loss_config, _opt_config, _schedule_config]
     for part in parts: about |= part(learn)
     return about

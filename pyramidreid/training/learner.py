@@ -19,8 +19,16 @@ from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocol_card import compare_cards
 from ..evaluation.reranking import rerank as k_reciprocal
-from ..evaluation.retrieval import evaluate_distances, known_cams
-from ..models.backbone import arch_name, backbone_stats, create_backbone
+from ..evaluation.retrieval import evaluate_distances, known_cams, shared_images
+from ..models.backbone import arch_name, arch_source, backbone_stats, create_backbone, start_words
+from ..models.fingerprints import inner_model
+from pyramidreid.models.history import (
+    add_stage,
+    history_entries,
+    loaded_history,
+    new_history,
+    warn_if_untrained,
+)
 from ..models.losses import PyramidLoss
 from ..models.pyramid import PyramidNet, join_branches, pyramid_split
 from .dynamic_losses import DynamicLossWeights
@@ -88,6 +96,27 @@ class ReIDLearner(Learner):
         is_fastais = cb is ProgressCallback or type(cb) is ProgressCallback
         return super().add_cb(ReIDProgress() if is_fastais else cb)
 
+# %% ../../nbs/training/03_learner.ipynb #87175ad9
+@patch
+def _do_epoch_train(self:ReIDLearner):
+    self._n_steps,self._history_before = 0,getattr(inner_model(self.model), 'history', new_history())
+    super(ReIDLearner, self)._do_epoch_train()
+    if self._n_steps and self.iter+1==self.n_iter: self._record_training()
+
+@patch
+def _step(self:ReIDLearner):
+    super(ReIDLearner, self)._step()
+    if not any(hyper['lr'] for hyper in self.opt.hypers): return # nothing was changed
+    self._n_steps += 1
+    self._record_training()
+
+@patch
+def _record_training(self:ReIDLearner):
+    "Write into the model's history what this epoch has trained so far"
+    data = getattr(self.dls, 'data_name', '') or 'data without a name'
+    inner_model(self.model).history = add_stage(
+        self._history_before, data, getattr(self.dls, 'c', None), epochs=(self.iter+1)/self.n_iter, steps=self._n_steps)
+
 # %% ../../nbs/training/03_learner.ipynb #2a58e3da
 @contextmanager
 def _eval_mode(model):
@@ -141,6 +170,13 @@ def camera_ids(
     own = (items.camera>=0).all() and items.cam.map(type).nunique()==1
     return items.cam.to_numpy(copy=True) if own else known_cams(items.camera.tolist())
 
+def _second_keys(items, key):
+    "Codes of the column `key`, in which each unknown value is one of its own. Raises `ValueError` if there are none"
+    codes = known_cams(pd.factorize(items[key])[0]) if key in items else None
+    if codes is not None: return codes.numpy()
+    reason = "is empty" if key in items else f"does not exist; there are {', '.join(map(repr, items.columns))}"
+    raise ValueError(f"key={key!r}: this column of the table {reason}. Give one that says, say, which clothes are worn")
+
 def _image_size(dl):
     "Height and width of the model's input, pixels"
     return tuple(dl.new(bs=1, num_workers=0, shuffle=False).one_batch()[0].shape[-2:])
@@ -153,9 +189,10 @@ def about(self:ReIDLearner,
     "Describe model and data for a protocol card"
     model = get_model(self.model)
     head,own_data = model.head,dl.dataset is self.dls.valid.dataset
+    data = self.dls.data_name if own_data else dl.dataset.items.attrs.get('name')
     return {
-        'data':self.dls.data_name if own_data else dl.dataset.items.attrs.get('name', 'another table'),
-        'trained on':f"{self.dls.data_name}, {self.dls.c:,} identities",
+        'data':data or 'another table',
+        **history_entries(inner_model(model).full_history(), data),
         'backbone':self.arch_name,
         'input':'{}×{}'.format(*_image_size(dl)),
         'pyramid':f'n_parts={head.n_parts}, levels={head.levels}, {len(head.windows)} branches',
@@ -168,27 +205,49 @@ def _distances(query_emb, gallery_emb, distance, rerank, device):
     kwargs = rerank if isinstance(rerank, dict) else {}
     return k_reciprocal(query_emb, gallery_emb, distance=distance, device=device, **kwargs)
 
+def _same_dataset(name, trained_on):
+    "Is `name` that of the dataset `trained_on`, which may go on with what was done to it, such as held-out people?"
+    return bool(name) and (trained_on==name or trained_on.startswith(f'{name}, '))
+
+@patch
+def _trained_people(self:ReIDLearner, queries, about):
+    "As an entry of the card, how many people of the table `queries` the model was trained on; nothing if none"
+    trained_on = getattr(self.dls, 'data_name', '')
+    if not trained_on or trained_on not in about['trained on']: return {}
+    asked,trained,name = set(queries.pid[queries.label>=0]),set(self.dls.pids[:self.dls.c]),about['data']
+    n = len(asked & trained) if _same_dataset(name, trained_on) else len({f'{name}/{pid}' for pid in asked} & trained)
+    return {'query identities trained on':f'{n:,} of {len(asked):,}'} if n else {}
+
+# %% ../../nbs/training/03_learner.ipynb #3b4379b1
 @patch
 def to_rank(self:ReIDLearner,
     dl=None,           # Queries and gallery; None: the validation loader
     flip=False,        # Average each image's embedding with that of its mirror image?
     distance='cosine', # Or 'euclidean'
     rerank=False,      # k-reciprocal re-ranking, without junk images: True, or a dict of arguments for `rerank`
-    device=None        # Device for the distances; None: the CPU
+    device=None,       # Device for the distances; None: the CPU
+    key=None           # Column such as 'clothes': images of the query's person with the query's own value are left out
 )->dict:
-    "Return distances, person ids and camera ids of queries and gallery, as arguments for `evaluate_distances`"
+    """Return distances, and person ids, camera ids and whatever else decides who is ranked, of queries and gallery,
+    as arguments for `evaluate_distances`"""
     dl = ifnone(dl, self.dls.valid)
     items,query,gallery = _queries_and_gallery(dl)
+    keys = {} if key is None else {'keys':_second_keys(items, key)}
+    warn_if_untrained(inner_model(self.model).full_history())
     emb = self.embed(dl, flip)
     cams,pids = camera_ids(items),items.label.to_numpy(copy=True)
     if rerank is not False: query,gallery = query & (pids>=0),gallery & (pids>=0)
     dist = _distances(emb[query], emb[gallery], distance, rerank, device)
-    about = self.about(dl) | {'flip':'mean of both' if flip else 'none', 're-ranking':'none'}
+    about = self.about(dl)
+    about |= self._trained_people(items[query], about) | ({} if key is None else {'key':key})
+    about |= {'flip':'mean of both' if flip else 'none', 're-ranking':'none'}
     dist.about = about | getattr(dist, 'about', {})
-    return dict(dist=dist, query_pids=pids[query], gallery_pids=pids[gallery],
-                query_cams=None if cams is None else cams[query],
-                gallery_cams=None if cams is None else cams[gallery])
+    ids = dict(pids=pids, cams=cams) | keys
+    sides = dict(query=query, gallery=gallery)
+    split = {f'{side}_{name}':None if o is None else o[rows] for name,o in ids.items() for side,rows in sides.items()}
+    return dict(dist=dist, **split, **shared_images(items.fn[query], items.fn[gallery]))
 
+# %% ../../nbs/training/03_learner.ipynb #982aff78
 @patch
 def evaluate(self:ReIDLearner,
     dl=None,           # Queries and gallery; None: the validation loader
@@ -196,10 +255,11 @@ def evaluate(self:ReIDLearner,
     distance='cosine', # Or 'euclidean'
     rerank=False,      # k-reciprocal re-ranking: True, or a dict of arguments for `rerank`; the card says so
     device=None,       # Device for the distances; None: the CPU
+    key=None,          # Column such as 'clothes': images of the query's person with the query's own value are left out
     **kwargs           # Passed to `evaluate_distances`
 ):
     "Rank the gallery for each query and return the protocol card, a `ReIDResult`"
-    ranking = self.to_rank(dl, flip=flip, distance=distance, rerank=rerank, device=device)
+    ranking = self.to_rank(dl, flip=flip, distance=distance, rerank=rerank, device=device, key=key)
     return evaluate_distances(**(ranking | kwargs))
 
 # %% ../../nbs/training/03_learner.ipynb #42ab598b
@@ -258,6 +318,7 @@ def predict(self:ReIDLearner,
     k=10          # Number of matches returned
 ):
     "Return the embedding of `item`, (D,); with a `gallery` its `k` best matches, a table with their `similarity`"
+    warn_if_untrained(inner_model(self.model).full_history())
     emb = self.embed(self.dls.test_dl([item], num_workers=0))[0]
     if gallery is None: return emb
     dl = gallery if isinstance(gallery, DataLoader) else self.dls.test_dl(gallery)
@@ -274,6 +335,11 @@ def _to_builtin(o):
     if isinstance(o, tuple): return tuple(_to_builtin(v) for v in o)
     if isinstance(o, (list,L)): return [_to_builtin(v) for v in o]
     return o.item() if isinstance(o, np.generic) else o
+
+def _history_in(sd, file):
+    "The model's history in a state dict that `save` wrote; of one without, that it is not known"
+    saved = getattr(sd, '_metadata', {}).get('', {}).get('history')
+    return loaded_history(saved, sd.get('head.bn.num_batches_tracked'), f'weights of {Path(file).name}')
 
 def load_opt_state(
     opt,  # An optimizer: fastai's own, or one of PyTorch's in an `OptimWrapper`
@@ -316,6 +382,7 @@ def load(self:ReIDLearner,
         f"{file} was not written by `save`. Load backbone weights with pyramid_learner(weights=…), "
         "and released checkpoints with released_state_dict")
     get_model(self.model).load_state_dict(state['model'], strict=strict)
+    inner_model(self.model).history = _history_in(state['model'], file)
     if with_opt and 'opt' in state:
         if self.opt is None: self.create_opt()
         load_opt_state(self.opt, state['opt'])
@@ -330,6 +397,7 @@ def _dynamic_cbs(dynamic, cbs):
     given = any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs))
     return L() if given else L(DynamicLossWeights())
 
+# %% ../../nbs/training/03_learner.ipynb #1fa9528c
 @delegates(Learner.__init__, but='model')
 def pyramid_learner(
     dls,                    # `ReIDDataLoaders`
@@ -353,6 +421,7 @@ def pyramid_learner(
     "Create a learner for the pyramid model (paper §3). Raises `ValueError` if parts, images and weights do not fit"
     body = create_backbone(arch, pretrained, weights, last_stride)
     model = PyramidNet(body, dls.c, n_parts, emb_sz, levels, drop, norm)
+    model.history = new_history(start_words(arch, pretrained, weights))
     model.check_size(_image_size(dls.valid)[0])
     if normalize and not dls.after_batch.fs.filter(risinstance(Normalize)):
         dls.add_tfms([Normalize.from_stats(*backbone_stats(arch))], 'after_batch')
@@ -361,5 +430,5 @@ def pyramid_learner(
     metrics = loss_parts.columns + L(ifnone(metrics, [mAP,rank1,rank5]))
     learn = ReIDLearner(dls, model, loss_func=ifnone(loss_func, PyramidLoss()), splitter=splitter, cbs=cbs,
                         metrics=metrics, **kwargs)
-    learn.arch_name = arch_name(arch)
+    learn.arch_name,learn.arch_from,learn.last_stride = arch_name(arch),arch_source(arch),last_stride
     return learn
