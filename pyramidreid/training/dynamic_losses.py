@@ -132,7 +132,7 @@ def _weights(self:LossDynamics):
     if self.weighting=='normalized' and total>0: return {name:2*fl/total for name,fl in self.fl.items()}
     return dict.fromkeys(self.parts, 1.)
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #dd91a560
+# %% ../../nbs/training/01_dynamic_losses.ipynb #25453b4b
 def is_fitting(
     learn # A `Learner` at some event
 )->bool:
@@ -140,7 +140,7 @@ def is_fitting(
     validating = hasattr(learn, 'lock') and learn.lock.locked()
     return not (validating or hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds'))
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #0d2859c5
+# %% ../../nbs/training/01_dynamic_losses.ipynb #1b670591
 def autocast_depth():
     "Number of `torch.autocast` contexts that are open now"
     depth = torch.autocast_increment_nesting()-1
@@ -235,11 +235,11 @@ def after_loss(self:DynamicLossWeights):
     try: self.dynamics.check_finite(losses)
     except ValueError as e: stop_fit(self.learn, e)
     weights,self.dls.train.mode = self.dynamics.step(losses)
-    self.learn.loss_grad = self._weighted_sum(weights)
+    self.learn.loss_grad = self._weighted_sum(weights).to(self.learn.loss_grad.dtype)
     self.learn.loss = self.learn.loss_grad.detach().clone()
     self._record(mode, losses, weights)
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #4eaa0340
+# %% ../../nbs/training/01_dynamic_losses.ipynb #be71f019
 def _quoted(names): return ', '.join(map(repr, names)) or 'none'
 
 @patch
@@ -259,7 +259,8 @@ def _measure(self:DynamicLossWeights):
     returned,every = self.learn.loss_grad.detach(),torch.stack(list(parts.values()))
     losses = _mean_over_ranks(torch.stack([parts[name] for name in names]))
     numbers = torch.stack([*losses, returned, every.sum(), every.abs().sum()]).tolist()
-    self._check_sum(*numbers[-3:], tolerance=2e-2 if returned.dtype.itemsize==2 else 1e-4)
+    in_half = any(loss.dtype.itemsize==2 for loss in (returned,*parts.values()))
+    self._check_sum(*numbers[-3:], tolerance=2e-2 if in_half else 1e-4)
     return dict(zip(names, numbers))
 
 @patch
