@@ -350,6 +350,42 @@ def test_stays_out_of_lr_find_and_validate(make_learner):
     learn.fit(1)
     assert learn.checkpoints.newest.name=='1-0001.pth'
 
+@pytest.mark.parametrize('resume', [True,False])
+def test_checkpoints_of_an_interrupted_fit(make_learner, resume):
+    "Calling the fit again is as starting the script again: it is resumed, or the old checkpoints are in the way"
+    whole = make_learner()
+    whole.fit(2)
+    learn = make_learner(cbs=Checkpoints(resume=resume))
+    def plug(self):
+        if self.epoch==1: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=Callback(before_train=plug))
+    assert learn.checkpoints.n_fits==0 and not hasattr(learn, 'finite_loss') and all(cb.run for cb in learn.cbs)
+    files = sorted(file.name for file in learn.checkpoints.files)
+    assert files==['1-0001.pth']
+    if not resume:
+        with pytest.raises(FileExistsError, match='1-0001.pth'): learn.fit(2)
+        return
+    learn.fit(2)
+    for name,v in whole.model.state_dict().items(): assert torch.equal(v, learn.model.state_dict()[name]), name
+    assert learn.checkpoints.n_fits==1 and learn.checkpoints.newest.name=='1-0002.pth'
+
+def test_interrupted_while_finished_epochs_are_skipped(make_learner, done, monkeypatch):
+    "Other callbacks are switched off then; afterwards they are on again"
+    learn = make_learner(path=done[0].path, cbs=Checkpoints(resume=True))
+    def interrupted(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Checkpoints, '_resume', interrupted)
+        learn.fit(2)
+    assert all(cb.run for cb in learn.cbs)
+    learn.fit(2)
+    assert learn.checkpoints.n_fits==1 and len(learn.recorder.values)==2
+
+def test_a_fit_that_ended_with_an_error_is_not_a_finished_one(make_learner):
+    "For checkpoints it does not count, though its `after_fit` has come"
+    learn = make_learner(cbs=[Checkpoints(), Poison(0)])
+    with pytest.raises(FloatingPointError): learn.fit(1)
+    assert learn.checkpoints.n_fits==0 and not hasattr(learn, 'finite_loss')
+
 def test_keep_at_least_one():
     with pytest.raises(ValueError, match='at least one'): Checkpoints(keep=0)
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.callback import fp16, schedule  # noqa: F401, for to_fp16 and lr_find
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -23,7 +23,7 @@ from toys import Branches, Spy, Vectors, quiet, toy_learner
 
 from pyramidreid.models.losses import PyramidLoss
 from pyramidreid.training.dynamic_losses import *
-from pyramidreid.training.learner import ReIDLearner
+from pyramidreid.training.learner import LossParts, ReIDLearner
 
 weightings = ['gate','normalized','paper']
 
@@ -445,6 +445,172 @@ def test_a_loss_that_is_not_finite_stops_the_training():
     learn = toy_learner(cbs=DynamicLossWeights(), loss_func=Scripted([(1.,1.),(1.,1.),(math.nan,1.)]*9))
     with pytest.raises(ValueError, match='not finite at step 2.*nan'): learn.fit(1)
     assert len(learn.dynamic_loss_weights.steps)==2
+
+# Other losses
+
+class Third(PyramidLoss):
+    "A loss of three parts"
+    part_names = ('id','triplet','norm')
+    def forward(self, pred, target):
+        loss = super().forward(pred, target)
+        if isinstance(pred, torch.Tensor): return loss
+        self.parts['norm'] = pred[0].square().mean()
+        return loss + self.parts['norm']
+
+class Eager(Third):
+    "The same, but it does not know `wanted`: all parts on all batches"
+    def __setattr__(self, name, value):
+        if name!='wanted': super().__setattr__(name, value)
+
+@pytest.mark.parametrize('loss_func', [Third,Eager])
+@pytest.mark.parametrize('weighting', weightings)
+def test_a_part_that_the_rule_does_not_know_is_trained_on_every_batch(loss_func, weighting):
+    spy = Spy()
+    learn = toy_learner(cbs=[DynamicLossWeights(weighting=weighting),spy], loss_func=loss_func())
+    learn.fit(2)
+    history = learn.dynamic_loss_weights.history
+    assert set(history['mode'])=={'random','pk'} and (history.loss_norm>0).all()
+    for seen,w_id,w_triplet,norm in zip(spy.seen, history.weight_id, history.weight_triplet, history.loss_norm):
+        parts,model = parts_of(seen)
+        feats,_ = model(seen['x'])
+        third = feats.square().mean()
+        assert third.item()==pytest.approx(norm, rel=1e-4)
+        (w_id*parts['id'] + w_triplet*parts['triplet'] + third).backward()
+        assert_close(seen['grads'], {name:p.grad for name,p in model.named_parameters()}, atol=1e-5)
+
+class Scaled(PyramidLoss):
+    def forward(self, pred, target): return .5*super().forward(pred, target)
+
+class Hidden(PyramidLoss):
+    "A term that is not among the parts"
+    def forward(self, pred, target): return super().forward(pred, target) + 1e-2
+
+class Scale(Callback):
+    "Scales the loss before the rule sees it"
+    def after_loss(self):
+        self.learn.loss_grad = self.loss_grad*2
+        self.learn.loss = self.loss*2
+
+@pytest.mark.parametrize('loss_func,cbs', [(Scaled,[]), (Hidden,[]), (PyramidLoss,[Scale])])
+def test_a_loss_that_is_not_the_sum_of_its_parts_is_refused_at_the_first_batch(loss_func, cbs):
+    spy = Spy()
+    learn = toy_learner(cbs=[DynamicLossWeights(),spy,*cbs], loss_func=loss_func())
+    message = f"{loss_func.__name__} returned .* parts 'id' sum to .*put it into `parts`.*order.*dynamic=False"
+    with pytest.raises(ValueError, match=message): learn.fit(1)
+    assert not spy.seen
+    learn.remove_cbs(DynamicLossWeights)
+    learn.fit(1)
+    assert len(spy.seen)==8
+
+def test_a_loss_may_be_scaled_after_the_rule():
+    class Later(Scale): order = 6
+    spy = Spy()
+    learn = toy_learner(cbs=[DynamicLossWeights(),spy,Later()])
+    learn.fit(1)
+    history = learn.dynamic_loss_weights.history
+    for step in zip(spy.seen, history.weight_id, history.weight_triplet):
+        assert_close(step[0]['grads'], grads_by_hand([step], factor=2.))
+
+class Half(PyramidLoss):
+    "Parts in half precision"
+    def forward(self, pred, target):
+        loss = super().forward(pred, target)
+        self.parts = {name:part.bfloat16() for name,part in self.parts.items()}
+        return loss
+
+def test_rounding_in_half_precision_is_no_scale():
+    learn = toy_learner(cbs=DynamicLossWeights(), loss_func=Half())
+    learn.fit(2)
+    assert (learn.dynamic_loss_weights.history.weight_triplet>0).any()
+
+class Renamed(nn.Module):
+    "The same losses under other names"
+    def __init__(self):
+        super().__init__()
+        self.loss,self.parts = PyramidLoss(),{}
+    def forward(self, pred, target):
+        loss = self.loss(pred, target)
+        names = dict(id='identity', triplet='metric')
+        self.parts = {names[name]:part for name,part in self.loss.parts.items()}
+        return loss
+
+def test_losses_of_other_names():
+    "An error says which names there are; with them it is the same training"
+    learn = toy_learner(cbs=DynamicLossWeights(), loss_func=Renamed())
+    with pytest.raises(ValueError, match="weights the losses 'id', 'triplet', but Renamed has the parts "
+                                         "'identity', 'metric'.*parts=.*dynamic=False"): learn.fit(1)
+    learn = toy_learner(cbs=DynamicLossWeights(parts=('identity','metric')), loss_func=Renamed())
+    learn.fit(2)
+    usual = toy_learner(cbs=DynamicLossWeights())
+    usual.fit(2)
+    got,want = (o.dynamic_loss_weights.history for o in (learn, usual))
+    assert list(got)==[name.replace('id','identity').replace('triplet','metric') for name in want]
+    assert got.weight_metric.tolist()==want.weight_triplet.tolist() and got.loss_identity.tolist()==want.loss_id.tolist()
+    learn.dynamic_loss_weights.plot()
+
+def test_a_gated_loss_that_is_missing():
+    class OnlyId(PyramidLoss):
+        def forward(self, pred, target):
+            super().forward(pred, target)
+            self.parts = {'id':self.parts['id']} if 'id' in self.parts else {}
+            return sum(self.parts.values())
+    learn = toy_learner(cbs=DynamicLossWeights(), loss_func=OnlyId())
+    with pytest.raises(ValueError, match="OnlyId has the parts 'id' on a batch for 'id', 'triplet'"): learn.fit(1)
+
+@pytest.mark.parametrize('parts', ['id',('id',),('id','triplet','norm'),('id','id')])
+def test_two_losses_are_weighted(parts):
+    with pytest.raises(ValueError, match='parts=.*two losses'): DynamicLossWeights(parts=parts)
+
+def test_a_part_that_is_not_finite_stops_the_training_also_if_the_rule_does_not_know_it():
+    class Bad(Third):
+        def forward(self, pred, target):
+            loss = super().forward(pred, target)
+            if 'norm' not in self.parts: return loss
+            self.parts['norm'] = self.parts['norm']*math.nan
+            return sum(self.parts.values())
+    learn = toy_learner(cbs=DynamicLossWeights(), loss_func=Bad())
+    with pytest.raises(ValueError, match="not finite at step 0.*norm.*nan"): learn.fit(1)
+
+def test_the_table_has_a_column_for_each_part(make_learner):
+    learn = make_learner(loss_func=Third())
+    learn.fit(1)
+    names,row = learn.recorder.metric_names[1:],learn.recorder.values[-1]
+    assert list(names[2:5])==['id_loss','triplet_loss','norm_loss']
+    want = learn.dynamic_loss_weights.history.loss_norm.mean()
+    assert row[4]==pytest.approx(want, rel=1e-5)
+
+# What a validation shows
+
+def parts_learner(path):
+    toy,parts = toy_learner(),LossParts()
+    learn = ReIDLearner(toy.dls, toy.model, PyramidLoss(), opt_func=toy.opt_func, lr=.1, path=path,
+                        cbs=[parts,DynamicLossWeights()], metrics=parts.columns)
+    return quiet(learn)
+
+@pytest.mark.parametrize('before', ['nothing','fit','lr_find'])
+def test_validate_shows_no_losses_of_an_earlier_fit(tmp_path, before):
+    learn = parts_learner(tmp_path)
+    if before=='fit':
+        learn.fit(2)
+        history = learn.dynamic_loss_weights.history[8:]
+        want = [history.loss_id.mean(), history.loss_triplet.mean()]
+        assert list(learn.recorder.values[-1][2:])==pytest.approx(want, rel=1e-5)
+    if before=='lr_find': learn.lr_find(num_it=6, show_plot=False)
+    valid_loss,*parts = learn.validate()
+    assert valid_loss>0 and len(parts)==2 and all(map(math.isnan, parts))
+
+def test_a_cancelled_batch_is_not_counted_twice():
+    "fastai tells of the end of a cancelled batch as well; the parts that are there then are those of the batch before"
+    class Skip(Callback):
+        order,run_valid = 50,False
+        def before_batch(self):
+            if self.iter%2: raise CancelBatchException
+    learn = parts_learner('.')
+    learn.add_cb(Skip())
+    learn.fit(1)
+    losses = learn.dynamic_loss_weights.history.loss_id
+    assert len(losses)==4 and learn.recorder.values[-1][2]==pytest.approx(losses.mean(), rel=1e-5)
+    assert len(learn.loss_parts.batch_losses['id'])==4
 
 def test_without_the_callback_the_loss_is_the_plain_sum():
     spy = Spy()

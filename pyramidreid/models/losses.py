@@ -77,7 +77,8 @@ def triplet_loss(
 # %% ../../nbs/models/03_losses.ipynb #01014917
 class PyramidLoss(nn.Module):
     "ID loss plus triplet loss, each summed over branches; `parts` holds those of the last batch"
-    wanted = None # Names of the losses to compute for the next training batch only; None: both
+    part_names = ('id','triplet') # What `parts` can hold in training; the progress table has a column for each
+    wanted = None # Which of these two to compute for the next training batch only; None: both
     gather = None # Function from features and labels to those of all processes, when several train together
     def __init__(self,
         margin=1.4,         # Margin of the triplet loss; None: soft margin

@@ -23,6 +23,7 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core import atomic_write
 from ..data.sampler import PKDataLoader, SingleModeDataLoader
+from .dynamic_losses import is_fitting, stop_fit
 from .learner import load_opt_state
 
 # %% ../../nbs/training/05_checkpoints.ipynb #24abcb9c
@@ -245,13 +246,18 @@ class FiniteLoss(Callback):
     def before_batch(self): self.modes.append(getattr(self.dls.train, 'mode', None))
 
     def after_loss(self):
-        if torch.isfinite(self.loss).all(): return
-        if 'mixed_precision' in vars(self.learn): self.mixed_precision.autocast.__exit__(None, None, None)
-        raise FloatingPointError(self._message())
+        if is_fitting(self.learn) and not self._is_finite_on_all_ranks(): # `lr_find` looks for losses that diverge
+            stop_fit(self.learn, FloatingPointError(self._message()))
+
+    def _is_finite_on_all_ranks(self):
+        n_bad = (~torch.isfinite(self.learn.loss.detach())).sum()
+        if num_distrib()>1: torch.distributed.all_reduce(n_bad)
+        return not n_bad
 
     def _message(self):
         parts = ''.join(f', {name} {loss.item():.4g}' for name,loss in getattr(self.loss_func, 'parts', {}).items())
         where = f"step {self.train_iter}, epoch {self.epoch}, batch {self.iter}"
+        if torch.isfinite(self.loss).all(): where += ', but that of another rank is not finite'
         newest = getattr(getattr(self.learn, 'checkpoints', None), 'newest', None)
         files = drawn_files(self.dls.train, self.rng_state, self.modes)
         images = ', '.join(map(str, files)) if files else 'not known for this loader'
@@ -282,11 +288,14 @@ class Checkpoints(Callback):
     ):
         if keep<1: raise ValueError(f"keep={keep}: at least one checkpoint must be kept")
         self.folder,self.keep,self.resume = Path(folder),keep,resume
-        self.n_fits = 0    # Fits begun with this callback
+        self.n_fits = 0    # Fits with this callback, without those that an exception ended
+        self.begun = False # Is the current fit among them?
+        self.interrupted = False # Was the last fit ended by an exception?
         self.newest = None # Newest checkpoint, read or written
         self.found = None  # Content of the checkpoint to resume from
         self.rows = []     # Rows of the progress table so far
         self.muted = []    # Callbacks that are switched off while finished epochs are skipped
+        self._finite_loss = FiniteLoss()
 
 # %% ../../nbs/training/05_checkpoints.ipynb #d89febee
 @patch(as_prop=True)
@@ -299,8 +308,9 @@ def _find(self:Checkpoints):
     "Content of the newest intact checkpoint; None if there is none to resume from"
     folder,files = self.learn.path/self.folder,self.files
     if not self.resume:
-        if files: raise FileExistsError(
-            f"{folder} holds checkpoints of an earlier run, the newest is {files[-1].name}. "
+        earlier = [file for file in files if int(file.name.split('-')[0])>self.n_fits]
+        if earlier: raise FileExistsError(
+            f"{folder} holds checkpoints of an earlier run, the newest is {earlier[-1].name}. "
             "Pass resume=True to resume that run, choose another folder, or remove them")
         return None
     for partial_file in folder.glob('.partial-*'): shutil.rmtree(partial_file, ignore_errors=True)
@@ -317,12 +327,12 @@ def _find(self:Checkpoints):
 # %% ../../nbs/training/05_checkpoints.ipynb #8145624f
 @patch
 def before_fit(self:Checkpoints):
-    self.run = not hasattr(self.learn, 'lr_finder') and not self.learn.lock.locked() # Nor in get_preds and validate
-    if not self.run: return
-    if not self.n_fits: self.found = self._find()
+    if not is_fitting(self.learn): return
+    if not self.n_fits or self.interrupted: self.found = self._find()
     self.n_fits += 1
+    self.begun,self.interrupted = True,False
     self.rows,self.config = [],run_config(self.learn)
-    if not hasattr(self.learn, 'finite_loss'): self.learn.add_cb(FiniteLoss())
+    if not self.learn._grab_cbs(FiniteLoss): self.learn.add_cb(self._finite_loss)
     self.done = self._epochs_done()
     self.muted = self._cbs_to_mute() if self.done else []
     for cb in self.muted: cb.run = False
@@ -353,10 +363,11 @@ def _check_config(self:Checkpoints, config):
 # %% ../../nbs/training/05_checkpoints.ipynb #566bd0d9
 @patch
 def before_epoch(self:Checkpoints):
-    if self.epoch<self.done: raise CancelEpochException
+    if is_fitting(self.learn) and self.epoch<self.done: raise CancelEpochException
 
 @patch
 def after_epoch(self:Checkpoints):
+    if not is_fitting(self.learn): return
     if self.epoch>=self.done: return self._write()
     if self.epoch+1==self.done: self._resume()
 
@@ -405,4 +416,18 @@ def _check_weights(self:Checkpoints, last_good):
 
 @patch
 def after_fit(self:Checkpoints):
-    if hasattr(self.learn, 'finite_loss'): self.learn.remove_cb(self.learn.finite_loss)
+    if not is_fitting(self.learn): return
+    self._remove_finite_loss()
+    if getattr(self.learn, 'ended_by', None) is None: self.begun = False
+
+@patch
+def _remove_finite_loss(self:Checkpoints):
+    "Remove this callback's own `FiniteLoss`, not one that was there before"
+    if self._finite_loss in self.learn.cbs: self.learn.remove_cb(self._finite_loss)
+
+@patch
+def after_interrupt(self:Checkpoints):
+    "Do not count this fit; the next one looks for checkpoints again"
+    self._remove_finite_loss()
+    if self.begun: self.n_fits -= 1
+    self.begun,self.interrupted,self.found,self.muted = False,True,None,[]

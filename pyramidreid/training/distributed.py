@@ -79,6 +79,7 @@ class Ranks(Callback):
     ):
         self.device,self.sync_bn,self.over_ranks = device,sync_bn,over_ranks
         self._ddp_kwargs,self._replaced = kwargs,{}
+        self.fitting = False # Is a fit running?
 
     @property
     def share(self):
@@ -100,13 +101,18 @@ class Ranks(Callback):
 
 # %% ../../nbs/training/06_distributed.ipynb #b51225d2
 @patch
+def _stays_out(self:Ranks):
+    "In `get_preds`; and in a `validate` in the middle of a fit, for which everything is set up already"
+    return hasattr(self.learn, 'gather_preds') or (self.fitting and self.learn.lock.locked())
+
+@patch
 def before_fit(self:Ranks):
-    self.run = not hasattr(self, 'gather_preds')
-    if not self.run: return
+    if self._stays_out(): return
     if hasattr(self.learn, 'lr_finder'):
         raise ValueError("lr_find works in one process: find the learning rate before distrib_ctx")
     if not hasattr(self.dls.train, 'share'):
         raise ValueError("This training loader cannot be shared among processes. Use ReIDDataLoaders")
+    self.fitting = not self.learn.lock.locked()
     if self.sync_bn: self._replaced = sync_batchnorm(self.learn.model)
     self._set_share(self.share)
     if self.over_ranks and hasattr(self.loss_func, 'gather'): self.loss_func.gather = gather_rows
@@ -114,6 +120,7 @@ def before_fit(self:Ranks):
 
 @patch
 def before_epoch(self:Ranks):
+    if self._stays_out(): return
     rng = self.dls.train.rng
     rng.setstate(_from_first_rank(rng.getstate()))
 
@@ -123,15 +130,16 @@ def before_train(self:Ranks):
 
 @patch
 def after_fit(self:Ranks):
+    if self._stays_out(): return
     for buffer in get_model(self.learn.model).buffers(): torch.distributed.broadcast(buffer, 0)
-    self.undo()
+    self.after_interrupt()
 
 @patch
-def undo(self:Ranks):
+def after_interrupt(self:Ranks):
     "Restore model, loaders and loss as they were before the fit, also after one that failed"
     self.learn.model = get_model(self.learn.model)
     restore_batchnorm(self.learn.model, self._replaced)
-    self._replaced = {}
+    self._replaced,self.fitting = {},False
     self._set_share((0,1))
     vars(self.loss_func).pop('gather', None)
 
@@ -183,5 +191,5 @@ def distrib_ctx(self:ReIDLearner,
         self.add_cb(ranks)
         try: yield self
         finally:
-            ranks.undo()
+            ranks.after_interrupt()
             self.remove_cb(ranks)

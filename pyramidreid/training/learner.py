@@ -7,7 +7,7 @@ __all__ = ['LossParts', 'table_cells', 'ReIDProgress', 'ReIDLearner', 'camera_id
 
 # %% ../../nbs/training/03_learner.ipynb #f26a1d5c
 import random
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from fastai.vision.all import *
 
@@ -31,7 +31,7 @@ from pyramidreid.models.history import (
 )
 from ..models.losses import PyramidLoss
 from ..models.pyramid import PyramidNet, join_branches, pyramid_split
-from .dynamic_losses import DynamicLossWeights
+from .dynamic_losses import DynamicLossWeights, autocast_depth, is_fitting, leave_autocast
 from .metrics import mAP, rank1, rank5
 
 # %% ../../nbs/training/03_learner.ipynb #e5bb20e8
@@ -47,7 +47,8 @@ class LossParts(Callback):
 
     def before_batch(self): self.mode = getattr(self.dls.train, 'mode', 'pk')
 
-    def after_batch(self):
+    def after_loss(self):
+        if not is_fitting(self.learn): return
         for name,loss in getattr(self.loss_func, 'parts', {}).items():
             if not self._is_unmeasured(name): self.batch_losses.setdefault(name, []).append(loss.detach())
 
@@ -59,8 +60,8 @@ class LossParts(Callback):
     def mean(self,
         name # Name of a part
     ):
-        "Mean of a part over this epoch's batches so far; NaN if it was measured on none"
-        if not self.batch_losses.get(name): return math.nan
+        "Mean of a part over this epoch's batches so far; NaN if it was measured on none, as in `validate`"
+        if self.learn.lock.locked() or not self.batch_losses.get(name): return math.nan
         res = torch.stack(self.batch_losses[name]).mean()
         return (maybe_gather(res) if hasattr(self, 'ranks') else res).item()
 
@@ -85,6 +86,10 @@ class ReIDProgress(ProgressCallback):
     name = 'progress'
     def _write_stats(self, log):
         if getattr(self, 'mbar', False): self.mbar.write(table_cells(log), table=True)
+
+    def after_interrupt(self):
+        "Forget the bars of a fit that was interrupted; the next one has its own"
+        for name in ('mbar','pbar'): vars(self).pop(name, None)
 
 # %% ../../nbs/training/03_learner.ipynb #8a8846d9
 class ReIDLearner(Learner):
@@ -116,6 +121,109 @@ def _record_training(self:ReIDLearner):
     data = getattr(self.dls, 'data_name', '') or 'data without a name'
     inner_model(self.model).history = add_stage(
         self._history_before, data, getattr(self.dls, 'c', None), epochs=(self.iter+1)/self.n_iter, steps=self._n_steps)
+
+# %% ../../nbs/training/03_learner.ipynb #adba952d
+@patch
+def _with_events(self:ReIDLearner, f, event_type, ex, final=noop):
+    run = partial(super(ReIDLearner, self)._with_events, event_type=event_type, ex=ex, final=final)
+    if event_type=='batch': return self._close_autocast(partial(run, f))
+    if event_type!='fit': return run(f)
+    logger = self.logger
+    try: run(partial(self._zero_grads_if_cancelled, f, ex))
+    except BaseException:
+        self.logger = logger
+        self._tidy_up()
+        raise
+
+@patch
+def _close_autocast(self:ReIDLearner, run):
+    "Run a batch; fastai's `MixedPrecision` ends autocasting only in batches that come as far as their loss"
+    depth = autocast_depth()
+    try: run()
+    finally: leave_autocast(self, depth)
+
+@patch
+def _zero_grads_if_cancelled(self:ReIDLearner, f, ex):
+    "Run `f`; a fit may be cancelled between backward pass and step"
+    try: f()
+    except ex:
+        self.opt.zero_grad()
+        raise
+
+@patch
+def _tidy_up(self:ReIDLearner):
+    "Do what `after_fit` would have done, for a fit that ended with an exception"
+    with ExitStack() as tasks: # All are done, also if one of them fails
+        tasks.callback(self._drop_leftovers)
+        for cb in self.cbs:
+            if hasattr(type(cb), 'after_interrupt'): tasks.callback(cb.after_interrupt)
+            if isinstance(cb, LRFinder): tasks.callback(_end_lr_find, cb)
+
+def _end_lr_find(finder):
+    "Load the weights of before `lr_find`, and remove the file that held them"
+    if 'tmp_p' not in vars(finder): return
+    finder.after_fit()
+    finder.tmp_d.cleanup()
+
+@patch
+def _drop_leftovers(self:ReIDLearner):
+    for cb in self.cbs: cb.run = True
+    for p in self.model.parameters(): p.grad = None
+    if hasattr(self.loss_func, 'parts'): self.loss_func.parts = {}
+
+# %% ../../nbs/training/03_learner.ipynb #27a9d066
+@patch
+@contextmanager
+def added_cbs(self:ReIDLearner,
+    cbs # Callbacks, or classes of callbacks
+):
+    "Add callbacks for the time of the context"
+    before = list(self.cbs)
+    added = []
+    try:
+        for cb in L(cbs):
+            self.add_cb(cb)
+            added.append(self.cbs[-1])
+        yield
+    finally:
+        for cb in added: self.remove_cb(cb)
+        for cb in before: # One with the name of an added one has lost its attribute
+            if cb in self.cbs: setattr(self, cb.name, cb)
+
+# %% ../../nbs/training/03_learner.ipynb #6a7db6c7
+class _Contexts(ContextManagers):
+    "fastcore's `ContextManagers`, but if one of them cannot be entered, those before it are left"
+    def __enter__(self):
+        with ExitStack() as entered:
+            entered.push(self.stack)
+            super().__enter__()
+            entered.pop_all()
+
+@patch
+def validation_context(self:ReIDLearner,
+    cbs=None,   # Callbacks for the time of the context
+    inner=False # Is this within a fit? Then the callbacks are not told
+):
+    "Return the context in which `validate` and `get_preds` run"
+    return _Contexts(super(ReIDLearner, self).validation_context(cbs, inner).default)
+
+@patch
+def __enter__(self:ReIDLearner):
+    with self._switched_on_after_errors(): return super(ReIDLearner, self).__enter__()
+
+@patch
+def __exit__(self:ReIDLearner, exc_type, exc_value, tb):
+    with self._switched_on_after_errors():
+        if exc_type is None: super(ReIDLearner, self).__exit__(exc_type, exc_value, tb)
+        else: self('after_fit')
+
+@patch
+@contextmanager
+def _switched_on_after_errors(self:ReIDLearner):
+    try: yield
+    except BaseException:
+        for cb in self.cbs: cb.run = True
+        raise
 
 # %% ../../nbs/training/03_learner.ipynb #2a58e3da
 @contextmanager
@@ -425,10 +533,11 @@ def pyramid_learner(
     model.check_size(_image_size(dls.valid)[0])
     if normalize and not dls.after_batch.fs.filter(risinstance(Normalize)):
         dls.add_tfms([Normalize.from_stats(*backbone_stats(arch))], 'after_batch')
-    loss_parts = LossParts()
+    loss_func = ifnone(loss_func, PyramidLoss())
+    loss_parts = LossParts(getattr(loss_func, 'part_names', ('id','triplet')))
     cbs = L(loss_parts) + _dynamic_cbs(dynamic, cbs) + L(cbs)
     metrics = loss_parts.columns + L(ifnone(metrics, [mAP,rank1,rank5]))
-    learn = ReIDLearner(dls, model, loss_func=ifnone(loss_func, PyramidLoss()), splitter=splitter, cbs=cbs,
+    learn = ReIDLearner(dls, model, loss_func=loss_func, splitter=splitter, cbs=cbs,
                         metrics=metrics, **kwargs)
     learn.arch_name,learn.arch_from,learn.last_stride = arch_name(arch),arch_source(arch),last_stride
     return learn

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from fastai.vision.all import *
 
+from .dynamic_losses import is_fitting
 from .learner import ReIDLearner
 
 # %% ../../nbs/training/04_recipes.ipynb #ff577ef5
@@ -49,9 +50,7 @@ def _with_recipe(learn, cbs, opt_func, label_smoothing=None):
         learn.opt_func,learn.opt = opt_func,None
         if label_smoothing is not None: loss.label_smoothing = label_smoothing
         _clear_grads(learn.model)
-        with learn.added_cbs(cbs):
-            try: yield
-            finally: learn._grab_cbs(EMA).map(EMA.put_back)
+        with learn.added_cbs(cbs): yield
     finally:
         for owner,name,value in settings: setattr(owner, name, value)
         _clear_grads(learn.model)
@@ -114,6 +113,7 @@ class EMA(Callback):
             raise ValueError(f"decay={decay}: the fraction that a step keeps is from 0 to below 1, e.g. 0.999")
         self.decay,self.n_steps = decay,0
         self.weights = {}      # The set of weights that is not in the model
+        self._own = None       # The model's own weights, while both sets change places
         self.averaged = False  # Is the average in the model?
         self.loaded = False    # Does the next fit continue from a loaded state?
         self.active = False    # Is a fit running?
@@ -121,25 +121,44 @@ class EMA(Callback):
 
     def _params(self): return dict(get_model(self.learn.model).named_parameters())
 
-    @torch.no_grad()
-    def _swap(self):
-        "Exchange the weights in the model and those kept here, one of which are the averages"
-        for name,p in self._params().items():
-            kept = self.weights[name].to(p.device, copy=True)
-            self.weights[name] = p.detach().clone()
-            p.copy_(kept)
-        self.averaged = not self.averaged
+    def _copy_to_model(self, weights):
+        with torch.no_grad():
+            for name,p in self._params().items(): p.copy_(weights[name])
+
+    def _copies(self): return {name:p.detach().clone() for name,p in self._params().items()}
+
+# %% ../../nbs/training/04_recipes.ipynb #c0f1182e
+@patch
+def _swap(self:EMA):
+    "Exchange the weights in the model and those kept here, one of which are the averages"
+    coming,leaving = self.weights,self._copies()
+    self._own = coming if self.averaged else leaving
+    self._copy_to_model(coming)
+    self.weights,self.averaged = leaving,not self.averaged
+    self._own = None
+
+@patch
+def after_interrupt(self:EMA):
+    "Give the model its own weights back, after a fit that was interrupted"
+    if not self.active: return
+    own = self.weights if self.averaged and self._own is None else self._own
+    if own is not None: self._copy_to_model(own)
+    self._forget()
+
+@patch
+def _forget(self:EMA):
+    self.weights,self._own = {},None
+    self.averaged,self.loaded,self.active,self.cancelled = False,False,False,False
 
 # %% ../../nbs/training/04_recipes.ipynb #c0f86fd2
 @patch
 def before_fit(self:EMA):
-    self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
-    if not self.run: return
+    if not is_fitting(self.learn): return
     params = self._params()
     if self.loaded: self._check_loaded(params)
     else:
-        self.weights = {name:p.detach().clone() for name,p in params.items()}
-        self.averaged,self.n_steps = False,0
+        self._forget()
+        self.weights,self.n_steps = self._copies(),0
     self.loaded,self.active,self.cancelled = False,True,False
 
 @patch
@@ -151,18 +170,21 @@ def _check_loaded(self:EMA, params):
         f"{', '.join(differing[:3])} … are in only one of the two")
 
 @patch
+def _is_on(self:EMA): return self.active and is_fitting(self.learn)
+
+@patch
 def before_train(self:EMA):
-    if self.averaged: self._swap()
+    if self._is_on() and self.averaged: self._swap()
 
 @patch
 def before_validate(self:EMA):
-    if self.active and not self.averaged: self._swap()
+    if self._is_on() and not self.averaged: self._swap()
 
 @patch
 def after_fit(self:EMA):
-    if self.active and not self.averaged: self._swap()
-    self.weights = {}
-    self.averaged,self.loaded,self.active = False,False,False
+    if not self._is_on(): return
+    if not self.averaged: self._swap()
+    self._forget()
 
 # %% ../../nbs/training/04_recipes.ipynb #51e9bac5
 @patch
@@ -172,18 +194,12 @@ def after_cancel_step(self:EMA): self.cancelled = True
 @torch.no_grad()
 def after_step(self:EMA):
     cancelled,self.cancelled = self.cancelled,False
-    if cancelled: return
+    if cancelled or not self._is_on(): return
     decay = min(self.decay, (1+self.n_steps)/(10+self.n_steps))
     params = self._params()
     self.weights = {name:self.weights[name].to(p.device) for name,p in params.items()}
     torch._foreach_lerp_(list(self.weights.values()), list(params.values()), 1-decay)
     self.n_steps += 1
-
-@patch
-def put_back(self:EMA):
-    "Give the model its own weights back, after a fit that was interrupted"
-    if self.active and self.averaged: self._swap()
-    self.active = False
 
 # %% ../../nbs/training/04_recipes.ipynb #c37ef0ed
 @patch
