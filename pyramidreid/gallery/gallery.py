@@ -24,7 +24,6 @@ from pyramidreid.gallery.entries import (
     entry_table,
     filter_mask,
     open_picture,
-    typed_table,
 )
 from .nearest import ApproximateIndex, RowBlocks, nearest_rows, normalize_rows, train_index
 from .store import Store
@@ -98,13 +97,13 @@ def add(self:Gallery,
     repeated = df.key[df.key.duplicated()].tolist() or self._existing(df.key.tolist())
     if repeated: raise ValueError(f"{len(repeated)} keys exist already, the first is {repeated[0]!r}: "
                                   "remove it first, or choose another key")
-    self.check_columns(df)
+    typed = self.check_columns(df)
     if embs is None and images is None:
         raise ValueError("There is nothing to embed: the table has no column 'fn'. Add it, or pass `embs`")
     if embs is None: embs = self.embed(images, bs)
     else: self._check_model(embs)
     if len(embs)!=len(df): raise ValueError(f"{len(embs)} embeddings for {len(df)} entries")
-    if len(df): self._append(self._normalized(embs), df)
+    if len(df): self._append(self._normalized(embs), *typed)
     return self
 
 @patch
@@ -129,8 +128,8 @@ def embed(self:Gallery,
 def check_columns(self:Gallery,
     df # Table of the new entries
 ):
-    "Raise `ValueError` if the columns of new entries do not fit"
-    typed_table(df, self.store.kinds if len(self) else {})
+    "Return the table as it will be stored, and the kinds of all columns. Raises `ValueError` if they do not fit"
+    return self.store.typed(df)
 
 @patch
 def _normalized(self:Gallery, embs):
@@ -144,8 +143,8 @@ def _normalized(self:Gallery, embs):
 def _existing(self:Gallery, keys): return [k for k in keys if k in self.keys]
 
 @patch
-def _append(self:Gallery, embs, df):
-    self.keys.update(zip(df.key, self.store.add(embs, df)))
+def _append(self:Gallery, embs, table, kinds):
+    self.keys.update(zip(table.key, self.store.add_typed(embs, table, kinds)))
     self._rows = None
 
 @patch
