@@ -1,9 +1,10 @@
 """The gallery: time of a search compared with plain FAISS, and recall, time and memory of the approximate indexes.
 
 `--only exact adds ivf hnsw` runs some of the parts. `exact` has 20,000 embeddings of the full pyramid, two threads;
-`adds` has 3,000 that come one by one; the others have `--n` embeddings of `--dim` dimensions in half precision, saved in `--tmp` and mapped from there (2 bytes
-a value). Every part is a process of its own. Embeddings are random: for `exact` and `adds` people around centres of their own,
-shifted by camera; for the others, whose recall depends on it, with the spectrum of real ones (`Crowd`)."""
+`adds` has 3,000 that come one by one; the others have `--n` embeddings of `--dim` dimensions in half precision, saved
+in `--tmp` and mapped from there (2 bytes a value). Every part is a process of its own. Embeddings are random: for `exact`
+and `adds` people around centres of their own, shifted by camera; for the others, whose recall depends on it, with the
+spectrum of real ones (`Crowd`)."""
 import argparse
 import json
 import os
@@ -229,8 +230,8 @@ def exact_table(part):
 def adds_table(part):
     n,names = part['n'],dict(add_s='added', replace_s='replaced', remove_s='removed')
     single = [{'one by one': name, 'seconds': part[s], 'ms each': 1e3*part[s]/n} for s,name in names.items()]
-    search = [{'search': 'before save', 'first, ms': part['first_search_ms'], 'later, ms': part['search_ms']},
-              {'search': 'after save', 'first, ms': part['saved_first_search_ms'], 'later, ms': part['saved_search_ms']}]
+    search = [{'search': f'{when} save', 'first, ms': part[f'{saved}first_search_ms'],
+               'later, ms': part[f'{saved}search_ms']} for when,saved in (('before',''), ('after','saved_'))]
     ratio = part['search_ms']/part['saved_search_ms']
     text = (f"{n:,} × {part['dim']}, entries one by one, {part['threads']} threads ({part['date']}). A search before "
             f"they are saved takes {ratio:.2f} times as long as one after; the save takes {part['save_s']:.2f} s.")

@@ -106,6 +106,7 @@ def add(self:Gallery,
     if len(df): self._append(self._normalized(embs), *typed)
     return self
 
+# %% ../../nbs/gallery/05_gallery.ipynb #411c2f72
 @patch
 def embed(self:Gallery,
     items, # Files or images
@@ -115,12 +116,15 @@ def embed(self:Gallery,
     if self.embedder is None: raise ValueError("This gallery was loaded without its model and accepts only "
                                                "`Embeddings`: load it with Gallery.load(path, learn)")
     self._check_model(self.embedder)
-    items,batches = list(items),[]
+    items,batches,pixel_range = list(items),[],getattr(self.embedder, 'pixel_range', None)
+    def open_item(i):
+        name = 'The image' if len(items)==1 else f'image {i}'
+        return open_picture(items[i], name, pixel_range)
     with ThreadPoolExecutor(4) as pool:
         for i in with_progress(range(0, len(items), bs)):
-            images = list(pool.map(open_picture, items[i:i+bs]))
+            images = list(pool.map(open_item, range(i, min(i+bs, len(items)))))
             batches.append(np.asarray(self.embedder.embed(images)))
-    if not batches: batches = [np.zeros((0, self.store.dim or 1))]
+    if not batches: batches = [np.zeros((0, self.store.dim or getattr(self.embedder, 'emb_sz', 1)))]
     return Embeddings(np.concatenate(batches), self.fingerprint)
 
 # %% ../../nbs/gallery/05_gallery.ipynb #df8ae40b

@@ -129,6 +129,7 @@ class Segment:
 
     @property
     def table(self):
+        "Table of all rows, those that are gone included"
         if len(self._tables)>1: self._tables = [_concat_tables(self._tables)]
         return self._tables[0]
 
@@ -138,7 +139,7 @@ class Segment:
         "Yield the embeddings of the rows that remain"
         for i in range(0, len(self.ids), size): yield self.embs[i:i+size][~self.gone[i:i+size]]
 
-# %% ../../nbs/gallery/03_store.ipynb #10ecffa4
+# %% ../../nbs/gallery/03_store.ipynb #159a6798
 @patch
 def extend(self:Segment,
     ids,  # Ids of the new rows, ascending, above those of the segment, int64 (N,)
@@ -167,7 +168,7 @@ def _join_equals(tables, n=32):
     while len(tables)>=n and len(tables[-n])<n*len(tables[-1]): tables = [*tables[:-n], _concat_tables(tables[-n:])]
     return tables
 
-# %% ../../nbs/gallery/03_store.ipynb #247d4e1b
+# %% ../../nbs/gallery/03_store.ipynb #017f72ed
 @patch
 def mark_gone(self:Segment,
     ids # Row ids; others than the segment's are ignored
@@ -248,6 +249,7 @@ def add_typed(self:Store,
     if len(ids): self._append_rows(ids, embs, table)
     return ids
 
+# %% ../../nbs/gallery/03_store.ipynb #5ca0fbbc
 _SEGMENT_ROWS = 16384 # A segment in memory is extended up to this size
 
 @patch
