@@ -2,9 +2,9 @@
 
 `--only exact adds ivf hnsw` runs some of the parts. `exact` has 20,000 embeddings of the full pyramid, two threads;
 `adds` has 3,000 that come one by one; the others have `--n` embeddings of `--dim` dimensions in half precision, saved
-in `--tmp` and mapped from there (2 bytes a value). Every part is a process of its own. Embeddings are random: for `exact`
-and `adds` people around centres of their own, shifted by camera; for the others, whose recall depends on it, with the
-spectrum of real ones (`Crowd`)."""
+in `--tmp` and mapped from there (2 bytes a value). Every part is a process of its own. Embeddings are random: for
+`exact` and `adds` people around centres of their own, shifted by camera; for the others, whose recall depends on it,
+with the spectrum of real ones (`Crowd`)."""
 import argparse
 import json
 import os

@@ -492,6 +492,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'pyramidreid/data/loaders.py'),
                                           'pyramidreid.data.loaders.ReIDDataLoaders.from_table': ( 'data/loaders.html#reiddataloaders.from_table',
                                                                                                    'pyramidreid/data/loaders.py'),
+                                          'pyramidreid.data.loaders.ReIDDataLoaders.pixel_range': ( 'data/loaders.html#reiddataloaders.pixel_range',
+                                                                                                    'pyramidreid/data/loaders.py'),
                                           'pyramidreid.data.loaders.ReIDDataLoaders.test_dl': ( 'data/loaders.html#reiddataloaders.test_dl',
                                                                                                 'pyramidreid/data/loaders.py'),
                                           'pyramidreid.data.loaders.ReIDLabel': ( 'data/loaders.html#reidlabel',

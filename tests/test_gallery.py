@@ -175,6 +175,34 @@ def test_three_thousand_single_adds_take_seconds(tmp_path):
     g.save(tmp_path/'g')
     assert before<2*best_search() # with a segment for each, ten times
 
+@pytest.mark.parametrize('crop', [np.zeros((0,4,3), np.uint8), Image.new('RGB', (4,0))], ids=['array','pil'])
+def test_an_empty_crop_is_named_by_its_position(gallery, files, crop):
+    items = [*pictures(2, 9), crop]
+    with pytest.raises(ValueError, match='^image 2 has no pixels'): gallery.add(items, keys=['x','y','z'])
+    assert len(gallery)==len(files)
+    with pytest.raises(ValueError, match='^image 2 has no pixels'): gallery.search(items, 2)
+    with pytest.raises(ValueError, match='^The image has no pixels'): gallery.search(crop, 2)
+    with pytest.raises(ValueError, match='^image 129 has no pixels'): gallery.embed([*pictures(129), crop])
+
+def test_embedding_nothing(trained, gallery):
+    assert gallery.embed([]).values.shape==(0,9)
+    assert Gallery(trained).embed([]).values.shape==(0,48)
+    assert trained.embed([]).shape==(0,48)
+
+def test_a_gallery_of_deep_pictures(tmp_path):
+    "Scaled by the range of the model, which is asked for"
+    counts = np.random.default_rng(0).integers(7600, 8000, (4,6,3), dtype=np.uint16)
+    for i in range(4): Image.fromarray(counts[i]).save(tmp_path/f'{i}.png')
+    fns,thermal = [tmp_path/f'{i}.png' for i in range(4)],BandModel()
+    with pytest.raises(ValueError, match='0.png .*black and white is unknown'): Gallery.from_learner(BandModel(), fns)
+    thermal.pixel_range = (7500,8100)
+    g = Gallery.from_learner(thermal, fns)
+    levels = np.rint((counts-7500.)/600*255).astype(np.uint8)
+    expected = normalize_rows(BandModel().embed([Image.fromarray(o).convert('RGB') for o in levels]))
+    assert np.allclose(g.store.segments[0].embs, expected, atol=1e-6)
+    assert g.search(counts[2], 1).key[0]==str(fns[2])
+    assert g.show(fns[2], k=2) is not None
+
 def test_unknown_cameras_and_times(files):
     times = [pd.NaT]+files.time[1:].tolist()
     g = Gallery.from_learner(BandModel(), files.assign(cam=['door']+[None]*5, time=times))

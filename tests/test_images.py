@@ -72,7 +72,8 @@ def test_deep_grey_is_scaled_by_a_given_range(tmp_path, suffix, dtype):
     file,values = tmp_path/f'deep.{suffix}',THERMAL.astype(dtype)
     Image.fromarray(values).save(file)
     expected = scaled_by_hand(THERMAL, 7400, 8200)
-    for image in (file, Image.open(file), values): assert np.array_equal(read_rgb(image, pixel_range=(7400,8200)), expected)
+    for image in (file, Image.open(file), values):
+        assert np.array_equal(read_rgb(image, pixel_range=(7400,8200)), expected)
     assert len(np.unique(expected))>150
 
 @pytest.mark.parametrize('suffix,dtype', DEEP.items())
@@ -82,7 +83,7 @@ def test_deep_grey_without_a_range_is_an_error(tmp_path, suffix, dtype):
     Image.fromarray(values).save(file)
     span = f'values from {values.min():,.0f} to {values.max():,.0f}, and which of them are black and white'
     for image,name in ((file,'deep'), (Image.open(file),'query'), (values,'query')):
-        with pytest.raises(ValueError, match=f'{name}.*{span}.*pixel_range=') as e: read_rgb(image, 'query')
+        with pytest.raises(ValueError, match=f'{name}.*{span}.*pixel_range='): read_rgb(image, 'query')
     assert load_pixels([file], (32,16), pixel_range=(7400,8200)).shape==(1,32,16,3)
 
 def test_true_sixteen_bits_are_said_too(tmp_path):
@@ -96,7 +97,7 @@ def test_floats_end_at_one_or_at_255():
     assert np.array_equal(read_rgb(grey/255, pixel_range=(0,1)), grey)
     assert np.array_equal(read_rgb(grey.astype(float), pixel_range=(0,255)), grey)
     for image in (grey/255, grey.astype('float32'), grey.astype(int)):
-        with pytest.raises(ValueError, match='^query is an array of .* which of them are black'): read_rgb(image, 'query')
+        with pytest.raises(ValueError, match='^query is an array of .* which of them'): read_rgb(image, 'query')
 
 def test_a_range_does_not_touch_8_bits(rotated):
     colour = noise(8, 12)
@@ -131,7 +132,8 @@ def test_a_range_in_another_unit_is_noticed():
 def test_not_a_number_is_named():
     values = THERMAL.astype(float)
     values[3,4] = np.nan
-    with pytest.raises(ValueError, match='^query: 1 of 512 values are not a number'): read_rgb(values, 'query', (7400,8200))
+    with pytest.raises(ValueError, match='^query: 1 of 512 values are not a number'):
+        read_rgb(values, 'query', (7400,8200))
 
 def test_to_look_at_a_picture_its_own_range_does():
     "Also where pixels are missing or all are equal"
@@ -171,7 +173,8 @@ def test_ppm_of_sixteen_bits(tmp_path):
 def test_565_colours_are_8_bit_pictures(tmp_path):
     "Their raw mode is called BGR;16, for two bytes per pixel"
     header = struct.pack('<IiiHHIIiiII', 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0)+struct.pack('<III', 0xf800, 0x7e0, 0x1f)
-    (tmp_path/'a.bmp').write_bytes(b'BM'+struct.pack('<IHHI', 14+len(header)+4, 0, 0, 14+len(header))+header+b'\0\xf8\x1f\0')
+    start = b'BM'+struct.pack('<IHHI', 14+len(header)+4, 0, 0, 14+len(header))
+    (tmp_path/'a.bmp').write_bytes(start+header+b'\0\xf8\x1f\0')
     assert np.asarray(read_rgb(tmp_path/'a.bmp')).tolist()==[[[255,0,0],[0,0,255]]]
 
 @pytest.mark.parametrize('mode', ['La','RGBa'])

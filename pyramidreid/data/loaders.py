@@ -179,7 +179,7 @@ def _use_cache(dls, cache, fns, size, pixel_range):
         raise ValueError(f"The cache ({cache}) was made for another input than {size}: make one for this size")
     for dl in dls.loaders: dl.dataset = CachedDatasets(dl.dataset, cache)
 
-# %% ../../nbs/data/10_loaders.ipynb #e6f0cf94
+# %% ../../nbs/data/10_loaders.ipynb #5c1e471d
 class OpenImage(Transform):
     "`open_image` as a transform that knows the range of pictures with more than 8 bits"
     def __init__(self,
@@ -205,6 +205,11 @@ def _opener(pixel_range, df):
 # %% ../../nbs/data/10_loaders.ipynb #5b95440b
 class ReIDDataLoaders(DataLoaders):
     "Training images in P×K or random batches, and query and gallery in one validation loader"
+    @property
+    def pixel_range(self):
+        "Values of black and white of pictures with more than 8 bits, None if there are none"
+        first = getattr(self.valid_ds, 'tls', [[]])[0] # images; then come targets
+        return next((o.pixel_range for o in getattr(first, 'tfms', []) if isinstance(o, OpenImage)), None)
 
 def _need_columns(df, cols):
     missing = [c for c in cols if c not in df]
@@ -368,7 +373,7 @@ def from_df(cls:ReIDDataLoaders,
     table['fn'] = [Path(path)/fn for fn in table.fn]
     return cls.from_table(table, path=path, **kwargs)
 
-# %% ../../nbs/data/10_loaders.ipynb #36d0f410
+# %% ../../nbs/data/10_loaders.ipynb #f09309f3
 def is_row(
     item # Anything
 )->bool:
@@ -412,7 +417,7 @@ def test_dl(self:ReIDDataLoaders,
     "Return a loader of other images, with the transforms of validation. Raises `ValueError` for what is not an image"
     df = _item_table(items, with_labels)
     _need_columns(df, ('fn','pid','cam','split') if with_labels else ('fn',))
-    check_items(df.fn, getattr(self, 'pixel_range', None))
+    check_items(df.fn, self.pixel_range)
     if with_labels: df,_,_ = encode_table(df)
     df = df.reset_index(drop=True)
     return super(ReIDDataLoaders, self).test_dl(df, rm_type_tfms=0, with_labels=with_labels, **kwargs)

@@ -106,7 +106,7 @@ def add(self:Gallery,
     if len(df): self._append(self._normalized(embs), *typed)
     return self
 
-# %% ../../nbs/gallery/05_gallery.ipynb #411c2f72
+# %% ../../nbs/gallery/05_gallery.ipynb #d9336dad
 @patch
 def embed(self:Gallery,
     items, # Files or images
