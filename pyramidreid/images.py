@@ -51,7 +51,7 @@ def _upright(im):
     res.info = {k:v for k,v in im.info.items() if k=='transparency'}
     return res
 
-# %% ../nbs/01_images.ipynb #dd99cc5c
+# %% ../nbs/01_images.ipynb #3ea43c34
 def check_pixel_range(
     pixel_range # The values of black and white, or None
 )->tuple|None:
@@ -70,7 +70,7 @@ def _span(values):
     "The smallest and the largest value in words"
     return ' to '.join(_plain_number(o) for o in (np.nanmin(values), np.nanmax(values)))
 
-# %% ../nbs/01_images.ipynb #13b2bb0a
+# %% ../nbs/01_images.ipynb #34a0c79c
 _ASK_FOR_RANGE = ("which of them are black and white is unknown: pass pixel_range=(low, high), such as (0, 16383) for "
                   "14 bits; loaders also take pixel_range='measure' (on the command line: --pixel-range, "
                   "--measure-range)")
@@ -151,7 +151,7 @@ def _check_colour_range(name, pixel_range):
     raise _RangeError(f"{name} has 16 bits per colour, and Pillow reads only the upper 8 of them. If white is 65,535, "
                       "pass pixel_range=(0, 65535); otherwise save it with 8 bits, scaled by its range")
 
-# %% ../nbs/01_images.ipynb #96148bfb
+# %% ../nbs/01_images.ipynb #f199cadf
 def _read_any(o, name, pixel_range):
     "As `_decode`, with errors that name the image"
     try: return _decode(o, name, pixel_range)
@@ -192,7 +192,7 @@ def load_pixels(
         res.append(np.asarray(im))
     return np.stack(res) if res else np.empty((0,height,width,3), np.uint8)
 
-# %% ../nbs/01_images.ipynb #5715701f
+# %% ../nbs/01_images.ipynb #94aca011
 def deep_kind(
     o # A PIL image, before it is loaded
 )->str|None:
@@ -214,7 +214,7 @@ def deep_values(
         except (OSError,SyntaxError) as e: raise OSError(f"{o} is not a valid image, or is cut off ({e})") from e
     return np.asarray(_read_any(o, name, None)[0]) if deep_kind(o) else None
 
-# %% ../nbs/01_images.ipynb #de0ae339
+# %% ../nbs/01_images.ipynb #6961efb4
 def _some(items, n):
     "At most `n` of the items, evenly spaced"
     return [items[i] for i in np.unique(np.linspace(0, len(items)-1, n).astype(int))] if len(items)>n else list(items)

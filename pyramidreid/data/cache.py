@@ -52,7 +52,7 @@ def open_image(
     try: return PILImage(read_rgb(o if known else PILImage.create(o, mode=None), pixel_range=pixel_range))
     except OSError as e: raise OSError(f"{e}, {_SKIP_HINT}") from e
 
-# %% ../../nbs/data/09_cache.ipynb #c8d77a21
+# %% ../../nbs/data/09_cache.ipynb #53c0f361
 def check_items(
     items,           # Files, bytes, images, arrays or tensors
     pixel_range=None # Values of black and white of pictures with more than 8 bits
@@ -228,7 +228,7 @@ def _has_range(self:ImageCache, found):
     with _name_errors(first),Image.open(first) as im:
         return self.pixel_range is None and not deep_kind(im)
 
-# %% ../../nbs/data/09_cache.ipynb #8a73c164
+# %% ../../nbs/data/09_cache.ipynb #e42d8cd0
 @patch
 def _decode(self:ImageCache, stamps, size, why):
     "Decode the images into memory or into the file, and print why"

@@ -323,7 +323,7 @@ def _mode(d):
 
 def _is_deep(d): return d.high.notna() | d['mode'].map(str).str.endswith(', 16 bits')
 
-# %% ../../nbs/data/11_doctor_checks.ipynb #ed0b464b
+# %% ../../nbs/data/11_doctor_checks.ipynb #8d74f2ef
 @register_check('warning', 'Images with more than 8 bits per pixel',
                 "Their values of black and white have to be known: pass pixel_range=(low, high) to the loaders, the "
                 "range of the sensor, or 'measure' it. On the command line: --pixel-range, --measure-range.")

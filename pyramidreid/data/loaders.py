@@ -179,7 +179,7 @@ def _use_cache(dls, cache, fns, size, pixel_range):
         raise ValueError(f"The cache ({cache}) was made for another input than {size}: make one for this size")
     for dl in dls.loaders: dl.dataset = CachedDatasets(dl.dataset, cache)
 
-# %% ../../nbs/data/10_loaders.ipynb #5c1e471d
+# %% ../../nbs/data/10_loaders.ipynb #d39f729d
 class OpenImage(Transform):
     "`open_image` as a transform that knows the range of pictures with more than 8 bits"
     def __init__(self,
@@ -373,7 +373,7 @@ def from_df(cls:ReIDDataLoaders,
     table['fn'] = [Path(path)/fn for fn in table.fn]
     return cls.from_table(table, path=path, **kwargs)
 
-# %% ../../nbs/data/10_loaders.ipynb #f09309f3
+# %% ../../nbs/data/10_loaders.ipynb #60c28532
 def is_row(
     item # Anything
 )->bool:

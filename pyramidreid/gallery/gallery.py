@@ -106,7 +106,7 @@ def add(self:Gallery,
     if len(df): self._append(self._normalized(embs), *typed)
     return self
 
-# %% ../../nbs/gallery/05_gallery.ipynb #d9336dad
+# %% ../../nbs/gallery/05_gallery.ipynb #ae96cf57
 @patch
 def embed(self:Gallery,
     items, # Files or images

@@ -139,7 +139,7 @@ class Segment:
         "Yield the embeddings of the rows that remain"
         for i in range(0, len(self.ids), size): yield self.embs[i:i+size][~self.gone[i:i+size]]
 
-# %% ../../nbs/gallery/03_store.ipynb #67f96974
+# %% ../../nbs/gallery/03_store.ipynb #797062ae
 @patch
 def extend(self:Segment,
     ids,  # Ids of the new rows, ascending, above those of the segment, int64 (N,)
@@ -168,7 +168,7 @@ def _join_equals(tables, n=32):
     while len(tables)>=n and len(tables[-n])<n*len(tables[-1]): tables = [*tables[:-n], _concat_tables(tables[-n:])]
     return tables
 
-# %% ../../nbs/gallery/03_store.ipynb #94407f89
+# %% ../../nbs/gallery/03_store.ipynb #f221423a
 @patch
 def mark_gone(self:Segment,
     ids # Row ids; others than the segment's are ignored
@@ -249,7 +249,7 @@ def add_typed(self:Store,
     if len(ids): self._append_rows(ids, embs, table)
     return ids
 
-# %% ../../nbs/gallery/03_store.ipynb #d8414f40
+# %% ../../nbs/gallery/03_store.ipynb #96e39d56
 _SEGMENT_ROWS = 16384 # A segment in memory is extended up to this size
 
 @patch

@@ -249,7 +249,7 @@ def show_results(self:ReIDLearner,
     queries,gallery_items = items.iloc[shown],items[gallery]
     plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
 
-# %% ../../nbs/training/03_learner.ipynb #0e1694eb
+# %% ../../nbs/training/03_learner.ipynb #97064870
 def _best_matches(emb, gallery_emb, items, k):
     "The `k` rows of `items` most similar to one embedding"
     similarity = gallery_emb @ F.normalize(emb.float(), dim=-1)
