@@ -1,9 +1,10 @@
 """The gallery: time of a search compared with plain FAISS, and recall, time and memory of the approximate indexes.
 
-`--only exact ivf hnsw` runs some of the parts. `exact` has 20,000 embeddings of the full pyramid, two threads; the
-others have `--n` embeddings of `--dim` dimensions in half precision, saved in `--tmp` and mapped from there (2 bytes
-a value). Every part is a process of its own. Embeddings are random: for `exact` people around centres of their own,
-shifted by camera; for the others, whose recall depends on it, with the spectrum of real ones (`Crowd`)."""
+`--only exact adds ivf hnsw` runs some of the parts. `exact` has 20,000 embeddings of the full pyramid, two threads;
+`adds` has 3,000 that come one by one; the others have `--n` embeddings of `--dim` dimensions in half precision, saved
+in `--tmp` and mapped from there (2 bytes a value). Every part is a process of its own. Embeddings are random: for
+`exact` and `adds` people around centres of their own, shifted by camera; for the others, whose recall depends on it,
+with the spectrum of real ones (`Crowd`)."""
 import argparse
 import json
 import os
@@ -22,6 +23,7 @@ from evaluation import Peak, people
 
 THREADS = 2
 EXACT_SIZE = (20000, 2688)
+ADDS_SIZE = (3000, 2688)
 
 class RandomModel:
     "Stands for the model: all embeddings are random"
@@ -117,6 +119,47 @@ def exact(args):
     return dict(part='exact', n=n, dim=dim, threads=THREADS, agree=float(agree), save_s=saving, load_s=loading,
                 disk_mb=disk_mb, rows=rows)
 
+# ---- entries one by one
+
+def add_singly(g, pids, cams):
+    "A gallery to which entries were added one by one, and the seconds it took"
+    from pyramidreid.gallery.entries import Embeddings
+    from pyramidreid.gallery.gallery import Gallery
+    tables = [pd.DataFrame(dict(key=[str(i)], pid=[pids[i]], cam=[cams[i]])) for i in range(len(g))]
+    gallery,start = Gallery(RandomModel()),time.perf_counter()
+    for table,emb in zip(tables, g): gallery.add(table, embs=Embeddings(emb, RandomModel.fingerprint))
+    return gallery,time.perf_counter()-start
+
+def search_ms(gallery, q):
+    "Milliseconds of the first search, and of the fastest of those after it, one query at a time"
+    from pyramidreid.gallery.entries import Embeddings
+    times = [1e3*seconds(lambda i=i: gallery.search(Embeddings(q[i], RandomModel.fingerprint), 10)) for i in range(40)]
+    return times[0],min(times[1:])
+
+def adds(args):
+    "3,000 entries added, removed and replaced one by one, and searches before and after they are saved"
+    from pyramidreid.gallery.entries import Embeddings
+    n,dim = ADDS_SIZE
+    q,g,_,pids,_,cams = people(40, n, dim)
+    gallery,adding = add_singly(g, pids, cams)
+    before = search_ms(gallery, q)
+    with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
+        saving = seconds(lambda: gallery.save(Path(folder)/'g'))
+        after = search_ms(gallery, q)
+    del gallery
+    gallery,_ = add_singly(g, pids, cams)
+    start = time.perf_counter()
+    for i in range(n):
+        gallery.remove('7')
+        gallery.add(pd.DataFrame(dict(key=['7'], pid=[7], cam=[i%6])), embs=Embeddings(g[7], RandomModel.fingerprint))
+    replacing = time.perf_counter()-start
+    start = time.perf_counter()
+    for i in range(n): gallery.remove(str(i))
+    removing = time.perf_counter()-start
+    return dict(part='adds', n=n, dim=dim, threads=THREADS, add_s=adding, replace_s=replacing, remove_s=removing,
+                save_s=saving, first_search_ms=before[0], search_ms=before[1], saved_first_search_ms=after[0],
+                saved_search_ms=after[1])
+
 # ---- approximate search
 
 def large_gallery(args, crowd):
@@ -184,6 +227,17 @@ def exact_table(part):
             f"saved in {part['save_s']:.1f} s, loaded and checked in {part['load_s']:.1f} s.")
     return f"{text}\n\n{markdown(table.round(2).set_index('queries at once'))}"
 
+def adds_table(part):
+    n,names = part['n'],dict(add_s='added', replace_s='replaced', remove_s='removed')
+    single = [{'one by one': name, 'seconds': part[s], 'ms each': 1e3*part[s]/n} for s,name in names.items()]
+    search = [{'search': f'{when} save', 'first, ms': part[f'{saved}first_search_ms'],
+               'later, ms': part[f'{saved}search_ms']} for when,saved in (('before',''), ('after','saved_'))]
+    ratio = part['search_ms']/part['saved_search_ms']
+    text = (f"{n:,} × {part['dim']}, entries one by one, {part['threads']} threads ({part['date']}). A search before "
+            f"they are saved takes {ratio:.2f} times as long as one after; the save takes {part['save_s']:.2f} s.")
+    tables = [markdown(pd.DataFrame(rows).round(2).set_index(list(rows[0])[0])) for rows in (single,search)]
+    return '\n\n'.join([text, *tables])
+
 def approximate_row(kind, part):
     return {
         'index': kind, 'vectors': f"{part['n']:,} × {part['dim']}", 'recall@10': f"{part['recall_at_10']:.3f}",
@@ -197,7 +251,8 @@ def approximate_row(kind, part):
 def tables(parts):
     "What was measured, as Markdown"
     texts = [exact_table(parts['exact'])] if 'exact' in parts else []
-    rows = [approximate_row(kind, part) for kind,part in parts.items() if kind!='exact']
+    if 'adds' in parts: texts.append(adds_table(parts['adds']))
+    rows = [approximate_row(kind, part) for kind,part in parts.items() if kind not in ('exact','adds')]
     if rows:
         texts.append(f"Approximate, {THREADS} threads; peak beyond what the process had before, embeddings mapped from "
                      f"disk:\n\n{markdown(pd.DataFrame(rows).set_index('index'))}")
@@ -207,7 +262,8 @@ def tables(parts):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='*', choices=['exact','ivf','hnsw'], default=['exact','ivf','hnsw'])
+    parts = ['exact','adds','ivf','hnsw']
+    parser.add_argument('--only', nargs='*', choices=parts, default=parts)
     parser.add_argument('--n', type=int, default=1000000)
     parser.add_argument('--dim', type=int, default=2688)
     parser.add_argument('--tmp', default=tempfile.gettempdir())
@@ -235,7 +291,8 @@ def note_part(part, result):
 def main():
     args = parse()
     if args.part:
-        result = exact(args) if args.part=='exact' else approximate(args, args.part)
+        measure = dict(exact=exact, adds=adds).get(args.part)
+        result = measure(args) if measure else approximate(args, args.part)
         print('RESULT ' + json.dumps(result))
         return
     text = ('Embeddings are random, see the head of `benchmarks/gallery.py`; recall of an index depends on the data, '

@@ -1,6 +1,7 @@
 "Images decoded once or every time give the same batches and results; and what can be wrong with a file of images"
 import errno
 import io
+import json
 import os
 import pickle
 import random
@@ -12,12 +13,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Callback, Flip, PILImage, Transform, load_learner, set_seed, tensor
+from fastai.vision.all import Callback, Flip, PILImage, TensorImage, Transform, load_learner, set_seed, tensor
 from PIL import Image
 from safetensors.numpy import load_file
 
 import pyramidreid.data.cache
-from pyramidreid.data.cache import ImageCache, decode_images, open_image
+from pyramidreid.data.cache import ImageCache, check_items, decode_images, open_image
 from pyramidreid.data.datasets import market_table
 from pyramidreid.data.loaders import CachedDatasets, ReIDDataLoaders
 from pyramidreid.data.sampler import PKDataLoader
@@ -112,19 +113,33 @@ def test_nothing_and_what_is_not_a_file():
     with pytest.raises(ValueError, match='no images'): ImageCache([])
     with pytest.raises(ValueError, match='Only files.*ndarray'): ImageCache([np.zeros((4,4,3), np.uint8)])
 
+@pytest.mark.parametrize('item,words', [
+    (np.zeros((0,4,3), np.uint8), 'has no pixels'), (torch.zeros(4,0,3, dtype=torch.uint8), 'has no pixels'),
+    (Image.new('RGB', (0,4)), 'has no pixels'), (None, 'is of type NoneType'), (1., 'is of type float'),
+    (np.zeros((4,4)), 'black and white'), (TensorImage(torch.zeros(3,4,4)), 'black and white is unknown')])
+def test_check_items_names_the_position(files, item, words):
+    check_items([files[0], b'bytes', np.zeros((4,4,4), np.uint8), Image.new('L', (4,4))])
+    with pytest.raises(ValueError, match=f'image 2 .*{words}'): check_items([files[0], files[1], item])
+
+def test_a_float_tensor_is_scaled_and_not_cut_to_zero(files):
+    "fastai's PILImage.create makes uint8 of it, which is black"
+    image = TensorImage(torch.from_numpy(np.array(Image.open(files[0]))).permute(2,0,1)/255)
+    with pytest.raises(ValueError, match='black and white'): open_image(image)
+    assert np.array_equal(open_image(image, (0,1)), Image.open(files[0]))
+
 # used again, or not
 
 @pytest.fixture
 def make(monkeypatch):
     "`make(files, where, size)`: how many files were decoded, and the cache"
     decoded,decode = [],pyramidreid.data.cache._pixels
-    def counted(file, size):
+    def counted(file, size, pixel_range):
         decoded.append(file)
-        return decode(file, size)
+        return decode(file, size, pixel_range)
     monkeypatch.setattr(pyramidreid.data.cache, '_pixels', counted)
-    def make(files, where, size=STORED):
+    def make(files, where, size=STORED, **kwargs):
         decoded.clear()
-        cache = ImageCache(files, size, where)
+        cache = ImageCache(files, size, where, **kwargs)
         return len(decoded),cache
     return make
 
@@ -177,6 +192,37 @@ def test_made_again_when_cut_off(make, own, tmp_path, capsys, keep):
     assert n==6 and 'cut off' in capsys.readouterr().out
     n,_ = make(own, where)
     assert n==0
+
+@pytest.fixture
+def thermal(tmp_path):
+    "Two pictures of 16 bits"
+    counts = np.random.default_rng(0).integers(7600, 8000, (2,32,16), dtype=np.uint16)
+    for i in range(2): Image.fromarray(counts[i]).save(tmp_path/f'{i}.png')
+    return [tmp_path/'0.png', tmp_path/'1.png'],counts
+
+def test_deep_pictures_are_cached_by_their_range(make, thermal, tmp_path):
+    files,counts = thermal
+    with pytest.raises(ValueError, match='black and white'): make(files, None)
+    where = tmp_path/'c'
+    n,cache = make(files, where, pixel_range=(7600,8000))
+    assert n==2 and np.array_equal(cache[[1]][0,0], np.rint((counts[1]-7600.)/400*255))
+    assert make(files, where, pixel_range=[7600.,8000])[0]==0
+    n,other = make(files, where, pixel_range=(7500,8000))
+    assert n==2 and not torch.equal(other[[1]], cache[[1]])
+
+def test_an_old_cache_of_deep_pictures_is_made_again(make, files, thermal, tmp_path, capsys):
+    "It does not say by which range, and holds their upper 8 bits"
+    for fns,n_decoded,kwargs in ((thermal[0], 2, dict(pixel_range=(7600,8000))), (files[:2], 0, {})):
+        where = tmp_path/f'{n_decoded}.safetensors'
+        make(fns, where, **kwargs)
+        data = where.read_bytes()
+        length = int.from_bytes(data[:8], 'little')
+        header = json.loads(data[8:8+length])
+        del header['__metadata__']['pixel_range']
+        header = json.dumps(header).encode()
+        where.write_bytes(len(header).to_bytes(8, 'little')+header+data[8+length:])
+        assert make(fns, where, **kwargs)[0]==n_decoded
+    assert 'scaled by the range unknown' in capsys.readouterr().out
 
 def test_made_again_when_too_long(make, own, tmp_path):
     make(own, tmp_path/'c')
@@ -231,7 +277,7 @@ def test_a_full_disk(own, where, monkeypatch):
     assert_fails_and_changes_nothing(own, where, OSError, 'no space for 0.1 MB')
 
 def test_a_run_that_is_interrupted_while_decoding(own, where, monkeypatch):
-    def interrupted(fns, size):
+    def interrupted(fns, size, **kwargs):
         yield np.zeros((2,3,*size), np.uint8)
         raise KeyboardInterrupt
     monkeypatch.setattr(pyramidreid.data.cache, 'decode_images', interrupted)

@@ -23,6 +23,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from safetensors import safe_open
+from toys import THERMAL_RANGE, scaled_to_rgb, thermal_copy
 
 import pyramidreid.cli.inputs
 import pyramidreid.export.model_files
@@ -419,6 +420,27 @@ def test_one_folder_per_person(people, cli, tmp_path):
     assert again.json['mAP']==pytest.approx(card['mAP'], abs=1e-6)
     without = cli('evaluate', run, mine)
     assert without.code==2 and '--hold-out' in without.err and 'mAP' not in without.out
+
+def test_thermal_pictures(people, cli, tmp_path):
+    "Refused without a range, which then goes with the model"
+    folder,run,options = thermal_copy(people, tmp_path/'thermal'),tmp_path/'run','--epochs 1 --p 4 --k 4 -q'.split()
+    refused = cli('train', folder, '--out', run, *TRAINING, *options)
+    assert is_error(refused) and '.png' in refused.err and '--pixel-range' in refused.err
+    both = cli('train', folder, '--out', run, *TRAINING, '--measure-range', '--pixel-range', 1, 2)
+    assert is_error(both) and 'use only one of them' in both.err
+    done = cli('train', folder, '--out', run, *TRAINING, *options, '--pixel-range', *THERMAL_RANGE)
+    assert done.code==0, done.err
+    assert open_model(run).pixel_range==THERMAL_RANGE
+    card = json.loads((run/'card.json').read_text(encoding='utf-8'))
+    again = cli('evaluate', run, folder, '--json', '-q')
+    assert again.json['mAP']==pytest.approx(card['mAP'], abs=1e-6)
+    assert cli('embed', run, folder/'query', '--out', tmp_path/'q.npz', '-q').code==0
+    scaled = tmp_path/'scaled'
+    scaled.mkdir()
+    for file in (folder/'query').iterdir(): scaled_to_rgb(file, *THERMAL_RANGE).save(scaled/file.name)
+    assert cli('embed', run, scaled, '--out', tmp_path/'s.npz', '-q').code==0
+    assert np.allclose(*(np.load(tmp_path/name)['embeddings'] for name in ('q.npz','s.npz')), atol=1e-5)
+    assert cli('doctor', folder, '--json').json['ok']
 
 def test_training_continues_a_model(desk, people, cli, tmp_path):
     base = ['train', people, '--weights', desk.model, *SMALLER]

@@ -327,6 +327,22 @@ def test_modes(market):
     assert findings_of(report)=={'mode'} and report.ok
     assert dict(zip(report['mode'].fn, report['mode'].why))==modes
 
+def test_pictures_with_more_than_8_bits(market):
+    "A warning with the values of each, and the range of all; not again as a mode"
+    counts = np.random.default_rng(0).integers(7000, 9000, (3,32,16)).astype(np.uint16)
+    fns = [market/'bounding_box_train'/f'0001_c1s1_00030{i}_01.png' for i in range(3)]
+    for fn,values in zip(fns, counts): Image.fromarray(values).save(fn)
+    report = doctor(market)
+    assert findings_of(report)=={'deep'} and report.ok
+    assert report.findings.severity['deep']=='warning' and 'pixel_range' in report.findings.todo['deep']
+    assert report['deep'].fn.tolist()==fns
+    assert report['deep'].low.tolist()==counts.min((1,2)).tolist()
+    low,high = np.percentile(counts, (.1,99.9))
+    spans = [f'{values.min()} to {values.max()}' for values in counts]
+    spans[0] += f'; measured over all of them: {math.floor(low)} to {math.ceil(high)}'
+    assert report['deep'].why.tolist()==spans
+    assert 'measured over all of them' in repr(report)
+
 def test_copies_are_found_by_their_pixels(market):
     train,query = (sorted((market/folder).iterdir()) for folder in ('bounding_box_train','query'))
     Image.open(train[0]).save(market/'bounding_box_test'/'0003_c1s1_000100_01.png')  # a leak, in another file format

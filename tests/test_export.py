@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Normalize, resnet18, set_seed
+from fastai.vision.all import Normalize, load_learner, resnet18, set_seed
 from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
-from toys import quiet
+from toys import THERMAL_RANGE, quiet, scaled_to_rgb, thermal_copy
 
 from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.evaluation.retrieval import evaluate
@@ -176,12 +176,10 @@ def test_a_timm_name_that_would_download_is_refused(exported, tmp_path):
         folder = copied(exported, tmp_path/name.replace('/', '_'), arch=name, arch_from='timm')
         with pytest.raises((ValueError, ImportError), match='not known here|timm'): load_embedder(folder)
 
-@pytest.mark.parametrize('mode', ['L','RGBA','P','CMYK','1','LA','I;16'])
+@pytest.mark.parametrize('mode', ['L','RGBA','P','CMYK','1','LA'])
 def test_pixels_are_the_learners_for_all_modes(learn, crops, tmp_path, mode):
-    file,image = tmp_path/('a.jpg' if mode=='CMYK' else 'a.png'),Image.open(crops[0][1])
-    if mode=='I;16': image = Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16)*200)
-    else: image = image.convert(mode)
-    image.save(file)
+    file = tmp_path/('a.jpg' if mode=='CMYK' else 'a.png')
+    Image.open(crops[0][1]).convert(mode).save(file)
     theirs = learn.dls.test_dl([file], num_workers=0).one_batch()[0]
     ours = PixelNet(learn.model, input_stats(learn)).normalise(torch.from_numpy(load_pixels([file], SIZE)))
     for p in learn.model.parameters(): p.requires_grad_(True)
@@ -362,6 +360,72 @@ def test_exporting_leaves_the_learner_and_random_numbers_alone(make_learner, mak
     assert learn.model.training and all(p.requires_grad for p in learn.model.parameters())
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
     assert random_states()==states
+
+# pictures with more than 8 bits
+
+@pytest.fixture(scope='module')
+def thermal(people, make_learner, tmp_path_factory):
+    "A learner of thermal pictures, and its files"
+    folder = thermal_copy(people, tmp_path_factory.mktemp('thermal'))
+    dls = ReIDDataLoaders.from_market(folder, p=4, k=4, size=(48,24), num_workers=0, pixel_range=THERMAL_RANGE)
+    learn = make_learner(dls)
+    learn.fit(1)
+    return learn,dls.valid.items.fn.tolist()[:12]
+
+@pytest.mark.parametrize('kind', KINDS[:2])
+def test_every_file_keeps_the_range(thermal, tmp_path, kind):
+    "The embeddings are those of plainly scaled pictures, whoever computes them"
+    pytest.importorskip('pyarrow', reason='needs the extra gallery')
+    from pyramidreid.gallery.gallery import Gallery
+    learn,files = thermal
+    if kind=='onnx': model = Runtime(learn.to_onnx(tmp_path/'m.onnx'))
+    else: model = load_embedder(learn.save_model(tmp_path/'m'))
+    assert model.pixel_range==learn.dls.pixel_range==THERMAL_RANGE
+    assert model.fingerprint==learner_fingerprint(learn)
+    expected = learn.embed([scaled_to_rgb(file, *THERMAL_RANGE) for file in files]).numpy()
+    assert len(np.unique(expected.round(4), axis=0))>6
+    for found in (learn.embed(files), model.embed(files), model.embed([np.asarray(Image.open(o)) for o in files])):
+        assert np.allclose(found, expected, atol=1e-5)
+    gallery = Gallery.from_learner(learn, files[4:])
+    gallery.save(tmp_path/'g')
+    again = Gallery.load(tmp_path/'g', model)
+    assert again.search(files[5], 1).key[0]==str(files[5])
+
+def test_another_range_is_another_model(thermal, tmp_path):
+    pytest.importorskip('pyarrow', reason='needs the extra gallery')
+    from pyramidreid.gallery.gallery import Gallery
+    learn,files = thermal
+    own = learner_fingerprint(learn)
+    gallery,dls = Gallery.from_learner(learn, files),learn.dls
+    learn.dls = ReIDDataLoaders.from_market(dls.path, p=4, k=4, size=(48,24), num_workers=0, pixel_range=(0,16383))
+    try:
+        assert learner_fingerprint(learn)!=own
+        with pytest.raises(ValueError, match="Another model's embedding"): gallery.search(files[0], 1)
+    finally: learn.dls = dls
+    assert learner_fingerprint(learn)==own
+
+def test_the_range_goes_with_an_exported_learner(thermal, tmp_path):
+    learn,files = thermal
+    expected = learn.embed(files)
+    learn.export(tmp_path/'learner.pkl')
+    again = load_learner(tmp_path/'learner.pkl')
+    assert again.dls.pixel_range==THERMAL_RANGE
+    torch.testing.assert_close(again.embed(files), expected)
+    with pytest.raises(ValueError, match='image 1 has no pixels'): again.predict([files[0], np.zeros((0,9), np.uint16)])
+
+def test_a_file_of_8_bit_pictures_is_as_it_was(exported):
+    "An older library reads it, and the fingerprint is the old one"
+    about = json.loads((exported['safetensors'][0]/'model.json').read_text())
+    assert 'pixel_range' not in about and load_embedder(exported['safetensors'][0]).pixel_range is None
+
+@pytest.mark.parametrize('pixel_range', [[5,2], [1], ['0','1'], [True,2], 7])
+def test_a_wrong_range_in_a_file_is_refused(exported, tmp_path, pixel_range):
+    with pytest.raises(ValueError, match="'pixel_range' is"):
+        load_embedder(copied(exported, tmp_path/'m', pixel_range=pixel_range))
+
+def test_a_changed_range_in_a_file_is_noticed(exported, tmp_path):
+    with pytest.raises(ValueError, match='changed or damaged'):
+        load_embedder(copied(exported, tmp_path/'m', pixel_range=[0,16383]))
 
 # faults
 

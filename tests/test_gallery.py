@@ -2,6 +2,8 @@
 import random
 import subprocess
 import sys
+import time
+import timeit
 import warnings
 from pathlib import Path
 
@@ -138,6 +140,68 @@ def test_columns_that_do_not_exist(files, filters):
     ([embeddings(1)], TypeError, 'one `Embeddings` with a row for each')])
 def test_queries_that_are_not_valid(gallery, query, error, message):
     with pytest.raises(error, match=message): gallery.search(query, k=1)
+
+@pytest.mark.parametrize('dtype', ['float32','float16'])
+def test_entries_one_by_one_are_found_as_those_added_at_once(tmp_path, dtype):
+    "With ties, removals and a replaced entry; before and after a save; in as few arrays"
+    n,embs = 120,embeddings(120)
+    embs.values[60:] = embs.values[:60] # each is there twice
+    table = numbered(n, pid=np.arange(n)%7, cam=np.arange(n)%3)
+    at_once = Gallery(BandModel(), dtype=dtype).add(table, embs=embs)
+    one_by_one = Gallery(BandModel(), dtype=dtype)
+    for i in range(n): one_by_one.add(table.iloc[[i]], embs=embs[i])
+    for g in (at_once,one_by_one):
+        for key in ('3','64','99'): g.remove(key)
+        g.add(table.iloc[[3]], embs=embs[4])
+    for filters in ({}, dict(exclude_cam=1), dict(where='pid>2')):
+        expected = at_once.search(embs[:20], 9, **filters)
+        pd.testing.assert_frame_equal(one_by_one.search(embs[:20], 9, **filters), expected)
+    assert len(one_by_one.rows.blocks)==1
+    for g,name in ((at_once,'at once'), (one_by_one,'g')): g.save(tmp_path/name) # leaves out the rows that are gone
+    expected = at_once.search(embs[:20], 9)
+    for g in (one_by_one, Gallery.load(tmp_path/'g', BandModel())):
+        pd.testing.assert_frame_equal(g.search(embs[:20], 9), expected)
+
+@pytest.mark.slow
+def test_three_thousand_single_adds_take_seconds(tmp_path):
+    "And a search after them takes no longer than one after a save"
+    def best_search():
+        return min(timeit.repeat(lambda: g.search(embs[5], 10), number=3, repeat=15, timer=time.process_time))
+    n,embs,g = 3000,embeddings(3000, dim=64),Gallery(BandModel(dim=64))
+    start = time.process_time()
+    for i in range(n): g.add(pd.DataFrame(dict(key=[str(i)], pid=[i%50])), embs=embs[i])
+    assert time.process_time()-start<10
+    before = best_search()
+    g.save(tmp_path/'g')
+    assert before<2*best_search() # with a segment for each, ten times
+
+@pytest.mark.parametrize('crop', [np.zeros((0,4,3), np.uint8), Image.new('RGB', (4,0))], ids=['array','pil'])
+def test_an_empty_crop_is_named_by_its_position(gallery, files, crop):
+    items = [*pictures(2, 9), crop]
+    with pytest.raises(ValueError, match='^image 2 has no pixels'): gallery.add(items, keys=['x','y','z'])
+    assert len(gallery)==len(files)
+    with pytest.raises(ValueError, match='^image 2 has no pixels'): gallery.search(items, 2)
+    with pytest.raises(ValueError, match='^The image has no pixels'): gallery.search(crop, 2)
+    with pytest.raises(ValueError, match='^image 129 has no pixels'): gallery.embed([*pictures(129), crop])
+
+def test_embedding_nothing(trained, gallery):
+    assert gallery.embed([]).values.shape==(0,9)
+    assert Gallery(trained).embed([]).values.shape==(0,48)
+    assert trained.embed([]).shape==(0,48)
+
+def test_a_gallery_of_deep_pictures(tmp_path):
+    "Scaled by the range of the model, which is asked for"
+    counts = np.random.default_rng(0).integers(7600, 8000, (4,6,3), dtype=np.uint16)
+    for i in range(4): Image.fromarray(counts[i]).save(tmp_path/f'{i}.png')
+    fns,thermal = [tmp_path/f'{i}.png' for i in range(4)],BandModel()
+    with pytest.raises(ValueError, match='0.png .*black and white is unknown'): Gallery.from_learner(BandModel(), fns)
+    thermal.pixel_range = (7500,8100)
+    g = Gallery.from_learner(thermal, fns)
+    levels = np.rint((counts-7500.)/600*255).astype(np.uint8)
+    expected = normalize_rows(BandModel().embed([Image.fromarray(o).convert('RGB') for o in levels]))
+    assert np.allclose(g.store.segments[0].embs, expected, atol=1e-6)
+    assert g.search(counts[2], 1).key[0]==str(fns[2])
+    assert g.show(fns[2], k=2) is not None
 
 def test_unknown_cameras_and_times(files):
     times = [pd.NaT]+files.time[1:].tolist()

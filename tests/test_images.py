@@ -2,12 +2,22 @@
 import itertools
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pyramidreid.images import find_images, is_rotated, load_pixels, read_rgb
+from pyramidreid.images import (
+    check_pixel_range,
+    deep_kind,
+    deep_values,
+    find_images,
+    is_rotated,
+    load_pixels,
+    measure_range,
+    read_rgb,
+)
 
 ORIENTATION = 0x0112
 
@@ -45,16 +55,153 @@ def test_any_mode_becomes_rgb(mode):
     im = Image.fromarray(noise(8, 12)).convert(mode)
     assert read_rgb(im).mode=='RGB' and np.array_equal(read_rgb(im), im.convert('RGB'))
 
-@pytest.mark.parametrize('suffix', ['png', 'tif'])
-def test_sixteen_bits_are_divided_by_256(tmp_path, suffix):
-    deep = np.arange(0, 2**16, 64, dtype=np.uint16).reshape(32, 32)
-    Image.fromarray(deep).save(tmp_path/f'deep.{suffix}')
-    assert np.array_equal(np.asarray(read_rgb(tmp_path/f'deep.{suffix}'))[...,1], deep//256)
+# more than 8 bits
 
-@pytest.mark.parametrize('dtype,mode', [('int32','I'), ('float32','F')])
-def test_thirty_two_bits_are_an_error(dtype, mode):
-    im = Image.fromarray(np.ones((4,2), dtype))
-    with pytest.raises(ValueError, match=rf'^query has 32 bits per pixel \(mode {mode}\)'): read_rgb(im, 'query')
+def scaled_by_hand(values, low, high):
+    "Value by value, three channels"
+    def level(value): return round(255*(min(max(float(value), low), high)-low)/(high-low))
+    grey = np.array([[level(value) for value in row] for row in values])
+    return np.stack([grey]*3, -1)
+
+THERMAL = np.random.default_rng(5).integers(7300, 8300, (32,16)) # counts of 14 bits
+DEEP = {'png':'uint16', 'tif':'uint16', 'jp2':'uint16', 'tiff':'int32', 'im':'float32', 'pgm':'int32'}
+
+@pytest.mark.parametrize('suffix,dtype', DEEP.items())
+def test_deep_grey_is_scaled_by_a_given_range(tmp_path, suffix, dtype):
+    "No level is lost: 14-bit counts of a scene had seven of them, or fewer"
+    file,values = tmp_path/f'deep.{suffix}',THERMAL.astype(dtype)
+    Image.fromarray(values).save(file)
+    expected = scaled_by_hand(THERMAL, 7400, 8200)
+    for image in (file, Image.open(file), values):
+        assert np.array_equal(read_rgb(image, pixel_range=(7400,8200)), expected)
+    assert len(np.unique(expected))>150
+
+@pytest.mark.parametrize('suffix,dtype', DEEP.items())
+def test_deep_grey_without_a_range_is_an_error(tmp_path, suffix, dtype):
+    "It names the file, the values, and what to do"
+    file,values = tmp_path/f'deep.{suffix}',THERMAL.astype(dtype)
+    Image.fromarray(values).save(file)
+    span = f'values from {values.min():,.0f} to {values.max():,.0f}, and which of them are black and white'
+    for image,name in ((file,'deep'), (Image.open(file),'query'), (values,'query')):
+        with pytest.raises(ValueError, match=f'{name}.*{span}.*pixel_range='): read_rgb(image, 'query')
+    assert load_pixels([file], (32,16), pixel_range=(7400,8200)).shape==(1,32,16,3)
+
+def test_true_sixteen_bits_are_said_too(tmp_path):
+    deep = np.arange(0, 2**16, 64, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(deep).save(tmp_path/'deep.png')
+    with pytest.raises(ValueError, match='values from 0 to 65,472'): read_rgb(tmp_path/'deep.png')
+    assert np.array_equal(read_rgb(tmp_path/'deep.png', pixel_range=(0,65535)), scaled_by_hand(deep, 0, 65535))
+
+def test_floats_end_at_one_or_at_255():
+    grey = noise(8, 12)
+    assert np.array_equal(read_rgb(grey/255, pixel_range=(0,1)), grey)
+    assert np.array_equal(read_rgb(grey.astype(float), pixel_range=(0,255)), grey)
+    for image in (grey/255, grey.astype('float32'), grey.astype(int)):
+        with pytest.raises(ValueError, match='^query is an array of .* which of them'): read_rgb(image, 'query')
+
+def test_a_range_does_not_touch_8_bits(rotated):
+    colour = noise(8, 12)
+    for image in (colour, colour[...,0], Image.fromarray(colour).convert('P'), rotated):
+        assert np.array_equal(read_rgb(image, pixel_range=(7400,8200)), read_rgb(image))
+
+def test_a_deep_picture_is_turned_upright(tmp_path):
+    exif,values = Image.Exif(),THERMAL.astype(np.uint16)
+    exif[ORIENTATION] = 6
+    Image.fromarray(values).save(tmp_path/'turned.png', exif=exif)
+    found = read_rgb(tmp_path/'turned.png', pixel_range=(7400,8200))
+    assert np.array_equal(found, np.rot90(scaled_by_hand(THERMAL, 7400, 8200), -1))
+
+def test_where_zero_is_white(tmp_path):
+    "TIFF's tag 262; Pillow follows it with 8 bits only"
+    Image.fromarray(THERMAL.astype(np.uint16)).save(tmp_path/'a.tif', tiffinfo={262:0})
+    data = bytearray((tmp_path/'a.tif').read_bytes())
+    at = data.find(struct.pack('<HHI', 262, 3, 1))+8
+    data[at:at+2] = b'\0\0'
+    (tmp_path/'white.tif').write_bytes(data)
+    found = read_rgb(tmp_path/'white.tif', pixel_range=(7400,8200))
+    assert np.array_equal(found, 255-scaled_by_hand(THERMAL, 7400, 8200))
+
+@pytest.mark.parametrize('pixel_range', [(5,5), (9,2), 3, 'high', (1,2,3), (0,np.inf), ('0','1'), {0:1}])
+def test_a_range_is_two_ascending_numbers(pixel_range):
+    with pytest.raises(ValueError, match='give the values of black and white'): check_pixel_range(pixel_range)
+
+def test_a_range_in_another_unit_is_noticed():
+    for pixel_range in ((0,1), (20,40), (10000,20000)):
+        with pytest.raises(ValueError, match='all outside of pixel_range'): read_rgb(THERMAL, pixel_range=pixel_range)
+
+def test_not_a_number_is_named():
+    values = THERMAL.astype(float)
+    values[3,4] = np.nan
+    with pytest.raises(ValueError, match='^query: 1 of 512 values are not a number'):
+        read_rgb(values, 'query', (7400,8200))
+
+def test_to_look_at_a_picture_its_own_range_does():
+    "Also where pixels are missing or all are equal"
+    low,high = THERMAL.min(),THERMAL.max()
+    assert np.array_equal(read_rgb(THERMAL, pixel_range='own'), scaled_by_hand(THERMAL, low, high))
+    assert not np.asarray(read_rgb(np.full((4,4), 7000), pixel_range='own')).any()
+    assert np.asarray(read_rgb(np.array([[np.nan,0.,1.]]), pixel_range='own')).tolist()==[[[0]*3, [0]*3, [255]*3]]
+
+def png_of(values, colour_type):
+    "A PNG of 16 bits per channel, which Pillow cannot write"
+    height,width = values.shape[:2]
+    def chunk(name, data):
+        return struct.pack('>I', len(data))+name+data+struct.pack('>I', zlib.crc32(name+data))
+    rows = b''.join(b'\0'+row.astype('>u2').tobytes() for row in values)
+    header = struct.pack('>IIBBBBB', width, height, 16, colour_type, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', header)+chunk(b'IDAT', zlib.compress(rows))+chunk(b'IEND', b'')
+
+@pytest.mark.parametrize('colour_type,channels', [(2,3), (4,2), (6,4)], ids=['RGB','LA','RGBA'])
+def test_sixteen_bit_colour_is_read_only_by_its_full_range(tmp_path, colour_type, channels):
+    "Pillow keeps the upper 8 bits and says nothing: 14-bit counts would be 64 levels"
+    values = np.random.default_rng(0).integers(0, 2**14, (8,6,channels))
+    (tmp_path/'deep.png').write_bytes(png_of(values, colour_type))
+    for pixel_range in (None, (0,16383)):
+        for image in (tmp_path/'deep.png', Image.open(tmp_path/'deep.png')):
+            with pytest.raises(ValueError, match='16 bits per colour, and Pillow reads only'):
+                read_rgb(image, 'query', pixel_range)
+    found = read_rgb(tmp_path/'deep.png', pixel_range=(0,65535))
+    assert np.array_equal(np.asarray(found)[...,0], values[...,0]>>8)
+    assert deep_kind(Image.open(tmp_path/'deep.png'))=='colour'
+
+def test_ppm_of_sixteen_bits(tmp_path):
+    (tmp_path/'deep.ppm').write_bytes(b'P6 2 2 65535\n'+np.full(12, 1000, '>u2').tobytes())
+    (tmp_path/'plain.ppm').write_bytes(b'P6 2 2 255\n'+bytes(range(12)))
+    with pytest.raises(ValueError, match='16 bits per colour'): read_rgb(tmp_path/'deep.ppm')
+    assert np.asarray(read_rgb(tmp_path/'plain.ppm')).ravel().tolist()==list(range(12))
+
+def test_565_colours_are_8_bit_pictures(tmp_path):
+    "Their raw mode is called BGR;16, for two bytes per pixel"
+    header = struct.pack('<IiiHHIIiiII', 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0)+struct.pack('<III', 0xf800, 0x7e0, 0x1f)
+    start = b'BM'+struct.pack('<IHHI', 14+len(header)+4, 0, 0, 14+len(header))
+    (tmp_path/'a.bmp').write_bytes(start+header+b'\0\xf8\x1f\0')
+    assert np.asarray(read_rgb(tmp_path/'a.bmp')).tolist()==[[[255,0,0],[0,0,255]]]
+
+@pytest.mark.parametrize('mode', ['La','RGBa'])
+def test_premultiplied_alpha(mode):
+    im = Image.fromarray(noise(8, 12)).convert(mode.upper())
+    assert np.abs(np.asarray(read_rgb(im.convert(mode)), int)-np.asarray(im.convert('RGB'), int)).max()<=1
+
+def test_the_range_is_measured_without_the_outermost_pixels(tmp_path):
+    "numpy's percentiles over all pixels of a few small pictures; 8-bit ones do not count"
+    values = np.random.default_rng(1).integers(7000, 9000, (5,40,20)).astype(np.uint16)
+    values[0,0] = 0 # a dead row
+    files = [tmp_path/f'{i}.png' for i in range(5)]
+    for file,picture in zip(files, values): Image.fromarray(picture).save(file)
+    Image.fromarray(noise(8, 12)).save(tmp_path/'8.png')
+    low,high = np.percentile(values, (1,99.9))
+    assert measure_range([*files, tmp_path/'8.png'], percentiles=(1,99.9))==(np.floor(low),np.ceil(high))
+    assert measure_range(files, n=2)==measure_range([files[0],files[4]])
+    assert measure_range([tmp_path/'8.png'])==measure_range([])==None # noqa: E711
+    with pytest.raises(ValueError, match='All of these 16 pixels are 7: there is no range'):
+        measure_range([np.full((4,4), 7)])
+
+def test_deep_values(tmp_path):
+    Image.fromarray(THERMAL.astype(np.uint16)).save(tmp_path/'deep.png')
+    Image.fromarray(noise(8, 12)).save(tmp_path/'8.png')
+    assert np.array_equal(deep_values(tmp_path/'deep.png'), THERMAL) and deep_values(tmp_path/'8.png') is None
+    (tmp_path/'text.png').write_text('hello')
+    with pytest.raises(OSError, match='text.png is not a valid image'): deep_values(tmp_path/'text.png')
 
 def test_arrays_of_colour_and_of_grey():
     colour = noise(8, 12)
@@ -63,8 +210,8 @@ def test_arrays_of_colour_and_of_grey():
     assert np.array_equal(read_rgb(grey), np.stack([grey]*3, -1))
 
 INVALID_ARRAYS = [
-    ('float64', (8,4,3)), ('bool', (8,4)), ('uint8', (8,4,4)),
-    ('uint8', (3,8,4)), ('uint8', (8,4,1)), ('uint8', (0,4,3)), ('uint8', (5,)), ('uint8', (1,8,4,3))]
+    ('float64', (8,4,3)), ('bool', (8,4)), ('complex64', (8,4)), ('uint8', (8,4,4)), ('uint16', (8,4,4)),
+    ('uint8', (3,8,4)), ('uint8', (8,4,1)), ('uint8', (5,)), ('uint8', (1,8,4,3))]
 @pytest.mark.parametrize('dtype,shape', INVALID_ARRAYS)
 def test_an_invalid_array_is_described(dtype, shape):
     array = np.zeros(shape, dtype)
@@ -78,6 +225,8 @@ def test_what_is_not_an_image_is_described(item):
 
 def test_an_image_without_pixels():
     with pytest.raises(ValueError, match=r'^query has no pixels \(0×5\)'): read_rgb(Image.new('RGB', (0,5)), 'query')
+    for shape in ((0,4,3), (4,0), (0,0,3)):
+        with pytest.raises(ValueError, match=r'^query has no pixels'): read_rgb(np.zeros(shape, np.uint8), 'query')
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     whole = tmp_path/'whole.png'
@@ -196,10 +345,11 @@ def test_damaged_exif_data_is_ignored(photo, tmp_path):
 def test_sixteen_bits_of_jpeg_2000_and_of_big_endian_data(tmp_path):
     deep = np.random.default_rng(0).integers(0, 2**16, (40,20), dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path/'deep.jp2')
+    expected = scaled_by_hand(deep, 0, 65535)
     for image in (tmp_path/'deep.jp2', Image.open(tmp_path/'deep.jp2')):
-        assert np.array_equal(read_rgb(image), np.stack([deep//256]*3, -1))
+        assert np.array_equal(read_rgb(image, pixel_range=(0,65535)), expected)
     big_endian = Image.frombytes('I;16B', (20,40), deep.astype('>u2').tobytes())
-    assert np.array_equal(np.asarray(read_rgb(big_endian))[...,0], deep//256)
+    assert np.array_equal(read_rgb(big_endian, pixel_range=(0,65535)), expected)
 
 def test_a_decompression_bomb_is_named(photo, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)

@@ -223,6 +223,38 @@ def test_predict_in_a_gallery(trained, test_table):
     images = [Image.open(f) for f in g.fn[:6]]
     assert trained.predict(fn, gallery=images, k=1).fn[0] is images[5]
 
+def test_predict_a_list(trained, test_table):
+    "Each its own embedding; with a gallery each its own table; of nothing (0, D)"
+    fns = test_table.fn[:3].tolist()
+    want = torch.stack([trained.predict(fn) for fn in fns])
+    images = [np.array(Image.open(fn)) for fn in fns]
+    rows = [row for _,row in test_table[:3].iterrows()]
+    for items in (fns, tuple(fns), test_table.fn[:3], test_table[:3], images, np.stack(images), rows):
+        torch.testing.assert_close(trained.predict(items), want)
+    torch.testing.assert_close(trained.predict(rows[1]), want[1])
+    tables = trained.predict(fns, gallery=test_table, k=2)
+    assert len(tables)==3
+    for table,fn in zip(tables, fns): pd.testing.assert_frame_equal(table, trained.predict(fn, gallery=test_table, k=2))
+    assert trained.predict([fns[0]]).shape==(1,6*8) and len(trained.predict([fns[0]], gallery=test_table, k=1))==1
+    assert trained.predict([]).shape==(0,6*8) and trained.predict([], gallery=test_table)==[]
+
+def test_embed_nothing_and_a_list(trained, test_table):
+    dls,want = trained.dls,trained.embed(trained.dls.test_dl(test_table[:3]))
+    for items in ([], dls.test_dl([]), test_table[:0], dls.test_dl(test_table[:0], with_labels=True)):
+        for flip in (False,True):
+            emb = trained.embed(items, flip)
+            assert emb.shape==(0,6*8) and emb.dtype==torch.float32
+    for items in (test_table.fn[:3], test_table[:3], [row for _,row in test_table[:3].iterrows()]):
+        torch.testing.assert_close(trained.embed(items), want)
+
+@pytest.mark.parametrize('crop', [np.zeros((0,24,3), np.uint8), Image.new('RGB', (0,48))], ids=['array','pil'])
+def test_an_empty_crop_is_named_by_its_position(trained, test_table, crop):
+    items = [*test_table.fn[:2], crop]
+    for embed in (trained.predict, trained.embed):
+        with pytest.raises(ValueError, match='^image 2 has no pixels'): embed(items)
+    with pytest.raises(ValueError, match='^image 0 has no pixels'): trained.predict(crop)
+    with pytest.raises(ValueError, match='^image 2 has no pixels'): trained.predict(test_table.fn[0], gallery=items)
+
 def test_predict_errors(trained, tmp_path):
     image = np.zeros((48,24,3), np.uint8)
     for gallery in ([], pd.DataFrame(dict(fn=[]))):

@@ -14,6 +14,7 @@ from fastai.vision.all import Flip, Normalize, Resize, ResizeMethod, TensorImage
 from PIL import Image
 
 from pyramidreid.core import Role
+from pyramidreid.data.cache import ImageCache
 from pyramidreid.data.datasets import *
 from pyramidreid.data.folders import *
 from pyramidreid.data.loaders import *
@@ -478,6 +479,124 @@ def test_test_dl_with_labels(df):
     test = df[df.split!='train']
     targets = torch.cat([y for _,y in from_split(df).test_dl(test, with_labels=True, bs=4)])
     assert targets[:,2].tolist()==[int(Role.of(split)) for split in test.split]
+
+def test_test_dl_of_rows(df):
+    "Series, dicts and namedtuples, one or several, with the labels of the table"
+    dls,test = from_split(df),df[df.split!='train'].iloc[[0,5,2]]
+    want = [torch.cat(parts) for parts in zip(*dls.test_dl(test, with_labels=True, bs=2))]
+    rows = [row for _,row in test.iterrows()]
+    for items in (rows, [row.to_dict() for row in rows], list(test.itertuples()), tuple(rows)):
+        dl = dls.test_dl(items, with_labels=True, bs=2)
+        for found,expected in zip(zip(*dl), want): assert torch.equal(torch.cat(found), expected)
+        assert dl.dataset.items.pid.tolist()==test.pid.tolist()
+        assert torch.equal(dls.test_dl(items).one_batch()[0], want[0])
+    x,y = dls.test_dl(rows[1], with_labels=True).one_batch()
+    assert torch.equal(x, want[0][1:2]) and y[0,2]==want[1][1,2]
+
+def test_test_dl_of_rows_of_the_loaders_own_table(df):
+    dls = from_split(df)
+    rows = [dls.valid.items.iloc[i] for i in (3,0)]
+    targets = torch.cat([y for _,y in dls.test_dl(rows, with_labels=True)])
+    assert targets[:,2].tolist()==[row.role for row in rows]
+
+def test_test_dl_of_rows_says_what_is_missing(df):
+    dls,rows = from_split(df),[row for _,row in df.iloc[:2].iterrows()]
+    unsplit = [row.drop('split') for row in rows]
+    with pytest.raises(ValueError, match="no column 'split'"): dls.test_dl(unsplit, with_labels=True)
+    with pytest.raises(ValueError, match='2 of 3 items are rows of a table, and item 2 is of type PosixPath'):
+        dls.test_dl([*rows, df.fn[3]])
+    with pytest.raises(ValueError, match="no column 'fn'"): dls.test_dl([dict(pid=1)])
+
+def test_test_dl_of_nothing(df):
+    dls = from_split(df)
+    for items in ([], (), df[:0], df.fn[:0]):
+        for with_labels in (False,True):
+            if with_labels and isinstance(items, pd.Series): continue
+            dl = dls.test_dl(items, with_labels=with_labels)
+            assert len(dl)==len(dl.dataset)==0 and list(dl)==[]
+
+def test_test_dl_of_a_single_array(df):
+    "And not of its rows"
+    dls,image = from_split(df),np.array(first_image(df))
+    assert torch.equal(dls.test_dl(image).one_batch()[0], dls.test_dl([image]).one_batch()[0])
+    assert dls.test_dl(np.stack([image]*3)).one_batch()[0].shape==(3,3,32,16)
+
+@pytest.mark.parametrize('crop', [np.zeros((0,4,3), np.uint8), Image.new('RGB', (4,0)), torch.zeros(4,0,3)])
+def test_test_dl_names_the_position_of_an_empty_crop(df, crop):
+    with pytest.raises(ValueError, match='^image 2 has no pixels'): from_split(df).test_dl([*df.fn[:2], crop])
+    table = pd.DataFrame(dict(fn=pd.Series([df.fn[0],crop], dtype=object)))
+    with pytest.raises(ValueError, match='^image 1 has no pixels'): from_split(df).test_dl(table)
+
+def test_test_dl_names_the_position_of_what_is_not_an_image(df):
+    with pytest.raises(ValueError, match='^image 1 is of type NoneType'): from_split(df).test_dl([df.fn[0], None])
+
+# Pictures with more than 8 bits
+
+@pytest.fixture
+def thermal(tmp_path):
+    "Counts of a thermal camera, 14 bits in files of 16: five people with four images each"
+    rng,folder = np.random.default_rng(0),tmp_path/'thermal'
+    for person in 'ABCDE':
+        (folder/person).mkdir(parents=True)
+        for i in range(4):
+            counts = rng.integers(7600, 8000, (32,16), dtype=np.uint16)
+            Image.fromarray(counts).save(folder/person/f'c{i}.png')
+    return folder
+
+def scaled(fns, low, high):
+    "What the model should see of files: (N, 3, H, W), 0 to 1"
+    counts = torch.stack([torch.from_numpy(np.asarray(Image.open(fn)).astype(float)) for fn in fns])
+    levels = ((counts-low)/(high-low)).clip(0, 1).mul(255).round()/255
+    return levels.float()[:,None].expand(-1,3,-1,-1)
+
+def test_sixteen_bit_pictures_need_a_range(thermal):
+    message = r"thermal.*png .*values from 7,6\d\d to 7,9\d\d.*pixel_range='measure'"
+    with pytest.raises(ValueError, match=message): from_folder(thermal)
+
+@pytest.mark.parametrize('cache', [None,True,'file'])
+def test_the_loaders_keep_the_range(thermal, cache, tmp_path):
+    "Training, validation, items, and loaders of other images"
+    if cache=='file': cache = tmp_path/'cache.safetensors'
+    dls = from_folder(thermal, pixel_range=(7500,8200), cache=cache)
+    assert dls.pixel_range==(7500,8200)
+    fns = dls.valid.items.fn.tolist()
+    expected = scaled(fns, 7500, 8200)
+    torch.testing.assert_close(torch.cat([x for x,_ in in_order(dls.valid)]), expected)
+    torch.testing.assert_close(torch.cat([x for x, in dls.test_dl(fns)]), expected)
+    torch.testing.assert_close(dls.test_dl([np.asarray(Image.open(fns[1]))]).one_batch()[0], expected[1:2])
+    image,_ = dls.train_ds[0]
+    expected, = scaled(dls.train.items.fn[:1], 7500, 8200)
+    assert np.array_equal(np.asarray(image), expected.permute(1,2,0).mul(255).round())
+    assert dls.one_batch()[0].mean()>.3 # and training batches are not black
+
+def test_the_range_is_measured_over_the_training_images(thermal, capsys):
+    "Not over those held out; printed; two plain percentiles"
+    for fn in (thermal/'A').glob('*'): Image.fromarray(np.full((32,16), 15000, np.uint16)).save(fn)
+    table = folder_table(thermal).assign(cam=['x','y']*10)
+    table['split'] = np.where(table.pid!='A', 'train', np.where(table.cam=='x', 'query', 'gallery'))
+    dls = ReIDDataLoaders.from_table(table, pixel_range='measure', **SMALL)
+    counts = np.stack([np.asarray(Image.open(fn)) for fn in dls.train.items.fn])
+    low,high = np.percentile(counts, (.1,99.9))
+    assert dls.pixel_range==(np.floor(low),np.ceil(high))
+    assert f'pixel_range={dls.pixel_range}: black and white, measured over 16 of 16' in capsys.readouterr().out
+
+def test_nothing_to_measure_with_8_bits(df, capsys):
+    assert from_df(df, pixel_range='measure').pixel_range is None
+    assert 'no training image has more than 8 bits' in capsys.readouterr().out
+    assert from_df(df).pixel_range is None and not capsys.readouterr().out
+
+def test_a_wrong_range_is_an_error(thermal, tmp_path):
+    with pytest.raises(ValueError, match='give the values of black'): from_folder(thermal, pixel_range=(8000,7600))
+    with pytest.raises(ValueError, match="pixel_range='own': give"): from_folder(thermal, pixel_range='own')
+    cache = ImageCache(sorted(thermal.rglob('*.png')), (32,16), pixel_range=(0,16383))
+    with pytest.raises(ValueError, match=r'pixel_range=\(0, 16383\), and these loaders have'):
+        from_folder(thermal, pixel_range=(7500,8200), cache=cache)
+
+def test_deep_pictures_are_not_left_out_as_unreadable(thermal, capsys):
+    (thermal/'A'/'c0.png').write_bytes(b'')
+    dls = from_folder(thermal, pixel_range=(7500,8200), on_bad='skip')
+    assert len(dls.train.items)+len(dls.valid.items)==19
+    assert 'Left out 1 of 20 files' in capsys.readouterr().out
 
 @pytest.mark.parametrize('mode', ['L','RGBA','P','1','CMYK'])
 def test_images_of_any_mode_become_rgb(df, mode):

@@ -307,6 +307,93 @@ def test_many_small_saves_make_few_segments(path):
     assert len(list(path.iterdir()))==2*len(s.segments)+1
     assert content_of(path)=={f'k{i}':embs(1, i)[0].tolist() for i in range(70)}
 
+def test_entries_one_by_one_are_one_segment_in_memory(path):
+    "Not an array and a table for each, over which every search would loop"
+    s,names = Store('a model'),numbered('k', 300)
+    for i,name in enumerate(names):
+        s.add(embs(1, i), frame([name], pid=i) if i%2 else frame([name], cam='door'))
+    assert len(s.segments)==1
+    assert content(s)=={name:embs(1, i)[0].tolist() for i,name in enumerate(names)}
+    table = s.table
+    assert table.index.tolist()==list(range(300))
+    assert table.pid[1::2].tolist()==list(range(1, 300, 2)) and table.pid[::2].isna().all()
+    assert table.cam[::2].eq('door').all() and table.cam[1::2].isna().all()
+    s.save(path)
+    pd.testing.assert_frame_equal(Store.load(path).table, table, check_dtype=False)
+
+def test_the_joins_of_small_tables_copy_few_rows(monkeypatch):
+    copied,join = [],module._concat_tables
+    def counting_join(tables):
+        copied.append(sum(map(len, tables)))
+        return join(tables)
+    monkeypatch.setattr(module, '_concat_tables', counting_join)
+    s = Store('a model')
+    for i in range(2000): s.add(embs(1, i), frame([str(i)]))
+    assert len(s.table)==2000
+    assert sum(copied)<=4*2000
+
+def test_a_segment_in_memory_has_an_end(monkeypatch, path):
+    monkeypatch.setattr(module, '_SEGMENT_ROWS', 10)
+    s = Store('a model')
+    for i in range(7): s.add(embs(3, i), frame(numbered(f'{i}-', 3)))
+    assert [len(o.ids) for o in s.segments]==[9,9,3]
+    s.add(embs(30, 7), frame(numbered('many', 30)))
+    s.add(embs(1, 8), frame('x'))
+    assert [len(o.ids) for o in s.segments]==[9,9,3,30,1]
+    before = content(s)
+    s.save(path)
+    assert content(s)==content_of(path)==before and len(before)==21+30+1
+
+def test_a_saved_segment_is_not_extended(store, path):
+    "Its arrays are files"
+    store.add(embs(1, 7), frame('x'))
+    assert [s.files is None for s in store.segments]==[False,False,True]
+    store.add(embs(1, 8), frame('y'))
+    assert len(store.segments)==3 and list(content(store))==list('acdefxy')
+
+def test_an_entry_replaced_again_and_again_leaves_no_rows():
+    s = new_store('ab')
+    for i in range(500): # `a` is always the oldest but one
+        s.remove(s.table.index[-1:])
+        s.add(embs(1, i), frame('b', pid=i))
+    assert sum(len(o.ids) for o in s.segments)<=6
+    assert s.table.key.tolist()==['a','b'] and s.table.pid.tolist()[1]==499
+    assert s.table.index[-1]==501
+
+def test_an_emptied_store_may_have_other_kinds_of_columns():
+    s = Store('a model')
+    s.add(embs(2), frame('ab', pid=[1,2], time=pd.to_datetime(['2026-11-23 08:00']*2)))
+    s.remove([0,1])
+    s.add(embs(1), frame('c', pid='ann', time=pd.to_datetime(['2026-11-23 08:00+01:00'])))
+    assert s.kinds==dict(key='text', pid='text', time='time with zone')
+    assert s.table.pid.tolist()==['ann'] and s.table.time.dt.tz is not None
+
+@pytest.mark.parametrize('seed', range(5))
+def test_a_random_life_in_small_segments(monkeypatch, path, seed):
+    "Adds of every size, removals, saves and loads beside a dict"
+    monkeypatch.setattr(module, '_SEGMENT_ROWS', 8)
+    rng = np.random.default_rng(seed)
+    s,expected = Store('a model'),{}
+    for step in range(120):
+        action = rng.choice(['add','add one','add one','remove','remove one','save','load'])
+        if action.startswith('add'):
+            n = 1 if action=='add one' else int(rng.integers(1, 12))
+            keys = numbered(f'{step}-', n)
+            s.add(embs(n, step), frame(keys, pid=step))
+            expected.update(zip(keys, embs(n, step).tolist()))
+        elif action.startswith('remove') and expected:
+            n = 1 if action=='remove one' else int(rng.integers(1, len(expected)+1))
+            ids = rng.choice(s.table.index, n, replace=False)
+            for key in s.table.key[ids]: del expected[key]
+            s.remove(ids)
+        elif action=='save': s.save(path)
+        elif action=='load' and s.path:
+            s.save()
+            s = Store.load(path)
+        assert content(s)==expected and list(content(s))==list(expected)
+        assert s.table.key.tolist()==list(expected) and len(s)==len(expected)
+        assert s.table.index.is_monotonic_increasing
+
 def test_old_files_do_not_change(path):
     s = Store('a model')
     s.add(embs(100), frame(numbered('', 100)))

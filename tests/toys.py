@@ -2,6 +2,7 @@
 import random
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
@@ -9,6 +10,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD
+from PIL import Image
 from torch import nn
 
 from pyramidreid.data.sampler import PKDataLoader
@@ -65,3 +67,20 @@ def quiet(learn):
     "No progress bar and no table"
     learn.logger = lambda *args: None
     return learn.remove_cbs(ProgressCallback)
+
+THERMAL_RANGE = (7600, 8000)
+
+def thermal_copy(people, folder):
+    "A folder of people as a thermal camera counts them: 14 bits in PNG files of 16, white at 65,535"
+    for file in sorted(people.rglob('*.jpg')):
+        low,high = THERMAL_RANGE
+        counts = low + (high-low)*np.asarray(Image.open(file).convert('L'), float)/255
+        copy = folder/file.relative_to(people).with_suffix('.png')
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(counts.round().astype(np.uint16)).save(copy)
+    return folder
+
+def scaled_to_rgb(file, low, high):
+    "A picture of 16 bits as RGB, scaled plainly"
+    levels = (np.asarray(Image.open(file), float)-low)/(high-low)*255
+    return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8)).convert('RGB')

@@ -166,7 +166,7 @@ def embed_files(
     batches = [files[i:i+bs] for i in range(0, len(files), bs)]
     embeddings = []
     with ThreadPoolExecutor(4) as pool:
-        def load(file): return load_pixels([file], model.size)
+        def load(file): return load_pixels([file], model.size, pixel_range=getattr(model, 'pixel_range', None))
         for batch in console.progress(batches):
             images = np.concatenate(list(pool.map(load, batch)))
             embeddings.append(_embed_flipped(model, images) if flip else model.run(images))

@@ -40,6 +40,11 @@ _data_options = combine_options(
              '[default: validate on the queries and gallery of DATA; 0.2 if there are none]'),
     click.option('--p', type=click.IntRange(2), default=8, show_default=True, help='Identities per batch.'),
     click.option('--k', type=click.IntRange(1), default=8, show_default=True, help='Images per identity in a batch.'),
+    click.option('--pixel-range', type=Number(), nargs=2, metavar='LOW HIGH',
+        help='Values of black and white of images with more than 8 bits, such as 0 16383 for 14 bits. The model keeps '
+             'them.'),
+    click.option('--measure-range', is_flag=True,
+        help='Measure the values of black and white over the training images, and print them.'),
     click.option('--cache', metavar='FILE',
         help="Decode each image once and keep them in this file, or in memory if FILE is 'memory'."),
     click.option('--workers', type=click.IntRange(0),
@@ -74,7 +79,10 @@ def _train_loaders(console, opt):
     from pyramidreid.data.transforms import person_tfms, strong_tfms
     tfms = strong_tfms if opt.recipe=='modern' else person_tfms
     cache = True if opt.cache=='memory' else opt.cache
-    optional = dict(num_workers=opt.workers, device=opt.device)
+    if opt.measure_range and opt.pixel_range:
+        raise ValueError("--pixel-range and --measure-range both set the range: use only one of them")
+    optional = dict(num_workers=opt.workers, device=opt.device,
+                    pixel_range='measure' if opt.measure_range else opt.pixel_range)
     optional = {name:value for name,value in optional.items() if value is not None}
     df = read_data(opt.data, opt.dataset, console, cam_pat=opt.cam_pat, pid_pat=opt.pid_pat, splits=opt.splits)
     with writing(f'--cache {opt.cache}') if opt.cache else nullcontext():

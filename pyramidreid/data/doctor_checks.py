@@ -14,31 +14,36 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
 from ..core import Role, with_progress
 from .registry import count_split, reid_sets
 from .tables import is_junk, several_spellings
-from ..images import read_rgb
+from ..images import deep_kind, deep_values, measure_range, read_rgb
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #09845d84
-_file_columns = ['width','height','mode','bytes','digest','reason']
+_file_columns = ['width','height','mode','bytes','digest','reason','low','high']
 
 def _read_facts(fn):
     "A file's values of `_file_columns`; `reason` says why it cannot be read, None if it can"
     n_bytes = None
     try:
         n_bytes = os.path.getsize(fn)
-        with Image.open(fn) as image: rgb = read_rgb(image)
-        digest = hashlib.sha1(b'%dx%d ' % rgb.size + rgb.tobytes()).hexdigest()
-        return *rgb.size,image.mode,n_bytes,digest,None
+        with Image.open(fn) as image:
+            kind,rgb = deep_kind(image),read_rgb(image, pixel_range='own')
+            values = deep_values(image) if kind=='grey' else np.asarray(rgb)
+        digest = hashlib.sha1(b'%dx%d ' % rgb.size + values.tobytes()).hexdigest()
+        mode = f'{image.mode}, 16 bits' if kind=='colour' else image.mode
+        low,high = (values.min().item(),values.max().item()) if kind=='grey' else (None,None)
+        return *rgb.size,mode,n_bytes,digest,None,low,high
     except FileNotFoundError: reason = 'no such file'
     except Image.UnidentifiedImageError: reason = 'not a known image format' if n_bytes else 'empty file'
     except Exception as e: # whatever a decoder raises
         cause = e.__cause__ or e
         reason = getattr(cause, 'strerror', None) or str(cause) or type(cause).__name__
-    return None,None,None,n_bytes,None,reason
+    return None,None,None,n_bytes,None,reason,None,None
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #56895c44
 def _read_all_facts(fns):
@@ -71,7 +76,8 @@ def _need_fn_and_pid(df):
         "Required are fn (the file) and pid (the person id); cam and split are optional")
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #712eed4f
-_types = dict(width='Int64', height='Int64', bytes='Int64', mode=object, digest=object, reason=object)
+_types = dict(width='Int64', height='Int64', bytes='Int64', mode=object, digest=object, reason=object,
+              low='Float64', high='Float64')
 
 def _split_name(split):
     "'train', 'query' or 'gallery' as `Role.of` reads it; any other value as it is, None if it is blank"
@@ -373,10 +379,24 @@ def _tiny(d): return _with_size(d, (d.height<32) | (d.width<16))
 def _wide(d): return _with_size(d, d.width>d.height)
 
 @register_check('note', 'Images that are not RGB',
-                'They are converted when read; an alpha channel, or more than 8 bits per channel, is lost.')
+                'They are converted when read; an alpha channel is lost.')
 def _mode(d):
-    rows = d[d['mode'].notna() & (d['mode']!='RGB')]
+    rows = d[d['mode'].notna() & (d['mode']!='RGB') & ~_is_deep(d)]
     return rows.assign(why=rows['mode'])
+
+def _is_deep(d): return d.high.notna() | d['mode'].map(str).str.endswith(', 16 bits')
+
+# %% ../../nbs/data/11_doctor_checks.ipynb #8d74f2ef
+@register_check('warning', 'Images with more than 8 bits per pixel',
+                "Their values of black and white have to be known: pass pixel_range=(low, high) to the loaders, the "
+                "range of the sensor, or 'measure' it. On the command line: --pixel-range, --measure-range.")
+def _deep(d):
+    rows,grey = d[_is_deep(d)],d[d.high.notna()]
+    why = {i:f'{low:g} to {high:g}' for i,low,high in zip(grey.index, grey.low, grey.high)}
+    if len(grey) and grey.low.min()<grey.high.max():
+        why[grey.index[0]] += '; measured over all of them: {} to {}'.format(*measure_range(grey.fn))
+    colour = 'colour of 16 bits, which is read only as 0 to 65535'
+    return rows.assign(why=[why.get(i, colour) for i in rows.index])
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #5bbb5a01
 def _copies(d):

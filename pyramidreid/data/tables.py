@@ -319,7 +319,7 @@ def check_match(df): # Table that `encode_table` returns
 
 # %% ../../nbs/data/01_tables.ipynb #216262e5
 def _why_unreadable(fn):
-    try: read_rgb(fn)
+    try: read_rgb(fn, pixel_range='own') # which range a deep picture has is another question
     except (OSError,ValueError) as e: return str(e)
 
 def find_unreadable(fns): # Image files

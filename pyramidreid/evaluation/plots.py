@@ -54,7 +54,7 @@ def rank_gallery(
 # %% ../../nbs/evaluation/09_plots.ipynb #c4137b7c
 def _draw_person(ax, row, size, text, color):
     "One image with a coloured frame, and its person and camera above"
-    ax.imshow(open_image(row.fn).resize(size[::-1]))
+    ax.imshow(open_image(row.fn, 'own').resize(size[::-1]))
     ax.axis('on')
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values(): spine.set(color=color, linewidth=3)

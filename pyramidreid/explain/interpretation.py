@@ -319,7 +319,7 @@ def _scatter(ax, xy, is_query, mask, label, **kwargs):
 def _draw_thumbs(self:ReIDInterpretation, ax, xy, n, groups, colors):
     "`n` images at their points, framed in the colour of their group"
     for i in _spread_points(xy, n):
-        image = OffsetImage(open_image(self.items.fn[i]).resize((24,48)), zoom=.8)
+        image = OffsetImage(open_image(self.items.fn[i], 'own').resize((24,48)), zoom=.8)
         own = [color for color,mask in zip(colors, groups.values()) if mask[i]]
         frame = dict(edgecolor=own[0] if own else _GREY, linewidth=1.5)
         ax.add_artist(AnnotationBbox(image, xy[i].tolist(), pad=.1, bboxprops=frame, zorder=3))

@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
 from ..images import read_rgb
-from ..models.fingerprints import inner_model
+from ..models.fingerprints import inner_model, input_range
 from ..models.history import warn_if_untrained
 from ..models.pyramid import pyramid_windows
 from ..training.learner import ReIDLearner
@@ -98,7 +98,7 @@ def explain(
         f"This model's embedding is made with norm={model.norm!r}, where branches with long features count for more: "
         "its cosine is not a mean of branch cosines. Only norm='branch' can be explained. A trained model can be "
         "switched with learn.model.norm = 'branch', which changes its rankings")
-    for name,image in (('query',query),('match',match)): read_rgb(image, name) # raises a clear error
+    for name,image in (('query',query),('match',match)): read_rgb(image, name, input_range(self)) # a clear error
     warn_if_untrained(model.full_history())
     dl = self.dls.test_dl([query,match], num_workers=0)
     table = branch_similarities(*self.embed(dl), n_parts=model.head.n_parts, levels=model.head.levels)

@@ -36,6 +36,7 @@ from ..models.backbone import body_shape, create_backbone, read_weights, resnet1
 from pyramidreid.models.fingerprints import (
     fingerprint,
     inner_model,
+    input_range,
     input_size,
     input_stats,
     rounded_stats,
@@ -124,7 +125,8 @@ def describe_model(
         format=FORMAT, arch=learn.arch_name, arch_from=source, last_stride=_last_stride(learn, source, model.stride),
         n_parts=head.n_parts, levels=head.levels, emb_sz=head.reduce.bias.shape[1], norm=model.norm, drop=head.drop.p,
         size=list(size), mean=stats and stats[0], std=stats and stats[1], resize='PIL bicubic',
-        **data_entries(history), history=history, fingerprint=fingerprint(model, size, stats),
+        **data_entries(history), history=history, fingerprint=fingerprint(model, size, stats, input_range(learn)),
+        **({'pixel_range': list(input_range(learn))} if input_range(learn) else {}), # else as in older files
         card=_card_entries(card),
         versions={name: version(name) for name in ('pyramidreid', 'torch', 'torchvision', 'fastai')})
 
@@ -268,7 +270,7 @@ def _load_embedder(about, file, device='cpu', arch=None, model=None):
     _load_weights(model, weights, file)
     model.history = described_history(about)
     embedder = Embedder(model, about, device)
-    if fingerprint(model, embedder.size, embedder.stats)!=embedder.fingerprint:
+    if fingerprint(model, embedder.size, embedder.stats, embedder.pixel_range)!=embedder.fingerprint:
         raise ValueError(f"{file} does not have the fingerprint in model.json: one of the two was changed or damaged. "
                          "Copy or save the model again")
     return embedder

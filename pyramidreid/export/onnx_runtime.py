@@ -33,6 +33,10 @@ class BaseEmbedder:
     @property
     def stats(self): return self.about['mean'] and [self.about['mean'], self.about['std']]
     @property
+    def pixel_range(self):
+        "Values of black and white of pictures with more than 8 bits, None for a model of 8-bit pictures"
+        return tuple(self.about.get('pixel_range') or ()) or None
+    @property
     def n_branches(self): return sum(self.about['n_parts']-level+1 for level in self.about['levels'])
     @property
     def emb_sz(self): return self.n_branches*self.about['emb_sz']
@@ -50,7 +54,8 @@ class BaseEmbedder:
         """Return the embeddings of the images in their order, (N, D), float32. Raises `OSError` for a file that cannot
         be read, `ValueError` for what is not an image; both name it"""
         if bs<1: raise ValueError(f"bs={bs}: a batch has one image or more")
-        batches = [self.run(load_pixels(batch, self.size, first)) for first,batch in _batches(_as_images(items), bs)]
+        batches = [self.run(load_pixels(batch, self.size, first, self.pixel_range))
+                   for first,batch in _batches(_as_images(items), bs)]
         return np.concatenate([np.empty((0, self.emb_sz), np.float32), *batches])
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #1a6e0006
@@ -98,6 +103,7 @@ _ENTRIES = dict( # of a description, with their types
     format=int, arch=str, arch_from=str, last_stride=int, n_parts=int, levels=list, emb_sz=int, norm=(str, _NONE),
     drop=(int, float), size=list, mean=(list, _NONE), std=(list, _NONE), resize=str, data=str, n_ids=int,
     fingerprint=str, card=(dict, _NONE), versions=dict)
+_OPTIONAL = dict(pixel_range=(list, _NONE)) # Entries that older files do not have, nor those that do not need them
 
 def _has_type(value, kind): return isinstance(value, kind) and not isinstance(value, bool) # true is an int to Python
 
@@ -113,6 +119,9 @@ def _valid_levels(levels, n_parts):
 def _valid_stats(mean, std):
     if mean is None or std is None: return mean is std
     return _numbers(mean, 3, (int, float), -1e6, 1e6) and _numbers(std, 3, (int, float), 0, 1e6)
+
+def _valid_range(values):
+    return values is None or _numbers(values, 2, (int, float), -1e12, 1e12) and values[0]<values[1]
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #1a6e0009
 def _bad_values(about):
@@ -130,16 +139,18 @@ def _bad_values(about):
         resize = about['resize']=='PIL bicubic',
         mean = mean_ok,
         std = not mean_ok or _valid_stats(mean, std),
+        pixel_range = _valid_range(about.get('pixel_range')),
         fingerprint = re.fullmatch('[0-9a-f]{64}', about['fingerprint']) is not None,
         history = about['format']==1 or is_history(about['history']))
     return [name for name,ok in valid.items() if not ok]
 
 def _faults(about, more):
     "What is wrong with the entries of a description, in words"
-    known = (*_ENTRIES, *more, *(['history'] if about['format']>1 else []))
-    missing = [f'{name!r} is missing' for name in known if name not in about]
-    unknown = [f'{name!r:.60} is not known' for name in about if name not in known]
-    bad = [name for name,kind in _ENTRIES.items() if name in about and not _has_type(about[name], kind)]
+    needed = (*_ENTRIES, *more, *(['history'] if about['format']>1 else []))
+    missing = [f'{name!r} is missing' for name in needed if name not in about]
+    unknown = [f'{name!r:.60} is not known' for name in about if name not in needed and name not in _OPTIONAL]
+    types = _ENTRIES | _OPTIONAL
+    bad = [name for name,kind in types.items() if name in about and not _has_type(about[name], kind)]
     if not (missing or unknown or bad): bad = _bad_values(about)
     return [*missing, *unknown, *(f'{name!r} is {about[name]!r:.60}' for name in bad)]
 

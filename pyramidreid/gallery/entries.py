@@ -45,6 +45,14 @@ class LearnerEmbedder:
         return self.learn.embed(dl).numpy()
 
     @property
+    def pixel_range(self): return getattr(self.learn.dls, 'pixel_range', None)
+    @property
+    def emb_sz(self):
+        "Dimensions of an embedding"
+        from pyramidreid.models.fingerprints import inner_model
+        return inner_model(self.learn.model).head.bn.num_features
+
+    @property
     def fingerprint(self):
         "The fingerprint of the model as it is now"
         from pyramidreid.models.fingerprints import learner_fingerprint
@@ -57,6 +65,7 @@ class LearnerEmbedder:
         from pyramidreid.models.fingerprints import inner_model, input_stats, layer_settings
         model = inner_model(self.learn.model)
         return dict(loaders=self.learn.dls, stats=input_stats(self.learn), norm=model.norm, windows=model.head.windows,
+                    pixel_range=self.pixel_range,
                     layers=list(layer_settings(model)), weights=_weight_state(model))
 
 # %% ../../nbs/gallery/01_entries.ipynb #457719b6
@@ -99,15 +108,18 @@ class Embeddings:
 
 # %% ../../nbs/gallery/01_entries.ipynb #a5b897fd
 def open_picture(
-    image # A file, a uint8 array (H, W, 3), or a PIL image
+    image,            # A file, an array (H, W, 3), or a PIL image
+    name='The image', # What an error calls it, if it is not a file
+    pixel_range=None  # Values of black and white of pictures with more than 8 bits, as for `read_rgb`
 ):
     "Return an RGB image. Raises `OSError` or `ValueError` with the file's name if it cannot be read"
-    if isinstance(image, np.ndarray) and image.dtype!=np.uint8: raise ValueError(
+    is_array = isinstance(image, np.ndarray)
+    if is_array and image.dtype.kind=='f' and image.ndim<3: raise ValueError(
         f"An array of {image.dtype}, shape {image.shape}, is not an image: pass uint8 (H, W, 3), "
         "or wrap embeddings in `Embeddings` to say which model computed them")
     if isinstance(image, Embeddings):
         raise TypeError("Pass several embeddings as one `Embeddings` with a row for each, not as a list")
-    return read_rgb(image, 'The image')
+    return read_rgb(image, name, pixel_range)
 
 # %% ../../nbs/gallery/01_entries.ipynb #4cdec3bf
 def _to_datetime(values, **kwargs):

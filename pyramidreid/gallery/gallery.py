@@ -24,7 +24,6 @@ from pyramidreid.gallery.entries import (
     entry_table,
     filter_mask,
     open_picture,
-    typed_table,
 )
 from .nearest import ApproximateIndex, RowBlocks, nearest_rows, normalize_rows, train_index
 from .store import Store
@@ -98,15 +97,16 @@ def add(self:Gallery,
     repeated = df.key[df.key.duplicated()].tolist() or self._existing(df.key.tolist())
     if repeated: raise ValueError(f"{len(repeated)} keys exist already, the first is {repeated[0]!r}: "
                                   "remove it first, or choose another key")
-    self.check_columns(df)
+    typed = self.check_columns(df)
     if embs is None and images is None:
         raise ValueError("There is nothing to embed: the table has no column 'fn'. Add it, or pass `embs`")
     if embs is None: embs = self.embed(images, bs)
     else: self._check_model(embs)
     if len(embs)!=len(df): raise ValueError(f"{len(embs)} embeddings for {len(df)} entries")
-    if len(df): self._append(self._normalized(embs), df)
+    if len(df): self._append(self._normalized(embs), *typed)
     return self
 
+# %% ../../nbs/gallery/05_gallery.ipynb #ae96cf57
 @patch
 def embed(self:Gallery,
     items, # Files or images
@@ -116,12 +116,15 @@ def embed(self:Gallery,
     if self.embedder is None: raise ValueError("This gallery was loaded without its model and accepts only "
                                                "`Embeddings`: load it with Gallery.load(path, learn)")
     self._check_model(self.embedder)
-    items,batches = list(items),[]
+    items,batches,pixel_range = list(items),[],getattr(self.embedder, 'pixel_range', None)
+    def open_item(i):
+        name = 'The image' if len(items)==1 else f'image {i}'
+        return open_picture(items[i], name, pixel_range)
     with ThreadPoolExecutor(4) as pool:
         for i in with_progress(range(0, len(items), bs)):
-            images = list(pool.map(open_picture, items[i:i+bs]))
+            images = list(pool.map(open_item, range(i, min(i+bs, len(items)))))
             batches.append(np.asarray(self.embedder.embed(images)))
-    if not batches: batches = [np.zeros((0, self.store.dim or 1))]
+    if not batches: batches = [np.zeros((0, self.store.dim or getattr(self.embedder, 'emb_sz', 1)))]
     return Embeddings(np.concatenate(batches), self.fingerprint)
 
 # %% ../../nbs/gallery/05_gallery.ipynb #df8ae40b
@@ -129,8 +132,8 @@ def embed(self:Gallery,
 def check_columns(self:Gallery,
     df # Table of the new entries
 ):
-    "Raise `ValueError` if the columns of new entries do not fit"
-    typed_table(df, self.store.kinds if len(self) else {})
+    "Return the table as it will be stored, and the kinds of all columns. Raises `ValueError` if they do not fit"
+    return self.store.typed(df)
 
 @patch
 def _normalized(self:Gallery, embs):
@@ -144,8 +147,8 @@ def _normalized(self:Gallery, embs):
 def _existing(self:Gallery, keys): return [k for k in keys if k in self.keys]
 
 @patch
-def _append(self:Gallery, embs, df):
-    self.keys.update(zip(df.key, self.store.add(embs, df)))
+def _append(self:Gallery, embs, table, kinds):
+    self.keys.update(zip(table.key, self.store.add_typed(embs, table, kinds)))
     self._rows = None
 
 @patch

@@ -171,17 +171,17 @@ def _to_milvus_rows(df):
 def check_columns(self:MilvusGallery,
     df # Table of the new entries
 ):
-    "Raise `ValueError` if the columns or keys of new entries do not fit"
-    typed_table(df, self.store.kinds)
+    "Return the table as it will be stored, and the kinds of all columns. Raises `ValueError` if they do not fit"
+    typed = typed_table(df, self.store.kinds)
     if 'embedding' in df:
         raise ValueError("Column 'embedding': Milvus stores the vector under that name. Choose another name")
     too_long = df.key[df.key.map(_encode_key).str.encode('utf-8').str.len()>4096]
     if len(too_long): raise ValueError(
         f"The key {too_long.iloc[0][:40]!r}… is longer than Milvus' limit of 4,096 bytes: choose a shorter one")
+    return typed
 
 @patch
-def _append(self:MilvusGallery, embs, df, size=1000): # Rows sent at a time
-    df,kinds = typed_table(df, self.store.kinds)
+def _append(self:MilvusGallery, embs, df, kinds, size=1000): # Rows sent at a time
     if not self.store.dim: self._create_entries(embs.shape[1])
     self.store.dim,self.store.kinds = embs.shape[1],kinds
     self._write_info()

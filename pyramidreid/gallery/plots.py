@@ -29,7 +29,7 @@ def _draw_tile(ax, image, lines, color):
 
 def _entry_image(row, size):
     "The picture of an entry, or a text if it has none or its file was deleted"
-    try: return open_picture(row.fn).resize(size[::-1])
+    try: return open_picture(row.fn, pixel_range='own').resize(size[::-1])
     except (AttributeError,TypeError,OSError,ValueError): return 'no picture'
 
 def _entry_caption(row):
@@ -56,7 +56,7 @@ def plot_strip(
     ncols=12       # Largest number of images in a row
 ):
     "Draw the query and the entries found, in order; return the figure"
-    image = 'no picture' if query is None else open_picture(query).resize(size[::-1])
+    image = 'no picture' if query is None else open_picture(query, pixel_range='own').resize(size[::-1])
     tiles = [(image, ['query'] if pid is None else ['query',f'pid {pid}'], 'black')]
     for row in found.itertuples():
         color = _frame_color(getattr(row, 'pid', None), pid)

@@ -118,17 +118,73 @@ class Segment:
         gone=None,  # Which rows were removed, boolean (N,); None: none
         files=None  # `file_record` of the embeddings and of the table; None: not saved
     ):
-        self.ids,self.embs,self.table,self.files = ids,embs,table,files
+        self.ids,self.embs,self.files = ids,embs,files
         self.gone = np.zeros(len(ids), bool) if gone is None else gone
+        self.n_gone = np.count_nonzero(self.gone)
+        self._tables = [table]                          # To be joined when they are read
+        self._room = (self.ids, self.embs, self.gone)   # The same arrays, perhaps with room for more rows
 
     @property
-    def n(self): return len(self.ids)-int(self.gone.sum())
+    def n(self): return len(self.ids)-self.n_gone
+
+    @property
+    def table(self):
+        "Table of all rows, those that are gone included"
+        if len(self._tables)>1: self._tables = [_concat_tables(self._tables)]
+        return self._tables[0]
 
     def blocks(self,
         size=4096 # Rows read at a time
     ):
         "Yield the embeddings of the rows that remain"
         for i in range(0, len(self.ids), size): yield self.embs[i:i+size][~self.gone[i:i+size]]
+
+# %% ../../nbs/gallery/03_store.ipynb #797062ae
+@patch
+def extend(self:Segment,
+    ids,  # Ids of the new rows, ascending, above those of the segment, int64 (N,)
+    embs, # Their embeddings, (N, D)
+    table # Table of N rows
+):
+    "Append rows to a segment in memory"
+    start,end = len(self.ids),len(self.ids)+len(ids)
+    room = self._room if end<=len(self._room[0]) else self._larger_room(max(end, 2*start, 64))
+    for array,rows in zip(room, (ids,embs,False)): array[start:end] = rows
+    tables = _join_equals([*self._tables, table])
+    # All at once: Ctrl-C strikes before or after
+    self.__dict__.update(ids=room[0][:end], embs=room[1][:end], gone=room[2][:end], _room=room, _tables=tables)
+
+@patch
+def _larger_room(self:Segment, size):
+    "Arrays of `size` rows that begin with the segment's own"
+    def larger(array):
+        res = np.empty((size, *array.shape[1:]), array.dtype)
+        res[:len(array)] = array
+        return res
+    return tuple(larger(array) for array in (self.ids, self.embs, self.gone))
+
+def _join_equals(tables, n=32):
+    "The tables, the last `n` of them as one if they are of about the same size"
+    while len(tables)>=n and len(tables[-n])<n*len(tables[-1]): tables = [*tables[:-n], _concat_tables(tables[-n:])]
+    return tables
+
+# %% ../../nbs/gallery/03_store.ipynb #f221423a
+@patch
+def mark_gone(self:Segment,
+    ids # Row ids; others than the segment's are ignored
+):
+    "Mark rows as gone"
+    rows = np.searchsorted(self.ids, ids)
+    inside = rows<len(self.ids)
+    rows = rows[inside]
+    self.gone[rows[self.ids[rows]==ids[inside]]] = True
+    self.n_gone = np.count_nonzero(self.gone)
+
+@patch
+def without_gone(self:Segment):
+    "A segment in memory of the rows that remain"
+    remaining = ~self.gone
+    return Segment(self.ids[remaining], self.embs[remaining], self.table[remaining].reset_index(drop=True))
 
 # %% ../../nbs/gallery/03_store.ipynb #7e3a9b10
 class Store:
@@ -142,7 +198,7 @@ class Store:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r}: embeddings are stored as {' or '.join(map(repr, _DTYPES))}")
         self.fingerprint,self.dim,self.dtype,self.notes = fingerprint,dim,dtype,notes or {}
-        self.segments,self.kinds,self.next_id = [],{},0
+        self.segments,self.kinds,self.next_id = [],{},0 # The last segment may be in memory, to be extended
         self.path = self.stamp = None # Set by the first save
         self.generation = 0           # Counts the saves
         self.index = None             # Of an approximate index: `file`, `note` and `write(path)`
@@ -169,20 +225,50 @@ def add(self:Store,
     table # Table of N rows with a `key`
 ):
     "Append entries in memory; return their row ids, (N,)"
-    table,kinds = typed_table(table, self.kinds if len(self) else {})
-    ids = np.arange(self.next_id, self.next_id+len(embs))
-    if len(ids): self.segments.append(Segment(ids, np.asarray(embs, self.dtype), table))
+    return self.add_typed(embs, *self.typed(table))
+
+@patch
+def typed(self:Store,
+    table # Of new entries
+):
+    "Return the table as it will be stored, and the kinds of all columns. Raises `ValueError` if they do not fit"
+    return typed_table(table, self.kinds if len(self) else {})
+
+@patch
+def add_typed(self:Store,
+    embs,  # Embeddings, (N, D)
+    table, # Table that `typed` returned
+    kinds  # Kinds that it returned
+):
+    "Append entries in memory; return their row ids, (N,)"
+    ids,embs = np.arange(self.next_id, self.next_id+len(embs)),np.asarray(embs, self.dtype)
+    if not len(self): self.segments = [s for s in self.segments if s.files] # Whatever kinds their columns had
     self.kinds,self.dim = kinds,embs.shape[1]
     self.next_id += len(ids)
     self._table = None
+    if len(ids): self._append_rows(ids, embs, table)
     return ids
+
+# %% ../../nbs/gallery/03_store.ipynb #96e39d56
+_SEGMENT_ROWS = 16384 # A segment in memory is extended up to this size
+
+@patch
+def _append_rows(self:Store, ids, embs, table):
+    "Extend the last segment, or begin another"
+    last = self.segments[-1] if self.segments else None
+    if last is None or last.files or last.embs.shape[1:]!=embs.shape[1:]: room = 0
+    else:
+        if 2*last.n<len(last.ids): last = self.segments[-1] = last.without_gone()
+        room = _SEGMENT_ROWS-len(last.ids)
+    if len(ids)<=room: last.extend(ids, embs, table)
+    else: self.segments.append(Segment(ids, embs, table))
 
 @patch
 def remove(self:Store,
     ids # Row ids
 ):
     "Mark entries as gone, in memory"
-    for s in self.segments: s.gone[np.isin(s.ids, ids)] = True
+    for s in self.segments: s.mark_gone(np.asarray(ids, np.int64))
     self._table = None
 
 # %% ../../nbs/gallery/03_store.ipynb #162d73d8

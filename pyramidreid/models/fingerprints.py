@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['layer_settings', 'rounded_stats', 'fingerprint', 'shareable_weights', 'inner_model', 'input_stats',
-           'input_size', 'learner_fingerprint']
+           'input_size', 'input_range', 'learner_fingerprint']
 
 # %% ../../nbs/models/05_fingerprints.ipynb #84c13047
 import hashlib
@@ -54,11 +54,13 @@ def rounded_stats(stats): # Mean and standard deviation, or None
 def fingerprint(
     model,     # A `PyramidNet`
     size,      # Height and width of its input, pixels
-    stats=None # Mean and standard deviation of the three channels, as `imagenet_stats`; None: pixels are not normalised
+    stats=None, # Mean and standard deviation of the channels, as `imagenet_stats`; None: pixels are not normalised
+    pixel_range=None # Values of black and white of pictures with more than 8 bits; None: there are none
 ):
     "Return 64 hexadecimal digits that identify everything an embedding depends on (SHA-256)"
     about = dict(size=[int(o) for o in size], stats=rounded_stats(stats), windows=model.head.windows, norm=model.norm,
                  work=list(layer_settings(model)))
+    if pixel_range is not None: about['pixel_range'] = [float(o) for o in pixel_range]
     checksum = hashlib.sha256(json.dumps(about).encode())
     for name,value in sorted(model.state_dict().items()):
         if _is_training_only(name): continue
@@ -96,6 +98,10 @@ def input_size(learn): # A `ReIDLearner`
     x = learn.dls.test_dl([image], num_workers=0).one_batch()[0]
     return tuple(x.shape[-2:])
 
+def input_range(learn): # A `ReIDLearner`
+    "Return the values of black and white by which the learner's loaders scale pictures with more than 8 bits, or None"
+    return getattr(learn.dls, 'pixel_range', None)
+
 def learner_fingerprint(learn): # A `ReIDLearner`
     "Return the `fingerprint` of a learner's current model"
-    return fingerprint(inner_model(learn.model), input_size(learn), input_stats(learn))
+    return fingerprint(inner_model(learn.model), input_size(learn), input_stats(learn), input_range(learn))

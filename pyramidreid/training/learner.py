@@ -14,6 +14,7 @@ from fastai.vision.all import *
 from ..core import Role, atomic_write, with_progress
 from ..data.datasets import dataset_table, seems_published
 from ..data.folders import folder_table
+from ..data.loaders import is_one_item
 from ..data.tables import rows_to_evaluate
 from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
@@ -243,14 +244,17 @@ def _embed_batch(model, images, flip):
 
 @patch
 def embed(self:ReIDLearner,
-    dl=None,   # Images; None: queries and gallery of the validation loader
+    dl=None,   # A loader, or images as `test_dl` takes them; None: queries and gallery of the validation loader
     flip=False # Average each image's embedding with that of its mirror image, and normalise again?
 )->Tensor:
     "Return the embeddings of all images of `dl` in their order, (N, D), on the CPU"
-    dl = ifnone(dl, self.dls.valid).new(shuffle=False, drop_last=False)
+    dl = ifnone(dl, self.dls.valid)
+    if not isinstance(dl, DataLoader): dl = self.dls.test_dl(dl)
+    model = get_model(self.model)
+    if not len(dl.dataset): return torch.empty(0, model.head.bn.num_features)
+    dl = dl.new(shuffle=False, drop_last=False)
     if hasattr(self, 'ranks') and hasattr(dl, 'share'): dl.share = self.ranks.share
     gather = getattr(dl, 'to_detach', partial(to_detach, gather=False))
-    model = get_model(self.model)
     device = next(model.parameters()).device
     with _eval_mode(model),torch.no_grad():
         return torch.cat([gather(_embed_batch(model, *to_device(batch[:1], device), flip))
@@ -419,22 +423,31 @@ def show_results(self:ReIDLearner,
     queries,gallery_items = items.iloc[shown],items[gallery]
     plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
 
+# %% ../../nbs/training/03_learner.ipynb #97064870
+def _best_matches(emb, gallery_emb, items, k):
+    "The `k` rows of `items` most similar to one embedding"
+    similarity = gallery_emb @ F.normalize(emb.float(), dim=-1)
+    best = similarity.argsort(descending=True, stable=True)[:k]
+    matches = items.iloc[best.tolist()]
+    return matches.assign(similarity=similarity[best].tolist()).reset_index(drop=True)
+
 @patch
 def predict(self:ReIDLearner,
-    item,         # A file, an array or a PIL image of one person
+    item,         # A file, an array, a PIL image or a row of a table: one person; or several of them
     gallery=None, # Where to search: a loader, a table with a column `fn`, or a list of files or images
     k=10          # Number of matches returned
 ):
-    "Return the embedding of `item`, (D,); with a `gallery` its `k` best matches, a table with their `similarity`"
+    """Return the embedding of `item`, (D,); with a `gallery` its `k` best matches, a table with their `similarity`.
+    Of several items, return their embeddings, (N, D), or a list with a table for each"""
     warn_if_untrained(inner_model(self.model).full_history())
-    emb = self.embed(self.dls.test_dl([item], num_workers=0))[0]
-    if gallery is None: return emb
+    one = is_one_item(item)
+    embs = self.embed(self.dls.test_dl([item] if one else item, num_workers=0))
+    if gallery is None: return embs[0] if one else embs
     dl = gallery if isinstance(gallery, DataLoader) else self.dls.test_dl(gallery)
     if not len(dl.dataset): raise ValueError("The gallery is empty: there are no images to search")
-    similarity = F.normalize(self.embed(dl).float(), dim=-1) @ F.normalize(emb.float(), dim=-1)
-    best = similarity.argsort(descending=True, stable=True)[:k]
-    matches = dl.dataset.items.iloc[best.tolist()]
-    return matches.assign(similarity=similarity[best].tolist()).reset_index(drop=True)
+    gallery_emb = F.normalize(self.embed(dl).float(), dim=-1)
+    matches = [_best_matches(emb, gallery_emb, dl.dataset.items, k) for emb in embs]
+    return matches[0] if one else matches
 
 # %% ../../nbs/training/03_learner.ipynb #07fdda8c
 def _to_builtin(o):
