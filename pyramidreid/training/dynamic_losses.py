@@ -17,6 +17,8 @@ from fastai.learner import *
 from fastai.torch_core import num_distrib
 from fastcore.basics import patch, store_attr
 
+from ..core import show_once
+
 # %% ../../nbs/training/01_dynamic_losses.ipynb #9a16cc1b
 def focal_weight(
     p:float,       # Smoothed loss divided by the one before, 0 < p <= 1
@@ -223,7 +225,7 @@ def plot(self:DynamicLossWeights,
     losses.legend(frameon=False, fontsize=8)
     progress.set(ylabel='FL: progress')
     self._plot_decisions(decisions)
-    return fig
+    return show_once(fig)
 
 @patch
 def _plot_decisions(self:DynamicLossWeights, ax):

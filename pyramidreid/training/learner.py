@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from fastai.vision.all import *
 
+import pyramidreid
 from ..core import Role, atomic_write, with_progress
 from ..data.datasets import dataset_table
 from ..evaluation.distances import Distances
@@ -22,6 +23,7 @@ from ..models.backbone import arch_name, backbone_stats, create_backbone
 from ..models.losses import PyramidLoss
 from ..models.pyramid import PyramidNet, join_branches, pyramid_split
 from .dynamic_losses import DynamicLossWeights
+from .fastai_callbacks import adapt_callback, loggable
 from .metrics import mAP, rank1, rank5
 
 # %% ../../nbs/training/03_learner.ipynb #e5bb20e8
@@ -82,9 +84,13 @@ class ReIDLearner(Learner):
     def add_cb(self,
         cb # A callback, or a class of callbacks
     ):
-        "Add a callback; in place of fastai's `ProgressCallback` a `ReIDProgress`"
+        "Add a callback, with `ReIDProgress` in place of fastai's. Raises `ValueError` for `MixUp` and `CutMix`"
         is_fastais = cb is ProgressCallback or type(cb) is ProgressCallback
-        return super().add_cb(ReIDProgress() if is_fastais else cb)
+        return super().add_cb(ReIDProgress() if is_fastais else adapt_callback(cb))
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        pyramidreid.add_learner_methods()
 
 # %% ../../nbs/training/03_learner.ipynb #2a58e3da
 @contextmanager
@@ -232,18 +238,29 @@ def show_results(self:ReIDLearner,
     max_n=4,   # Number of queries shown
     k=10,      # Best matches shown for each query
     seed=None, # Seed for the choice of queries; None: different ones at each call
-    **kwargs   # Passed to `plot_ranking`
+    shuffle=True, # Choose the queries at random? False: the first ones
+    nrows=None,   # Rows, one for each query; the same as `max_n`
+    ncols=None,   # Columns: the query and its best matches, so one more than `k`
+    **kwargs   # Passed to `plot_ranking`, such as `figsize`
 ):
     "Show a few queries, each with its ranked gallery. Raises `ValueError` if the model has not been trained"
+    if ncols is not None and ncols<2:
+        raise ValueError(f"ncols={ncols}: the first column is the query, so at least two are needed")
+    n_queries,n_matches = ifnone(nrows, max_n),k if ncols is None else ncols-1
+    self._draw_results(ifnone(dl, self.dls[ds_idx]), n_queries, n_matches, seed, shuffle, **kwargs)
+
+@patch
+def _draw_results(self:ReIDLearner, dl, n_queries, k, seed=None, shuffle=True, **kwargs):
+    "Figure of queries, each with its ranked gallery"
     if not self.model.trained: raise ValueError(
         "This model has not been trained, so its ranking means nothing: call fit_one_cycle, or load weights")
-    dl = ifnone(dl, self.dls[ds_idx])
     items,query,gallery = _queries_and_gallery(dl)
     emb = self.embed(dl)
     candidates = np.flatnonzero(query).tolist()
-    shown = sorted(random.Random(seed).sample(candidates, min(max_n, len(candidates))))
+    n = min(n_queries, len(candidates))
+    shown = sorted(random.Random(seed).sample(candidates, n)) if shuffle else candidates[:n]
     queries,gallery_items = items.iloc[shown],items[gallery]
-    plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
+    return plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
 
 @patch
 def predict(self:ReIDLearner,
@@ -260,6 +277,72 @@ def predict(self:ReIDLearner,
     best = similarity.argsort(descending=True, stable=True)[:k]
     matches = dl.dataset.items.iloc[best.tolist()]
     return matches.assign(similarity=similarity[best].tolist()).reset_index(drop=True)
+
+# %% ../../nbs/training/03_learner.ipynb #0c84f963
+@patch
+def loss_not_reduced(self:ReIDLearner):
+    "Ask the loss for a value of each image. Raises `ValueError` if it has no `reduction`, as `PyramidLoss`"
+    if hasattr(self.loss_func, 'reduction'): return super(ReIDLearner, self).loss_not_reduced()
+    raise ValueError(
+        "There is no loss of single images: the people of the validation set are unknown to the identity classifiers, "
+        "and a triplet loss depends on the other images of the batch. For the images that the model ranks worst, use "
+        "ReIDInterpretation.from_learner(learn) and its plot_worst")
+
+# %% ../../nbs/training/03_learner.ipynb #35172508
+def _weights_row(params, seen):
+    "Number of weights in `params` that are not in `seen` yet, and whether they are trained"
+    new = [p for p in params if id(p) not in seen]
+    seen.update(map(id, new))
+    if not new: return '',''
+    trained = {p.requires_grad for p in new}
+    return sum(p.numel() for p in new), 'partly' if len(trained)>1 else str(trained.pop())
+
+def _layer_rows(model, image):
+    "Class, output shape, number of weights and whether they are trained: of each layer as it runs, then of the rest"
+    rows,seen = [],set()
+    def track(layer, inputs, output):
+        shape = ' x '.join(map(str, output.shape)) if isinstance(output, Tensor) else ''
+        rows.append((type(layer).__name__, shape, *_weights_row(layer.parameters(recurse=False), seen)))
+    layers = [m for m in model.modules() if not list(m.children()) or list(m.parameters(recurse=False))]
+    with _eval_mode(model),torch.no_grad(),Hooks(layers, track):
+        model.training = True # the head then returns logits, too; its layers stay in evaluation mode
+        model(image)
+    left = _weights_row(model.parameters(), seen)
+    return rows + ([('(not run)', '', *left)] if left[0] else [])
+
+@patch
+def summary(self:ReIDLearner):
+    "Return a table of all layers with the shapes for one image, then optimizer, loss and callbacks, as text"
+    model = get_model(self.model)
+    image = torch.zeros(1, 3, *_image_size(self.dls.valid), device=next(model.parameters()).device)
+    rows = _layer_rows(model, image)
+    lines = [f"{type(model).__name__} (Input shape: {' x '.join(map(str, image.shape))})",
+             f"{'Layer (type)':<20} {'Output Shape':<20} {'Param #':>12}  Trainable"]
+    lines += [f'{name:<20} {shape:<20} {n if n=="" else format(n, ","):>12}  {trained}'.rstrip()
+              for name,shape,n,trained in rows]
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines += ['', f'Total params: {total:,}', f'Total trainable params: {trainable:,}',
+              f'Total non-trainable params: {total-trainable:,}', '',
+              f'Optimizer used: {self.opt_func}', f'Loss function: {self.loss_func}', '']
+    if self.opt is not None:
+        frozen = self.opt.frozen_idx
+        lines += [f'Model frozen up to parameter group #{frozen}' if frozen else 'Model unfrozen', '']
+    return PrettyString('\n'.join([*lines, 'Callbacks:', *(f'  - {cb}' for cb in self.cbs.sorted('order'))]))
+
+# %% ../../nbs/training/03_learner.ipynb #c6d5ca04
+@patch
+def gather_args(self:ReIDLearner):
+    "Return the settings of model, loaders, loss, optimizer and callbacks, for a tracker"
+    model,train,loss = get_model(self.model),self.dls.train,self.loss_func
+    plain = {name:value for name,value in vars(loss).items() if isinstance(value, (int,float,str)) and name[0]!='_'}
+    settings = self.about(self.dls.valid) | dict(
+        p=getattr(train, 'p', None), k=getattr(train, 'k', None), bs=train.bs, batches_per_epoch=len(train),
+        identities=self.dls.c, parameters=sum(p.numel() for p in model.parameters()), dropout=model.head.drop.p,
+        loss={'name':type(loss).__name__, **plain}, lr=self.lr, wd=self.wd, device=self.dls.device,
+        frozen=bool(self.opt and self.opt.frozen_idx), item_tfms=train.after_item, batch_tfms=train.after_batch,
+        callbacks={cb.name:init_args(cb) or True for cb in self.cbs})
+    return loggable(settings)
 
 # %% ../../nbs/training/03_learner.ipynb #07fdda8c
 def _to_builtin(o):
@@ -291,6 +374,31 @@ def save(self:ReIDLearner,
     with atomic_write(file) as partial_file: torch.save(state, partial_file, **kwargs)
     return file
 
+# %% ../../nbs/training/03_learner.ipynb #34ad40cb
+@patch
+def _saved_file(self:ReIDLearner, file):
+    "The path of a saved learner, given by its name, or as a path with the ending .pth"
+    path = join_path_file(file, self.path/self.model_dir, ext='.pth')
+    if not isinstance(file, (str,Path)) or path.exists() or Path(file).suffix!='.pth': return path
+    return self.path/self.model_dir/file
+
+def _fit_classifiers(weights, model, classifier, file):
+    "Saved `weights`, with the model's own classifiers if `classifier` is False. Raises `ValueError` if they do not fit"
+    own = {f'head.classify.{name}':v for name,v in model.head.classify.state_dict().items()}
+    if not classifier:
+        weights.update(own)
+        return weights
+    saved,bias = weights.get('head.classify.bias'),own['head.classify.bias']
+    if saved is None or saved.shape==bias.shape or saved.shape[:-1]!=bias.shape[:-1]: return weights
+    raise ValueError(
+        f"{file} was trained on {saved.shape[-1]:,} identities, but the loaders of this learner have "
+        f"{bias.shape[-1]:,}, so the identity classifiers do not fit. Use load(…, classifier=False) to load backbone and "
+        "head without classifiers")
+
+def _dynamic_state(state):
+    "The state of dynamic training in what `save` or `Checkpoints` wrote; None if there is none"
+    return state.get('dynamic') or state.get('cbs', {}).get('dynamic_loss_weights', {}).get('state')
+
 # %% ../../nbs/training/03_learner.ipynb #4beb43f7
 @patch
 def load(self:ReIDLearner,
@@ -299,23 +407,37 @@ def load(self:ReIDLearner,
     device=None,       # Device of the weights; None: that of the loaders
     strict=True,       # Must every weight fit?
     weights_only=True, # Refuse files that hold more than tensors and plain values?
+    classifier=True,   # False: only backbone and head, for other people; neither optimizer nor dynamic training
     **kwargs           # Passed to `torch.load`
 ):
-    "Load what `save` wrote and return the learner. Raises `ValueError` if the file was not written by `save`"
-    file = join_path_file(file, self.path/self.model_dir, ext='.pth')
+    """Load what `save`, `SaveModelCallback` or `Checkpoints` wrote and return the learner. Raises `ValueError` if the
+    file is another one, or was trained with another number of identities"""
+    file = self._saved_file(file)
     distrib_barrier()
     if not Path(file).exists(): raise FileNotFoundError(f"There is no saved learner at {file}")
     state = torch.load(file, map_location=ifnone(device, self.dls.device), weights_only=weights_only, **kwargs)
     if 'model' not in state: raise ValueError(
         f"{file} was not written by `save`. Load backbone weights with pyramid_learner(weights=…), "
         "and released checkpoints with released_state_dict")
-    get_model(self.model).load_state_dict(state['model'], strict=strict)
+    model = get_model(self.model)
+    weights = _fit_classifiers(state['model'], model, classifier, file)
+    model.load_state_dict(weights, strict=strict)
+    if not classifier: return self
     if with_opt and 'opt' in state:
         if self.opt is None: self.create_opt()
         load_opt_state(self.opt, state['opt'])
-    if 'dynamic' in state and hasattr(self, 'dynamic_loss_weights'):
-        self.dynamic_loss_weights.load_state_dict(state['dynamic'])
+    dynamic = _dynamic_state(state)
+    if dynamic and hasattr(self, 'dynamic_loss_weights'): self.dynamic_loss_weights.load_state_dict(dynamic)
     return self
+
+# %% ../../nbs/training/03_learner.ipynb #866ecb00
+def _check_loaders(dls):
+    "Raise a `ValueError` unless the targets of `dls` are label, camera and role"
+    items = getattr(getattr(dls, 'train_ds', None), 'items', None)
+    if {'label','camera','role'} <= set(getattr(items, 'columns', ())): return
+    raise ValueError(
+        f"A learner for re-identification needs ReIDDataLoaders, whose targets are label, camera and role, not "
+        f"{type(dls).__name__}. Make them with ReIDDataLoaders.from_folder, from_df, from_table or from_market")
 
 # %% ../../nbs/training/03_learner.ipynb #be9c5795
 def _dynamic_cbs(dynamic, cbs):
@@ -345,6 +467,7 @@ def pyramid_learner(
     **kwargs
 )->ReIDLearner:
     "Create a learner for the pyramid model (paper §3). Raises `ValueError` if parts, images and weights do not fit"
+    _check_loaders(dls)
     body = create_backbone(arch, pretrained, weights, last_stride)
     model = PyramidNet(body, dls.c, n_parts, emb_sz, levels, drop, norm)
     model.check_size(_image_size(dls.valid)[0])
