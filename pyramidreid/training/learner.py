@@ -23,8 +23,8 @@ from ..models.backbone import arch_name, backbone_stats, create_backbone
 from ..models.losses import PyramidLoss
 from ..models.pyramid import PyramidNet, join_branches, pyramid_split
 from .dynamic_losses import DynamicLossWeights
-from .fastai_callbacks import adapt_callback, loggable
 from .metrics import mAP, rank1, rank5
+from .supported_callbacks import adapt_callback, loggable
 
 # %% ../../nbs/training/03_learner.ipynb #e5bb20e8
 class LossParts(Callback):
@@ -262,6 +262,7 @@ def _draw_results(self:ReIDLearner, dl, n_queries, k, seed=None, shuffle=True, *
     queries,gallery_items = items.iloc[shown],items[gallery]
     return plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
 
+# %% ../../nbs/training/03_learner.ipynb #617fa907
 @patch
 def predict(self:ReIDLearner,
     item,         # A file, an array or a PIL image of one person
@@ -297,12 +298,13 @@ def _weights_row(params, seen):
     trained = {p.requires_grad for p in new}
     return sum(p.numel() for p in new), 'partly' if len(trained)>1 else str(trained.pop())
 
+def _shape_text(x): return ' x '.join(map(str, x.shape)) if isinstance(x, Tensor) else ''
+
 def _layer_rows(model, image):
     "Class, output shape, number of weights and whether they are trained: of each layer as it runs, then of the rest"
     rows,seen = [],set()
     def track(layer, inputs, output):
-        shape = ' x '.join(map(str, output.shape)) if isinstance(output, Tensor) else ''
-        rows.append((type(layer).__name__, shape, *_weights_row(layer.parameters(recurse=False), seen)))
+        rows.append((type(layer).__name__, _shape_text(output), *_weights_row(layer.parameters(recurse=False), seen)))
     layers = [m for m in model.modules() if not list(m.children()) or list(m.parameters(recurse=False))]
     with _eval_mode(model),torch.no_grad(),Hooks(layers, track):
         model.training = True # the head then returns logits, too; its layers stay in evaluation mode
@@ -310,25 +312,34 @@ def _layer_rows(model, image):
     left = _weights_row(model.parameters(), seen)
     return rows + ([('(not run)', '', *left)] if left[0] else [])
 
+# %% ../../nbs/training/03_learner.ipynb #cc231abc
+def _table_line(layer, shape, n_weights, trained):
+    if isinstance(n_weights, int): n_weights = f'{n_weights:,}'
+    return f'{layer:<20} {shape:<20} {n_weights:>12}  {trained}'.rstrip()
+
+def _totals(model):
+    "Numbers of weights of a model, as lines of text"
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return [f'Total params: {total:,}', f'Total trainable params: {trained:,}',
+            f'Total non-trainable params: {total-trained:,}']
+
 @patch
 def summary(self:ReIDLearner):
     "Return a table of all layers with the shapes for one image, then optimizer, loss and callbacks, as text"
     model = get_model(self.model)
     image = torch.zeros(1, 3, *_image_size(self.dls.valid), device=next(model.parameters()).device)
     rows = _layer_rows(model, image)
-    lines = [f"{type(model).__name__} (Input shape: {' x '.join(map(str, image.shape))})",
-             f"{'Layer (type)':<20} {'Output Shape':<20} {'Param #':>12}  Trainable"]
-    lines += [f'{name:<20} {shape:<20} {n if n=="" else format(n, ","):>12}  {trained}'.rstrip()
-              for name,shape,n,trained in rows]
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines += ['', f'Total params: {total:,}', f'Total trainable params: {trainable:,}',
-              f'Total non-trainable params: {total-trainable:,}', '',
-              f'Optimizer used: {self.opt_func}', f'Loss function: {self.loss_func}', '']
+    lines = [f"{type(model).__name__} (Input shape: {_shape_text(image)})",
+             _table_line('Layer (type)', 'Output Shape', 'Param #', 'Trainable'),
+             *(_table_line(*row) for row in rows), '',
+             *_totals(model), '',
+             f'Optimizer used: {self.opt_func}', f'Loss function: {self.loss_func}', '']
     if self.opt is not None:
         frozen = self.opt.frozen_idx
         lines += [f'Model frozen up to parameter group #{frozen}' if frozen else 'Model unfrozen', '']
-    return PrettyString('\n'.join([*lines, 'Callbacks:', *(f'  - {cb}' for cb in self.cbs.sorted('order'))]))
+    lines += ['Callbacks:', *(f'  - {cb}' for cb in self.cbs.sorted('order'))]
+    return PrettyString('\n'.join(lines))
 
 # %% ../../nbs/training/03_learner.ipynb #c6d5ca04
 @patch
@@ -382,22 +393,25 @@ def _saved_file(self:ReIDLearner, file):
     if not isinstance(file, (str,Path)) or path.exists() or Path(file).suffix!='.pth': return path
     return self.path/self.model_dir/file
 
-def _fit_classifiers(weights, model, classifier, file):
-    "Saved `weights`, with the model's own classifiers if `classifier` is False. Raises `ValueError` if they do not fit"
+def _check_classifiers(saved, own, file):
+    "Raise a `ValueError` if saved weights belong to another number of identities; `own` are the model's classifiers"
+    bias,own_bias = saved.get('head.classify.bias'),own['head.classify.bias']
+    if bias is None or bias.shape==own_bias.shape or bias.shape[:-1]!=own_bias.shape[:-1]: return
+    raise ValueError(
+        f"{file} was trained on {bias.shape[-1]:,} identities, but the loaders of this learner have "
+        f"{own_bias.shape[-1]:,}, so the identity classifiers do not fit. Use load(…, classifier=False) to load "
+        "backbone and head without classifiers")
+
+def _saved_parts(state, model, classifier, file):
+    "What to load of a file: weights, optimizer and dynamic training; without `classifier` only weights that fit `model`"
+    if 'model' not in state: return state
     own = {f'head.classify.{name}':v for name,v in model.head.classify.state_dict().items()}
     if not classifier:
-        weights.update(own)
-        return weights
-    saved,bias = weights.get('head.classify.bias'),own['head.classify.bias']
-    if saved is None or saved.shape==bias.shape or saved.shape[:-1]!=bias.shape[:-1]: return weights
-    raise ValueError(
-        f"{file} was trained on {saved.shape[-1]:,} identities, but the loaders of this learner have "
-        f"{bias.shape[-1]:,}, so the identity classifiers do not fit. Use load(…, classifier=False) to load backbone and "
-        "head without classifiers")
-
-def _dynamic_state(state):
-    "The state of dynamic training in what `save` or `Checkpoints` wrote; None if there is none"
-    return state.get('dynamic') or state.get('cbs', {}).get('dynamic_loss_weights', {}).get('state')
+        state['model'].update(own)
+        return {'model':state['model']}
+    _check_classifiers(state['model'], own, file)
+    dynamic = state.get('cbs', {}).get('dynamic_loss_weights') # in a file of `Checkpoints`
+    return state if dynamic is None else {**state, 'dynamic':dynamic['state']}
 
 # %% ../../nbs/training/03_learner.ipynb #4beb43f7
 @patch
@@ -416,18 +430,16 @@ def load(self:ReIDLearner,
     distrib_barrier()
     if not Path(file).exists(): raise FileNotFoundError(f"There is no saved learner at {file}")
     state = torch.load(file, map_location=ifnone(device, self.dls.device), weights_only=weights_only, **kwargs)
+    state = _saved_parts(state, get_model(self.model), classifier, file)
     if 'model' not in state: raise ValueError(
         f"{file} was not written by `save`. Load backbone weights with pyramid_learner(weights=…), "
         "and released checkpoints with released_state_dict")
-    model = get_model(self.model)
-    weights = _fit_classifiers(state['model'], model, classifier, file)
-    model.load_state_dict(weights, strict=strict)
-    if not classifier: return self
+    get_model(self.model).load_state_dict(state['model'], strict=strict)
     if with_opt and 'opt' in state:
         if self.opt is None: self.create_opt()
         load_opt_state(self.opt, state['opt'])
-    dynamic = _dynamic_state(state)
-    if dynamic and hasattr(self, 'dynamic_loss_weights'): self.dynamic_loss_weights.load_state_dict(dynamic)
+    if 'dynamic' in state and hasattr(self, 'dynamic_loss_weights'):
+        self.dynamic_loss_weights.load_state_dict(state['dynamic'])
     return self
 
 # %% ../../nbs/training/03_learner.ipynb #866ecb00
@@ -446,6 +458,7 @@ def _dynamic_cbs(dynamic, cbs):
     given = any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs))
     return L() if given else L(DynamicLossWeights())
 
+# %% ../../nbs/training/03_learner.ipynb #4ac9a97e
 @delegates(Learner.__init__, but='model')
 def pyramid_learner(
     dls,                    # `ReIDDataLoaders`
