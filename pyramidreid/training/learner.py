@@ -403,7 +403,7 @@ def _check_classifiers(saved, own, file):
         "backbone and head without classifiers")
 
 def _saved_parts(state, model, classifier, file):
-    "What to load of a file: weights, optimizer and dynamic training; without `classifier` only the weights, all fitting"
+    "What to load of a file: weights, optimizer and dynamic training; without `classifier` weights alone, which all fit"
     if 'model' not in state: return state
     own = {f'head.classify.{name}':v for name,v in model.head.classify.state_dict().items()}
     if not classifier:

@@ -37,8 +37,8 @@ def _refuse_projector(cb):
     "Raise a `ValueError` if `cb` is meant to show features in TensorBoard's projector"
     projects = _is_tensorboard(cb, 'TensorBoardProjectorCallback') or getattr(cb, 'projector', False)
     if projects: raise ValueError(
-        "fastai feeds TensorBoard's projector from the layer before a classifier, which this model does not have. To see "
-        "where the embeddings lie, use ReIDInterpretation.from_learner(learn).plot_embeddings()")
+        "fastai feeds TensorBoard's projector from the layer before a classifier, which this model does not have. To "
+        "see where the embeddings lie, use ReIDInterpretation.from_learner(learn).plot_embeddings()")
 
 def _log_figure(cb, fig):
     "Log a figure with a tracker"
