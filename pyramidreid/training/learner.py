@@ -334,7 +334,8 @@ def summary(self:ReIDLearner):
              _table_line('Layer (type)', 'Output Shape', 'Param #', 'Trainable'),
              *(_table_line(*row) for row in rows), '',
              *_totals(model), '',
-             f'Optimizer used: {self.opt_func}', f'Loss function: {self.loss_func}', '']
+             f'Optimizer used: {getattr(self.opt_func, "__name__", self.opt_func)}',
+             f'Loss function: {self.loss_func}', '']
     if self.opt is not None:
         frozen = self.opt.frozen_idx
         lines += [f'Model frozen up to parameter group #{frozen}' if frozen else 'Model unfrozen', '']
