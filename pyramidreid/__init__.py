@@ -19,6 +19,10 @@ _HOMES = {
 }
 __all__ = list(_HOMES)
 
+def add_learner_methods():
+    "Import every room that adds methods to a learner; a learner asks for it when it is unpickled"
+    import_module('pyramidreid.all')
+
 def __getattr__(name):
     if name in _HOMES: return getattr(import_module(f'pyramidreid.{_HOMES[name]}'), name)
     if name=='__version__':

@@ -79,7 +79,7 @@ def small_learner(people, path, p, bs, plain=False, **kwargs):
     set_seed(0)
     tfms = dict(item_tfms=[Resize(SIZE, method=ResizeMethod.Squish)], batch_tfms=[]) if plain else {}
     cpu = torch.device('cpu')
-    dls = ReIDDataLoaders.from_market(people, p=p, k=4, bs=bs, size=SIZE, num_workers=0, device=cpu, **tfms)
+    dls = ReIDDataLoaders.from_market(people, p=p, k=4, val_bs=bs, size=SIZE, num_workers=0, device=cpu, **tfms)
     drop = 0. if plain else .2
     learn = pyramid_learner(dls, tiny, pretrained=False, n_parts=3, emb_sz=8, drop=drop, path=path, **kwargs)
     return quiet(learn)

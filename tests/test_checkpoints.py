@@ -183,7 +183,7 @@ def test_with_workers(make_learner, make_dls):
     "Worker processes take their seeds from states that were kept"
     def run(cbs, **kwargs):
         set_seed(0) # Before the loaders are made
-        learn = make_learner(make_dls(num_workers=1, k=2, bs=64), **kwargs)
+        learn = make_learner(make_dls(num_workers=1, k=2), **kwargs)
         learn.fit(2, cbs=cbs)
         return learn
     whole = run(Checkpoints())

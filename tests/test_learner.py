@@ -119,7 +119,7 @@ def test_metrics_are_those_of_evaluate(trained):
     values = dict(zip(list(trained.recorder.metric_names)[2:-1], trained.validate()))
     assert values['mAP']==pytest.approx(res.mAP, abs=1e-6)
 
-OWN_METRICS = [([],[]), (reid_metrics.rank1,['rank1']), ([reid_metrics.mAP(distance='euclidean')],['mAP'])]
+OWN_METRICS = [([],[]), (reid_metrics.rank1,['rank1']), ([reid_metrics.mAP(distance='euclidean')],['mAP_euclidean'])]
 
 @pytest.mark.parametrize('metrics,names', OWN_METRICS)
 def test_metrics_of_ones_own(make_tiny_learner, metrics, names):

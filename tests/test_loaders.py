@@ -664,7 +664,7 @@ def test_empty_lists_of_transforms_leave_only_the_conversion(df):
     assert set(names(train.after_item))=={'ToTensor'} and names(train.after_batch)==['IntToFloatTensor']
 
 def test_sizes_and_loader_arguments(df):
-    dls = from_split(df, size=(40,24), bs=3, p=3, k=2)
+    dls = from_split(df, size=(40,24), val_bs=3, p=3, k=2)
     assert dls.one_batch()[0].shape==(6,3,40,24) and dls.valid.bs==3
     assert from_split(df, size=40).one_batch()[0].shape==(4,3,40,40)
     assert from_split(df, mode='random').train.mode=='random'

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import ReIDWarning, atomic_write
+from ..core import ReIDWarning, atomic_write, show_once
 from .csv_tables import is_csv
 from .datasets import dataset_table, seems_published
 from .doctor_checks import images_of_people, inspect_table, none_for_missing, run_checks
@@ -312,7 +312,7 @@ def plot(self:DataReport):
             ax.yaxis.get_major_locator().set_params(integer=True)
     for ax,label in zip(axs[-1], ('images per person','camera','width (pixels)')): ax.set_xlabel(label)
     for ax in axs.flat: ax.spines[['top','right']].set_visible(False)
-    return fig
+    return show_once(fig)
 
 # %% ../../nbs/data/12_doctor_report.ipynb #65674737
 def save_plot(

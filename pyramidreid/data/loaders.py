@@ -7,8 +7,10 @@ __all__ = ['ReIDTarget', 'ReIDLabel', 'EncodeTarget', 'show_batch', 'show_result
            'ReIDDataLoaders', 'is_row', 'is_one_item']
 
 # %% ../../nbs/data/10_loaders.ipynb #0d5b68d7
+import inspect
 import os
 import warnings
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,7 @@ class EncodeTarget(Transform):
         return ReIDTarget(torch.tensor([row.label,row.camera,row.role]))
 
     def decodes(self, target:ReIDTarget): # Of one image
+        if target.numel()!=3: return target # An embedding, in the place of a target in fastai's `show_results`
         label,camera,_ = target.tolist()
         return ReIDLabel((_pid_of(self.pids, label), self.cams[camera] if camera>=0 else None))
 
@@ -67,25 +70,33 @@ def _pid_of(pids, label):
     return pids[label] if label<len(pids) else f'#{label}'
 
 # %% ../../nbs/data/10_loaders.ipynb #c15aae28
-def _person_rows(labels, max_n, max_cols):
+_MAX_COLS = 8 # Where neither rows nor columns are given
+
+def _max_images(max_n, nrows, ncols):
+    "Most images that a grid holds; `max_n` None stands for all of a grid that is given, or 32"
+    for name,value in dict(max_n=max_n, nrows=nrows, ncols=ncols).items():
+        if value is not None and value<1: raise ValueError(f"{name}={value}: choose at least 1")
+    if not (nrows and ncols): return ifnone(max_n, 32)
+    return min(ifnone(max_n, nrows*ncols), nrows*ncols)
+
+def _person_rows(labels, max_n, nrows, ncols):
     "Indices of at most `max_n` images, one row for each person"
     people = {}
     for i,label in enumerate(labels): people.setdefault(label, []).append(i)
     rows = list(people.values())
     longest = max(len(row) for row in rows)
-    n_cols = max(1, min(longest, max_cols, max_n//2))
-    return [row[:n_cols] for row in rows[:max_n//n_cols]]
+    n_cols = min(longest, ncols or _MAX_COLS, max_n if ncols else max(1, max_n//(nrows or 2)))
+    return [row[:n_cols] for row in rows[:nrows or max_n//n_cols]]
 
-def _grid_rows(target, max_n, max_cols=8):
+def _grid_rows(target, max_n, nrows=None, ncols=None):
     "Indices of the images to show, row by row: a row for each person if training images come in groups"
     labels = target[:,0].tolist()
     in_training = bool((target[:,2]==Role.TRAIN).all())
     n,n_people = len(labels),len(set(labels))
-    if in_training and n_people>1 and n>=2*n_people: return _person_rows(labels, max_n, max_cols)
+    if in_training and n_people>1 and n>=2*n_people: return _person_rows(labels, max_n, nrows, ncols)
     n = min(n, max_n)
-    n_rows = math.ceil(n/max_cols)
-    n_cols = math.ceil(n/n_rows)
-    return [list(range(first, min(first+n_cols, n))) for first in range(0, n, n_cols)]
+    n_cols = ncols or math.ceil(n/(nrows or math.ceil(n/_MAX_COLS)))
+    return [list(range(first, min(first+n_cols, n))) for first in range(0, n, n_cols)][:nrows]
 
 def _grid_axes(rows, figsize):
     "Matplotlib axes for each image of `rows`"
@@ -104,12 +115,14 @@ def show_batch(
     samples,       # Pairs of decoded image and label
     ctxs=None,     # Matplotlib axes; None: a new grid
     max_n=32,      # Images to show at most
+    nrows=None,    # Rows of a new grid; None: as many as are needed
+    ncols=None,    # Columns of a new grid; None: as many as are needed, up to eight
     figsize=None,  # Of a new grid, inches
     **kwargs):
     "Show images with identity and camera, one person in each row if training images come in groups"
     order = range(len(samples))
     if ctxs is None:
-        rows = _grid_rows(y[:len(samples)], max_n)
+        rows = _grid_rows(y[:len(samples)], max_n, nrows, ncols)
         order = [i for row in rows for i in row]
         ctxs = _grid_axes(rows, figsize)
     for i,ctx in zip(order, ctxs):
@@ -133,18 +146,24 @@ def show_results(
 @patch(nm='show_batch')
 def _show_batch(self:PKDataLoader,
     b=None,       # Batch to show; None: a new one
-    max_n=32,     # Images to show at most
+    max_n=None,   # Images to show at most; None: 32, or all of a grid of `nrows` and `ncols`
     ctxs=None,    # Matplotlib axes; None: a new grid
     show=True,    # False: return the decoded batch instead
     unique=False, # Show one image again and again, with new random transforms each time?
-    **kwargs):
+    nrows=None,   # Rows of the grid; None: as many as are needed
+    ncols=None,   # Columns of the grid; None: as many as are needed, up to eight
+    **kwargs      # `figsize` of the grid, inches
+):
     "Show a batch, one person in each row if training images come in groups"
+    max_n = _max_images(max_n, nrows, ncols)
     if show and not unique:
         if b is None: b = self.one_batch()
         if len(b)>1 and isinstance(b[1], ReIDTarget):
-            shown = [i for row in _grid_rows(b[1], max_n) for i in row]
+            shown = [i for row in _grid_rows(b[1], max_n, nrows, ncols) for i in row]
             b = tuple(o[shown] for o in b)
-    return super(PKDataLoader, self).show_batch(b, max_n=max_n, ctxs=ctxs, show=show, unique=unique, **kwargs)
+    grid = {name:n for name,n in dict(nrows=nrows, ncols=ncols).items() if n is not None}
+    return super(PKDataLoader, self).show_batch(
+        b, max_n=max_n, ctxs=ctxs, show=show, unique=unique, **grid, **kwargs)
 
 # %% ../../nbs/data/10_loaders.ipynb #1d2140b5
 def _drop_unreadable(df):
@@ -252,9 +271,35 @@ def _warn_of_trained_queries(df, c):
                   "so the metrics are not those of new people. Keep each person on one side, "
                   "or hold people out (valid_pct)", ReIDWarning, stacklevel=4)
 
+# %% ../../nbs/data/10_loaders.ipynb #c2025661
+@patch(as_prop=True)
+def vocab(self:ReIDDataLoaders):
+    "The ids of the people trained on: person `vocab[i]` has label `i`"
+    return CategoryMap(self.pids[:self.c], sort=False)
+
+# %% ../../nbs/data/10_loaders.ipynb #6aca0336
+_P_AND_K = "a training batch holds p·k images, so choose p and k; val_bs is the batch size of validation"
+_MODES = "training batches are always drawn: mode='random' draws them regardless of who is in the images"
+_REFUSED = {
+    'bs': _P_AND_K, 'batch_size': _P_AND_K, 'shuffle': _MODES, 'shuffle_train': _MODES,
+    'val_shuffle': "validation goes through all images in order",
+    'drop_last': "training batches are always full, and validation leaves no image out",
+    'dl_type': "only `PKDataLoader` draws P×K batches"}
+_FASTAIS = ('device', 'dl_kwargs', 'n', 'num_workers', 'persistent_workers', 'pin_memory', 'pin_memory_device', 'share',
+            'timeout', 'val_bs', 'verbose', *DataLoader._methods)
+
+def _check_loader_arguments(kwargs):
+    "Raise an error for arguments that would contradict P×K batches, or that nobody knows"
+    for name,value in kwargs.items():
+        if name in _REFUSED: raise ValueError(f"{name}={value!r}: {_REFUSED[name]}")
+        if name in _FASTAIS or name.startswith('val_'): continue
+        near = get_close_matches(name, [*inspect.signature(ReIDDataLoaders.from_table).parameters, *_FASTAIS], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ''
+        raise TypeError(f"The loaders take no argument {name!r}{hint}")
+
 # %% ../../nbs/data/10_loaders.ipynb #6e1d145e
 @patch(cls_method=True)
-@delegates(DataLoaders.from_dblock)
+@delegates(DataLoaders.from_dblock, but='bs,shuffle')
 def from_table(cls:ReIDDataLoaders,
     df,              # Columns `fn`, `pid`, `cam` (None: unknown), `split` ('train', 'query', 'gallery'; None: hold out)
     path='.',        # Folder where the learner keeps its models
@@ -271,6 +316,7 @@ def from_table(cls:ReIDDataLoaders,
     pixel_range=None, # Values of black and white of pictures with more than 8 bits, or `'measure'` them
     **kwargs):
     "Make loaders from a table. Raises `ValueError` on too few identities, or if no query has a possible match."
+    _check_loader_arguments(kwargs)
     cached = cache not in (None,False)
     _check_options(on_bad, cached, item_tfms)
     name = df.attrs.get('name', Path(path).name)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
+from ..core import show_once
 from ..data.loaders import open_image
 from .retrieval import shared_images
 
@@ -66,11 +67,12 @@ def plot_ranking(
     ranked,        # Ranked gallery images, as `rank_gallery` returns them
     size=(128,64), # Height and width of the images as drawn, pixels
     scale=1.,      # Scale of the figure
-    title='query'  # Title of the first column
+    title='query', # Title of the first column
+    figsize=None   # Width and height of the figure, inches; None: as `scale` says
 ):
     "Draw a row for each query: the query, then its ranked gallery; return the figure"
     k = int(ranked['rank'].max()) if len(ranked) else 1
-    figsize = (scale*(k+1.3), scale*2.45*len(queries))
+    if figsize is None: figsize = (scale*(k+1.3), scale*2.45*len(queries))
     fig,axs = plt.subplots(len(queries), k+1, figsize=figsize, squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for i,query in enumerate(queries.itertuples()):
@@ -78,4 +80,4 @@ def plot_ranking(
         for match in ranked[ranked['query']==i].itertuples():
             mark,color = ('✓','tab:green') if match.right else ('✗','tab:red')
             _draw_person(axs[i,match.rank], match, size, f'{mark} {match.similarity:.2f}', color)
-    return fig
+    return show_once(fig)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch.nn import functional as F
 
-from ..core import Role
+from ..core import Role, show_once
 from ..data.loaders import open_image
 from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
@@ -253,7 +253,7 @@ def plot_camera_pairs(
            xlabel=f'camera of the gallery, {ranked}', ylabel='camera of the queries')
     ax.spines[:].set_visible(False)
     fig.colorbar(image, ax=ax, label=f'{metric}, %')
-    return fig
+    return show_once(fig)
 
 # %% ../../nbs/explain/02_interpretation.ipynb #180dd597
 def principal_plane(
@@ -349,4 +349,4 @@ def plot_embeddings(
     ax.spines[['top','right']].set_visible(False)
     title = 'queries: stars' if is_query.any() else None
     ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1,.5), title=title)
-    return fig
+    return show_once(fig)

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
+from ..core import show_once
 from ..images import read_rgb
 from ..models.fingerprints import inner_model, input_range
 from ..models.history import warn_if_untrained
@@ -186,7 +187,7 @@ def plot_explanations(
     bar = fig.colorbar(color, ax=axs, fraction=.03, pad=.01, shrink=.85)
     bar.set_label('similarity of a window', fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    return fig
+    return show_once(fig)
 
 # %% ../../nbs/explain/01_matching_bands.ipynb #e00b8043
 @patch

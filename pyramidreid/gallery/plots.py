@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from ..core import show_once
 from .entries import open_picture
 
 # %% ../../nbs/gallery/04_plots.ipynb #91c4e006
@@ -67,4 +68,4 @@ def plot_strip(
     fig,axs = plt.subplots(height, width, figsize=figsize, squeeze=False, layout='constrained')
     for ax,(image,lines,color) in zip(axs.flat, tiles): _draw_tile(ax, image, lines, color)
     for ax in axs.flat[len(tiles):]: ax.remove()
-    return fig
+    return show_once(fig)

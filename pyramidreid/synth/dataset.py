@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from ..core import show_once
 from pyramidreid.synth.people import (
     BODY_HEIGHT,
     CLOTH_COLOURS,
@@ -405,4 +406,4 @@ def contact_sheet(
             ax.set_xticks([])
             ax.set_yticks([])
         row[0].set_ylabel(pid, fontsize=9)
-    return fig
+    return show_once(fig)

@@ -20,7 +20,7 @@ from fastai.learner import *
 from fastai.torch_core import num_distrib
 from fastcore.basics import patch, store_attr
 
-from ..core import ReIDWarning
+from ..core import ReIDWarning, show_once
 
 # %% ../../nbs/training/01_dynamic_losses.ipynb #9a16cc1b
 def focal_weight(
@@ -314,7 +314,7 @@ def plot(self:DynamicLossWeights,
     losses.legend(frameon=False, fontsize=8)
     progress.set(ylabel='FL: progress')
     self._plot_decisions(decisions)
-    return fig
+    return show_once(fig)
 
 @patch
 def _plot_decisions(self:DynamicLossWeights, ax):

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 from fastai.vision.all import *
 
+import pyramidreid
 from ..core import Role, atomic_write, with_progress
 from ..data.datasets import dataset_table, seems_published
 from ..data.folders import folder_table
@@ -34,6 +35,7 @@ from ..models.losses import PyramidLoss
 from ..models.pyramid import PyramidNet, join_branches, pyramid_split
 from .dynamic_losses import DynamicLossWeights, autocast_depth, is_fitting, leave_autocast
 from .metrics import mAP, rank1, rank5
+from .supported_callbacks import adapt_callback, loggable
 
 # %% ../../nbs/training/03_learner.ipynb #e5bb20e8
 class LossParts(Callback):
@@ -98,9 +100,13 @@ class ReIDLearner(Learner):
     def add_cb(self,
         cb # A callback, or a class of callbacks
     ):
-        "Add a callback; in place of fastai's `ProgressCallback` a `ReIDProgress`"
+        "Add a callback, with `ReIDProgress` in place of fastai's. Raises `ValueError` for `MixUp` and `CutMix`"
         is_fastais = cb is ProgressCallback or type(cb) is ProgressCallback
-        return super().add_cb(ReIDProgress() if is_fastais else cb)
+        return super().add_cb(ReIDProgress() if is_fastais else adapt_callback(cb))
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        pyramidreid.add_learner_methods()
 
 # %% ../../nbs/training/03_learner.ipynb #87175ad9
 @patch
@@ -410,18 +416,29 @@ def show_results(self:ReIDLearner,
     max_n=4,   # Number of queries shown
     k=10,      # Best matches shown for each query
     seed=None, # Seed for the choice of queries; None: different ones at each call
-    **kwargs   # Passed to `plot_ranking`
+    shuffle=True, # Choose the queries at random? False: the first ones
+    nrows=None,   # Rows, one for each query; the same as `max_n`
+    ncols=None,   # Columns: the query and its best matches, so one more than `k`
+    **kwargs   # Passed to `plot_ranking`, such as `figsize`
 ):
     "Show a few queries, each with its ranked gallery. Raises `ValueError` if the model has not been trained"
+    if ncols is not None and ncols<2:
+        raise ValueError(f"ncols={ncols}: the first column is the query, so at least two are needed")
+    n_queries,n_matches = ifnone(nrows, max_n),k if ncols is None else ncols-1
+    self._draw_results(ifnone(dl, self.dls[ds_idx]), n_queries, n_matches, seed, shuffle, **kwargs)
+
+@patch
+def _draw_results(self:ReIDLearner, dl, n_queries, k, seed=None, shuffle=True, **kwargs):
+    "Figure of queries, each with its ranked gallery"
     if not self.model.trained: raise ValueError(
         "This model has not been trained, so its ranking means nothing: call fit_one_cycle, or load weights")
-    dl = ifnone(dl, self.dls[ds_idx])
     items,query,gallery = _queries_and_gallery(dl)
     emb = self.embed(dl)
     candidates = np.flatnonzero(query).tolist()
-    shown = sorted(random.Random(seed).sample(candidates, min(max_n, len(candidates))))
+    n = min(n_queries, len(candidates))
+    shown = sorted(random.Random(seed).sample(candidates, n)) if shuffle else candidates[:n]
     queries,gallery_items = items.iloc[shown],items[gallery]
-    plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
+    return plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
 
 # %% ../../nbs/training/03_learner.ipynb #97064870
 def _best_matches(emb, gallery_emb, items, k):
@@ -448,6 +465,83 @@ def predict(self:ReIDLearner,
     gallery_emb = F.normalize(self.embed(dl).float(), dim=-1)
     matches = [_best_matches(emb, gallery_emb, dl.dataset.items, k) for emb in embs]
     return matches[0] if one else matches
+
+# %% ../../nbs/training/03_learner.ipynb #0c84f963
+@patch
+def loss_not_reduced(self:ReIDLearner):
+    "Ask the loss for a value of each image. Raises `ValueError` if it has no `reduction`, as `PyramidLoss`"
+    if hasattr(self.loss_func, 'reduction'): return super(ReIDLearner, self).loss_not_reduced()
+    raise ValueError(
+        "There is no loss of single images: the people of the validation set are unknown to the identity classifiers, "
+        "and a triplet loss depends on the other images of the batch. For the images that the model ranks worst, use "
+        "ReIDInterpretation.from_learner(learn) and its plot_worst")
+
+# %% ../../nbs/training/03_learner.ipynb #35172508
+def _weights_row(params, seen):
+    "Number of weights in `params` that are not in `seen` yet, and whether they are trained"
+    new = [p for p in params if id(p) not in seen]
+    seen.update(map(id, new))
+    if not new: return '',''
+    trained = {p.requires_grad for p in new}
+    return sum(p.numel() for p in new), 'partly' if len(trained)>1 else str(trained.pop())
+
+def _shape_text(x): return ' x '.join(map(str, x.shape)) if isinstance(x, Tensor) else ''
+
+def _layer_rows(model, image):
+    "Class, output shape, number of weights and whether they are trained: of each layer as it runs, then of the rest"
+    rows,seen = [],set()
+    def track(layer, inputs, output):
+        rows.append((type(layer).__name__, _shape_text(output), *_weights_row(layer.parameters(recurse=False), seen)))
+    layers = [m for m in model.modules() if not list(m.children()) or list(m.parameters(recurse=False))]
+    with _eval_mode(model),torch.no_grad(),Hooks(layers, track):
+        model.training = True # the head then returns logits, too; its layers stay in evaluation mode
+        model(image)
+    left = _weights_row(model.parameters(), seen)
+    return rows + ([('(not run)', '', *left)] if left[0] else [])
+
+# %% ../../nbs/training/03_learner.ipynb #cc231abc
+def _table_line(layer, shape, n_weights, trained):
+    if isinstance(n_weights, int): n_weights = f'{n_weights:,}'
+    return f'{layer:<20} {shape:<20} {n_weights:>12}  {trained}'.rstrip()
+
+def _totals(model):
+    "Numbers of weights of a model, as lines of text"
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return [f'Total params: {total:,}', f'Total trainable params: {trained:,}',
+            f'Total non-trainable params: {total-trained:,}']
+
+@patch
+def summary(self:ReIDLearner):
+    "Return a table of all layers with the shapes for one image, then optimizer, loss and callbacks, as text"
+    model = get_model(self.model)
+    image = torch.zeros(1, 3, *_image_size(self.dls.valid), device=next(model.parameters()).device)
+    rows = _layer_rows(model, image)
+    lines = [f"{type(model).__name__} (Input shape: {_shape_text(image)})",
+             _table_line('Layer (type)', 'Output Shape', 'Param #', 'Trainable'),
+             *(_table_line(*row) for row in rows), '',
+             *_totals(model), '',
+             f'Optimizer used: {getattr(self.opt_func, "__name__", self.opt_func)}',
+             f'Loss function: {self.loss_func}', '']
+    if self.opt is not None:
+        frozen = self.opt.frozen_idx
+        lines += [f'Model frozen up to parameter group #{frozen}' if frozen else 'Model unfrozen', '']
+    lines += ['Callbacks:', *(f'  - {cb}' for cb in self.cbs.sorted('order'))]
+    return PrettyString('\n'.join(lines))
+
+# %% ../../nbs/training/03_learner.ipynb #c6d5ca04
+@patch
+def gather_args(self:ReIDLearner):
+    "Return the settings of model, loaders, loss, optimizer and callbacks, for a tracker"
+    model,train,loss = get_model(self.model),self.dls.train,self.loss_func
+    plain = {name:value for name,value in vars(loss).items() if isinstance(value, (int,float,str)) and name[0]!='_'}
+    settings = self.about(self.dls.valid) | dict(
+        p=getattr(train, 'p', None), k=getattr(train, 'k', None), bs=train.bs, batches_per_epoch=len(train),
+        identities=self.dls.c, parameters=sum(p.numel() for p in model.parameters()), dropout=model.head.drop.p,
+        loss={'name':type(loss).__name__, **plain}, lr=self.lr, wd=self.wd, device=self.dls.device,
+        frozen=bool(self.opt and self.opt.frozen_idx), item_tfms=train.after_item, batch_tfms=train.after_batch,
+        callbacks={cb.name:init_args(cb) or True for cb in self.cbs})
+    return loggable(settings)
 
 # %% ../../nbs/training/03_learner.ipynb #07fdda8c
 def _to_builtin(o):
@@ -484,6 +578,34 @@ def save(self:ReIDLearner,
     with atomic_write(file) as partial_file: torch.save(state, partial_file, **kwargs)
     return file
 
+# %% ../../nbs/training/03_learner.ipynb #34ad40cb
+@patch
+def _saved_file(self:ReIDLearner, file):
+    "The path of a saved learner, given by its name, or as a path with the ending .pth"
+    path = join_path_file(file, self.path/self.model_dir, ext='.pth')
+    if not isinstance(file, (str,Path)) or path.exists() or Path(file).suffix!='.pth': return path
+    return self.path/self.model_dir/file
+
+def _check_classifiers(saved, own, file):
+    "Raise a `ValueError` if saved weights belong to another number of identities; `own` are the model's classifiers"
+    bias,own_bias = saved.get('head.classify.bias'),own['head.classify.bias']
+    if bias is None or bias.shape==own_bias.shape or bias.shape[:-1]!=own_bias.shape[:-1]: return
+    raise ValueError(
+        f"{file} was trained on {bias.shape[-1]:,} identities, but the loaders of this learner have "
+        f"{own_bias.shape[-1]:,}, so the identity classifiers do not fit. Use load(…, classifier=False) to load "
+        "backbone and head without classifiers")
+
+def _saved_parts(state, model, classifier, file):
+    "What to load of a file: weights, optimizer and dynamic training; without `classifier` weights alone, which all fit"
+    if 'model' not in state: return state
+    own = {f'head.classify.{name}':v for name,v in model.head.classify.state_dict().items()}
+    if not classifier:
+        state['model'].update(own)
+        return {'model':state['model']}
+    _check_classifiers(state['model'], own, file)
+    dynamic = state.get('cbs', {}).get('dynamic_loss_weights') # in a file of `Checkpoints`
+    return state if dynamic is None else {**state, 'dynamic':dynamic['state']}
+
 # %% ../../nbs/training/03_learner.ipynb #4beb43f7
 @patch
 def load(self:ReIDLearner,
@@ -492,13 +614,16 @@ def load(self:ReIDLearner,
     device=None,       # Device of the weights; None: that of the loaders
     strict=True,       # Must every weight fit?
     weights_only=True, # Refuse files that hold more than tensors and plain values?
+    classifier=True,   # False: only backbone and head, for other people; neither optimizer nor dynamic training
     **kwargs           # Passed to `torch.load`
 ):
-    "Load what `save` wrote and return the learner. Raises `ValueError` if the file was not written by `save`"
-    file = join_path_file(file, self.path/self.model_dir, ext='.pth')
+    """Load what `save`, `SaveModelCallback` or `Checkpoints` wrote and return the learner. Raises `ValueError` if the
+    file is another one, or was trained with another number of identities"""
+    file = self._saved_file(file)
     distrib_barrier()
     if not Path(file).exists(): raise FileNotFoundError(f"There is no saved learner at {file}")
     state = torch.load(file, map_location=ifnone(device, self.dls.device), weights_only=weights_only, **kwargs)
+    state = _saved_parts(state, get_model(self.model), classifier, file)
     if 'model' not in state: raise ValueError(
         f"{file} was not written by `save`. Load backbone weights with pyramid_learner(weights=…), "
         "and released checkpoints with released_state_dict")
@@ -510,6 +635,15 @@ def load(self:ReIDLearner,
     if 'dynamic' in state and hasattr(self, 'dynamic_loss_weights'):
         self.dynamic_loss_weights.load_state_dict(state['dynamic'])
     return self
+
+# %% ../../nbs/training/03_learner.ipynb #866ecb00
+def _check_loaders(dls):
+    "Raise a `ValueError` unless the targets of `dls` are label, camera and role"
+    items = getattr(getattr(dls, 'train_ds', None), 'items', None)
+    if {'label','camera','role'} <= set(getattr(items, 'columns', ())): return
+    raise ValueError(
+        f"A learner for re-identification needs ReIDDataLoaders, whose targets are label, camera and role, not "
+        f"{type(dls).__name__}. Make them with ReIDDataLoaders.from_folder, from_df, from_table or from_market")
 
 # %% ../../nbs/training/03_learner.ipynb #be9c5795
 def _dynamic_cbs(dynamic, cbs):
@@ -540,6 +674,7 @@ def pyramid_learner(
     **kwargs
 )->ReIDLearner:
     "Create a learner for the pyramid model (paper §3). Raises `ValueError` if parts, images and weights do not fit"
+    _check_loaders(dls)
     body = create_backbone(arch, pretrained, weights, last_stride)
     model = PyramidNet(body, dls.c, n_parts, emb_sz, levels, drop, norm)
     model.history = new_history(start_words(arch, pretrained, weights))

@@ -79,12 +79,16 @@ class _Pass:
 _passes = WeakKeyDictionary() # By learner: the current pass of each distance
 
 class ReIDMetric(Metric):
-    "Base class of metrics that rank the validation set; `name` is an attribute of `ReIDResult`"
+    """Base class of metrics that rank the validation set; a class's `name` is an attribute of `ReIDResult`.
+    Raises `ValueError` for an unknown distance"""
     name,seen = 'ReID',None
     def __init__(self,
-        distance:str='cosine' # Or 'euclidean'
+        distance:str='cosine' # Or 'euclidean', which is added to the metric's name
     ):
+        if distance not in ('cosine','euclidean'):
+            raise ValueError(f"distance={distance!r}: choose 'cosine' or 'euclidean'")
         self.distance = distance
+        if distance!='cosine': self.name = f'{type(self).name}_{distance}'
 
     def __getstate__(self): return {k:v for k,v in vars(self).items() if k!='seen'}
 
@@ -108,7 +112,7 @@ class ReIDMetric(Metric):
     def value(self):
         "The metric over the last pass; NaN where it could not be ranked"
         result = None if self.seen is None else self.seen.result(distance=self.distance)
-        return float('nan') if result is None else getattr(result, self.name)
+        return float('nan') if result is None else getattr(result, type(self).name)
 
 # %% ../../nbs/training/02_metrics.ipynb #aff0aa5b
 class mAP(ReIDMetric):
