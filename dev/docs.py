@@ -15,7 +15,8 @@ ROOMS = {
     'synth': 'Synthetic people', 'data': 'Data', 'models': 'Model and losses', 'evaluation': 'Evaluation',
     'training': 'Training', 'explain': 'Explanations', 'gallery': 'Galleries', 'export': 'Export',
     'cli': 'Command line'}
-GUIDES = ['overview', 'tutorial', 'own_folder', 'research_sets', 'several_gpus', 'gallery', 'command_line', 'results']
+GUIDES = ['overview', 'tutorial', 'own_folder', 'research_sets', 'reranking_variants', 'several_gpus', 'gallery',
+          'command_line', 'results']
 GROUND = ['00_core', '01_images'] # pages outside the rooms
 COPIED = ('benchmarks', 'examples') # folders outside nbs/ that pages link to
 

@@ -22,6 +22,7 @@ from pyramidreid.data.datasets import (
 from pyramidreid.data.doctor_report import doctor
 from pyramidreid.data.folders import folder_table
 from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.data.registry import register_dataset
 from pyramidreid.data.sampler import PKDataLoader
 from pyramidreid.data.tables import hold_out, join_tables, queries_and_gallery, train_on_all
 from pyramidreid.data.transforms import person_tfms, strong_tfms

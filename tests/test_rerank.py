@@ -1,4 +1,7 @@
 "Re-ranking against the published algorithm written plainly on dense matrices, and what must not break it"
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -247,3 +250,44 @@ def test_query_expansion_with_zero_vectors():
     got = expand_queries(q, g, 60)
     np.testing.assert_allclose(got, plain_expansion(q, g, 60, 3), atol=1e-5)
     assert (got[3]==0).all() and got.isfinite().all()
+
+# other projects
+
+notebooks = Path(__file__).resolve().parent.parent/'nbs'
+
+def markdown_of(notebook):
+    cells = json.loads((notebooks/notebook).read_text(encoding='utf-8'))['cells']
+    return '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type']=='markdown')
+
+def test_squared_distances_give_what_projects_do_that_square_twice():
+    "torchreid and layumi's baseline: weights and last step of the 4th power of the Euclidean distance"
+    q,g = embeddings()
+    dist = distances(normalised(np.concatenate([q,g]).astype(np.float64)))
+    want = plain_rerank(dist**2, 30)
+    np.testing.assert_allclose(rerank_distances(*blocks(dist**2, 30)).dense(), want, atol=1e-5)
+    cosine = 1-dist**2/2
+    np.testing.assert_allclose(rerank_distances(*blocks(2-2*cosine, 30)).dense(), want, atol=1e-5)
+    np.testing.assert_allclose(rerank_distances(*blocks(1-cosine, 30)).dense(), want, atol=1e-5) # torchreid's 'cosine'
+    assert np.abs(want-rerank(q, g).dense().numpy()).max()>.02
+
+def average_with_self(q, g, qe_k, alpha):
+    "A query averaged with its nearest among itself and the gallery, itself among the `qe_k`, as fast-reid counts them"
+    q,g = normalised(q.astype(np.float64)),normalised(g.astype(np.float64))
+    res = []
+    for x in q:
+        own = np.concatenate([x[None],g])
+        nearest = np.argsort(-(own@x), kind='stable')[:qe_k]
+        res.append(((own[nearest]@x)**alpha)@own[nearest])
+    return normalised(np.stack(res))
+
+def test_a_count_that_includes_the_query_is_one_more_than_k():
+    q,g = embeddings()
+    np.testing.assert_allclose(expand_queries(q, g, k=4), average_with_self(q, g, 5, 3), atol=1e-5)
+    assert np.abs(expand_queries(q, g, k=5).numpy()-average_with_self(q, g, 5, 3)).max()>.005
+
+def test_the_page_on_other_projects():
+    "It exists, the page on re-ranking leads to it, and neither says that QE_K = 5 is k = 5"
+    page,variants = markdown_of('evaluation/06_reranking.ipynb'),markdown_of('guides/reranking_variants.ipynb')
+    assert 'guides/reranking_variants.ipynb' in page and 'as if k were 4' in page
+    assert 'k = 5 with α = 3 is the default of fast-reid' not in page
+    for name in ('torchreid','layumi','fast-reid','Zhong'): assert name in variants

@@ -61,7 +61,8 @@ fraction_type = Number(0, 1, min_open=True, max_open=True)
 device_option = click.option('--device', metavar='NAME',
     help='Device to compute on, such as cpu or cuda:1.  [default: a GPU if there is one; cpu for an ONNX file]')
 dataset_option = click.option('--dataset', metavar='NAME',
-    help="Dataset that DATA is, such as market1501, or 'folder' for one folder per person.  [default: recognised]")
+    help="Dataset that DATA is, such as market1501, 'folder' for one folder per person, or a JSON file that describes "
+         "your own.  [default: recognised]")
 model_option = click.option('--model', required=True, type=existing,
     help='Model folder from train or save_model, or an ONNX file.')
 flip_option = click.option('--flip', is_flag=True, help='Average the embeddings of each image and its mirror image.')

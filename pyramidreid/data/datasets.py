@@ -4,18 +4,29 @@
 
 # %% auto #0
 __all__ = ['nearby_folders', 'market_table', 'duke_table', 'occluded_duke_table', 'cuhk03_np_table', 'msmt17_table',
-           'recognise_dataset', 'seems_published', 'dataset_table']
+           'prcc_table', 'sysu_table', 'regdb_table', 'mars_table', 'recognise_dataset', 'seems_published',
+           'dataset_table']
 
 # %% ../../nbs/data/05_datasets.ipynb #912b7c59
 import os
+import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
+from ..core import require_extra
 from .csv_tables import csv_table, is_csv
 from .cuhk03 import check_cuhk03_boxes, cuhk03_table
-from .registry import attach_counts, dataset_variants, reid_sets
+from pyramidreid.data.registry import (
+    _regdb_layout,
+    _sysu_lists,
+    attach_counts,
+    dataset_variants,
+    own_sets,
+    reid_sets,
+)
 from ..images import find_images
 
 # %% ../../nbs/data/05_datasets.ipynb #d6d34966
@@ -26,7 +37,7 @@ def nearby_folders(path): # Folder, which need not exist
 
 def _layout_lines(dataset):
     "A line for each folder and list file of `dataset`"
-    return [f"  {o}" if o.endswith('.txt') else f"  {o}/" for o in dataset.needs()]
+    return [f"  {o}" if o.endswith(('.txt','.mat')) else f"  {o}/" for o in dataset.needs()]
 
 def _not_found(dataset, path, missing, alternatives=()):
     "The `FileNotFoundError` for a `path` that has neither `dataset` nor one of its `alternatives`"
@@ -61,35 +72,50 @@ def _list_files(path, source):
     return [(fn, None) for fn in find_images(path/folder)]
 
 # %% ../../nbs/data/05_datasets.ipynb #ab1a3445
-def _parse_names(fns, dataset):
-    "The groups of the dataset's pattern in each file name"
-    found = [re.match(dataset.pattern, fn.name) for fn in fns]
-    bad = [fn.name for fn,match in zip(fns, found) if not match]
+def _parse_names(fns, folders, dataset):
+    "The groups of the dataset's pattern in the name or path of each file, found in these folders"
+    found = [dataset.find_ids(fn, folder) for fn,folder in zip(fns, folders)]
+    bad = [fn.name for fn,groups in zip(fns, found) if groups is None]
     if bad: raise ValueError(
         f"{len(bad)} of {len(fns)} file names are not like those of {dataset.name} ({dataset.example}): "
         f"{', '.join(bad[:3])}. Move these files out of the folder, or read your own layout with `from_df`.")
-    return [match.groupdict() for match in found]
+    return found
 
-def _int_column(values):
-    "A column of integers; None stays None"
-    return pd.Series([None if v is None else int(v) for v in values], dtype=object if None in values else int)
+def _id_column(values):
+    "A column of ids: integers if all are, else whatever they are; None stays None"
+    return pd.Series(values, dtype=int if all(isinstance(v, int) for v in values) else object)
 
-def _read_rows(path, dataset, alternatives=()):
-    "A table of the images of `dataset` at `path`"
+def _list_sources(path, dataset, alternatives=()):
+    "File, listed person, split and folder of each image of `dataset` at `path`"
     missing = dataset.missing(path)
     if missing: raise _not_found(dataset, path, missing, alternatives)
     rows,empty = [],[]
     for split,source in dataset.sources():
         files = _list_files(path, source)
         if not files: empty.append(path/source.split(':')[0])
-        rows += [(fn, pid, split) for fn,pid in files]
+        folder = path/source.rpartition(':')[2]
+        rows += [(fn, pid, split, folder) for fn,pid in files]
     if empty: raise _not_found(dataset, path, empty)
-    df = pd.DataFrame(rows, columns=['fn','pid','split'])
-    names = _parse_names(df.fn, dataset)
-    if 'pid' in names[0]: df['pid'] = [int(name['pid']) for name in names]
-    df['pid'] += dataset.test_pid*(df.split!='train')
-    df['cam'] = _int_column([name.get('cam') for name in names])
-    return df[['fn','pid','cam','split']]
+    return pd.DataFrame(rows, columns=['fn','pid','split','folder'])
+
+# %% ../../nbs/data/05_datasets.ipynb #0d6c5965
+def _read_rows(path, dataset, alternatives=()):
+    "A table of the images of `dataset` at `path`"
+    df = _list_sources(path, dataset, alternatives)
+    groups = _parse_names(df.fn, df.folder, dataset)
+    found = {name: _id_column([dataset.to_id(o[name]) for o in groups]) for name in groups[0]}
+    if 'pid' in found: df['pid'] = found['pid']
+    if dataset.test_pid: df['pid'] += dataset.test_pid*(df.split!='train')
+    df['cam'] = found.get('cam', pd.Series([None]*len(df), dtype=object))
+    others = [name for name in found if name not in ('pid','cam')]
+    for name in others: df[name] = found[name]
+    if 'clothes' in others: df['clothes'] = _clothes_of_person(df.pid, df.clothes)
+    return df[['fn','pid','cam','split',*others]]
+
+def _clothes_of_person(pids, clothes):
+    "A column of clothes like '7/2', the second outfit of person 7; None stays None"
+    pairs = zip(pids, clothes)
+    return pd.Series([None if outfit is None else f'{pid}/{outfit}' for pid,outfit in pairs], dtype=object)
 
 # %% ../../nbs/data/05_datasets.ipynb #33feabd4
 def _read(path, *variants):
@@ -120,7 +146,7 @@ def _add_distractors(df, path, pattern):
     if not fns: raise FileNotFoundError(
         f"No images in {path}. Expected the folder of Market-1501's 500,000 distractors, distractors_500k, unpacked")
     matches = [re.match(pattern, fn.name) for fn in fns]
-    cams = _int_column([match['cam'] if match else None for match in matches])
+    cams = _id_column([int(match['cam']) if match else None for match in matches])
     more = pd.DataFrame(dict(fn=fns, pid=0, cam=cams, split='gallery'))
     together = pd.concat([df, more], ignore_index=True)
     counts = dict(df.attrs['counts'])
@@ -157,6 +183,142 @@ def msmt17_table(
     "Read MSMT17, V1 or V2. The ids of test people have 10,000 added, because they are numbered from 0 again"
     return _read(path, reid_sets['msmt17_v1'], reid_sets['msmt17_v2'])
 
+# %% ../../nbs/data/05_datasets.ipynb #c72501ba
+def _check_choice(argument, value, choices):
+    if value in choices: return
+    raise ValueError(f"{argument}={value!r} is not valid: choose {' or '.join(map(repr, choices))}")
+
+def prcc_table(
+    path,             # Folder that contains `rgb`
+    clothes='changed' # Queries in `'changed'` clothes (camera C) or in the `'same'` as in the gallery (camera B)
+)->pd.DataFrame:      # Columns `fn`, `pid`, `cam` ('A', 'B' or 'C'), `split` and `clothes`
+    "Read PRCC"
+    _check_choice('clothes', clothes, ('changed','same'))
+    path,dataset = Path(path),reid_sets['prcc']
+    if clothes=='same':
+        dataset = replace(dataset, parts={**dataset.parts, 'query': ['rgb/test/B']})
+    df = _read_rows(path, dataset)
+    df['cam'] = [fn.parent.parent.name if cam is None else cam for fn,cam in zip(df.fn, df.cam)] # test folders: A/001
+    df['clothes'] = _clothes_of_person(df.pid, [2 if cam=='C' else 1 for cam in df.cam])
+    return attach_counts(df, f'PRCC, {clothes} clothes', dataset.counts)
+
+# %% ../../nbs/data/05_datasets.ipynb #ca0113a1
+def _read_people(file):
+    "The person ids in a file of SYSU-MM01"
+    text = file.read_text(encoding='utf-8-sig')
+    try: return {int(o) for o in re.split(r'[,\s]+', text.strip()) if o}
+    except ValueError as e: raise ValueError(f"{file} is not a list of person ids, separated by commas: {e}") from e
+
+def _draw_gallery(images, cams, trial, shots):
+    "Row labels of `shots` images of each person and camera of `images`, drawn as published code does"
+    rng,drawn = random.Random(trial),[]
+    groups = images.groupby(['pid','cam']).groups
+    for pid in sorted(images.pid.unique()):
+        for cam in cams:
+            rows = list(groups.get((pid,cam), ()))
+            if rows: drawn += [rng.choice(rows)] if shots==1 else rng.sample(rows, min(shots, len(rows)))
+    return drawn
+
+def _sysu_images(path, dataset):
+    "All images of SYSU-MM01, with the people's split as the column `people`, None for those in no list"
+    df = _read_rows(path, dataset)
+    df['cam'] = [int(fn.parent.parent.name[3:]) for fn in df.fn] # cam1/0001/0001.jpg
+    df['modality'] = df.cam.map(lambda cam: 'infrared' if cam in (3,6) else 'visible')
+    split_of = {pid: split for split,files in _sysu_lists.items() for file in files for pid in _read_people(path/file)}
+    return df.assign(people=df.pid.map(split_of))
+
+# %% ../../nbs/data/05_datasets.ipynb #010618ca
+def sysu_table(
+    path,        # Folder that contains `cam1` to `cam6` and `exp`
+    mode='all',  # Search `'all'` visible cameras, or only the `'indoor'` ones, 1 and 2
+    shots=1,     # Gallery images of each person and camera; papers use 1 and 10
+    trial=0      # Number of the random draw of the gallery
+)->pd.DataFrame: # Columns `fn`, `pid`, `cam`, `split` and `modality`
+    "Read SYSU-MM01: infrared queries, visible gallery"
+    _check_choice('mode', mode, ('all','indoor'))
+    if shots<1: raise ValueError(f"shots={shots} is not valid: the gallery needs at least 1 image of each person")
+    dataset = reid_sets['sysu_mm01']
+    df = _sysu_images(Path(path), dataset)
+    cams = (1,2,4,5) if mode=='all' else (1,2)
+    test = df[df.people=='test']
+    train = df[df.people=='train'].assign(split='train')
+    query = test[test.cam.isin([3,6])].assign(split='query')
+    gallery = test.loc[_draw_gallery(test, cams, trial, shots)].assign(split='gallery')
+    df = pd.concat([train,query,gallery], ignore_index=True).drop(columns='people')
+    n_gallery = dict(all=(301,96), indoor=(112,96))[mode]
+    counts = {**dataset.counts, 'gallery': n_gallery} if shots==1 else dict(train=dataset.counts['train'])
+    return attach_counts(df, f'SYSU-MM01, {mode} search, {shots}-shot, draw {trial}', counts)
+
+# %% ../../nbs/data/05_datasets.ipynb #bebb6f87
+def regdb_table(
+    path,           # Folder that contains `Visible`, `Thermal` and `idx`
+    trial=1,        # Number of the split, 1 to 10
+    query='visible' # Modality of the queries, `'visible'` or `'thermal'`; the other one is the gallery
+)->pd.DataFrame:    # Columns `fn`, `pid`, `cam`, `split` and `modality`
+    "Read one of RegDB's ten splits"
+    _check_choice('query', query, ('visible','thermal'))
+    if trial not in range(1, 11): raise ValueError(f"trial={trial!r} is not valid: RegDB has the splits 1 to 10")
+    gallery = 'thermal' if query=='visible' else 'visible'
+    dataset = replace(reid_sets['regdb'], parts=_regdb_layout(trial, query, gallery))
+    df = _read_rows(Path(path), dataset)
+    df['modality'] = df.cam.str.lower()
+    df['cam'] = df.cam.map(dict(Visible=1, Thermal=2))
+    return attach_counts(df, f'RegDB split {trial}, {query} to {gallery}', dataset.counts)
+
+# %% ../../nbs/data/05_datasets.ipynb #f72c2e29
+def _load_matrix(file, key, width):
+    "The integer matrix `key` with `width` columns of a MATLAB file"
+    loadmat = require_extra('scipy.io', 'mat').loadmat
+    try: matrix = loadmat(file)[key].astype(int)
+    except Exception as e: # whatever a file of other contents leads to
+        raise ValueError(f"{file} cannot be read as MARS's {key}: {type(e).__name__} {e}. Download it again") from e
+    return matrix.reshape(-1, width)
+
+def _tracklet_rows(path, part, key):
+    "A table of the images of all tracklets of a `part`, 'train' or 'test', with the number of the tracklet"
+    names = (path/f'info/{part}_name.txt').read_text(encoding='utf-8-sig').split()
+    tracks = _load_matrix(path/f'info/tracks_{part}_info.mat', key, 4)
+    if tracks[:,1].max()>len(names) or tracks[:,0].min()<1: raise ValueError(
+        f"info/tracks_{part}_info.mat names image {tracks[:,1].max():,}, but info/{part}_name.txt has {len(names):,}")
+    folder,dataset = path/f'bbox_{part}',reid_sets['mars']
+    rows = []
+    for i,(first,last,pid,cam) in enumerate(tracks.tolist(), 1):
+        rows += [(folder/name[:4]/name, pid, cam, i) for name in names[first-1:last]]
+    df = pd.DataFrame(rows, columns=['fn','pid','cam','number'])
+    in_name = _parse_names(df.fn, [folder]*len(df), dataset)
+    wrong = [o['pid']!=f'{pid:04d}' and int(o['pid'])!=pid or int(o['cam'])!=cam
+             for o,pid,cam in zip(in_name, df.pid, df.cam)]
+    if any(wrong): raise ValueError(f"{sum(wrong)} of {len(df)} images are in a tracklet of another person or camera, "
+                                    f"the first is {df.fn[wrong].iloc[0].name}. Are the files in info those of MARS?")
+    return df
+
+# %% ../../nbs/data/05_datasets.ipynb #9ce8d28b
+def _check_present(df, folder):
+    "Raise `FileNotFoundError` if a file of `df` is not in `folder`"
+    present = set(find_images(folder))
+    missing = [fn for fn in df.fn if fn not in present]
+    if missing: raise FileNotFoundError(f"{len(missing)} of the {len(df)} images that the files in info name are "
+                                        f"missing, the first is {missing[0]}. Unpack the archive again")
+
+def mars_table(
+    path,                   # Folder that contains `bbox_train`, `bbox_test` and `info`
+    queries_in_gallery=True # Are the query tracklets part of the gallery too, as in the official evaluation?
+)->pd.DataFrame:            # Columns `fn`, `pid`, `cam`, `split` and `tracklet`
+    "Read MARS, one row for each image of each tracklet"
+    path,dataset = Path(path),reid_sets['mars']
+    missing = dataset.missing(path)
+    if missing: raise _not_found(dataset, path, missing)
+    train = _tracklet_rows(path, 'train', 'track_train_info')
+    test = _tracklet_rows(path, 'test', 'track_test_info')
+    for part,df in dict(train=train, test=test).items(): _check_present(df, path/f'bbox_{part}')
+    is_query = test.number.isin(_load_matrix(path/'info/query_IDX.mat', 'query_IDX', 1)[:,0])
+    splits = dict(train=train, query=test[is_query], gallery=test if queries_in_gallery else test[~is_query])
+    parts = [rows.assign(split=split, tracklet=split+'/'+rows.number.astype(str)) for split,rows in splits.items()]
+    df = pd.concat(parts, ignore_index=True)[['fn','pid','cam','split','tracklet']]
+    name,counts = dataset.name,dataset.counts
+    if not queries_in_gallery: name,counts = f'{name}, gallery without queries',{**counts, 'gallery': (543216,621)}
+    return attach_counts(df, name, counts)
+
 # %% ../../nbs/data/05_datasets.ipynb #47526f8a
 def _shape(name):
     "`name` without its extension, each number replaced by 0"
@@ -169,14 +331,14 @@ def _could_be(dataset, path):
     if ':' in source: return True # the names of its list files are enough
     images = find_images(path/source)
     if not images: return False
-    if '<cam>' in dataset.pattern: return _shape(images[0].name)==_shape(dataset.example)
-    return re.match(dataset.pattern, images[0].name) is not None
+    if dataset.in_path or '<cam>' not in dataset.pattern: return dataset.find_ids(images[0], path/source) is not None
+    return _shape(images[0].name)==_shape(dataset.example)
 
 def _agreement(dataset, path, n_images):
     "How well `path` agrees with `dataset`: the number of splits with as many images as published, then the name"
     n_same = 0
     for split,(published,_) in dataset.counts.items():
-        n_same += sum(n_images.get(source, 0) for source in dataset.parts[split])==published
+        n_same += sum(n_images.get(source, 0) for source in dataset.parts.get(split, ()))==published
     return n_same,_simplify(dataset.name) in _simplify(path.absolute().name)
 
 def recognise_dataset(path): # Folder, or CUHK03's MATLAB file
@@ -207,7 +369,7 @@ def seems_published(path): # Folder
     return any(_has_remains(dataset, path) for dataset in reid_sets.values())
 
 # %% ../../nbs/data/05_datasets.ipynb #e24b422f
-def _known_names(): return ', '.join([*reid_sets, 'cuhk03', 'cuhk03_np', 'msmt17'])
+def _known_names(): return ', '.join([*reid_sets, 'cuhk03', 'cuhk03_np', 'msmt17', *own_sets])
 
 def _recognise_or_raise(path):
     "The key of the dataset at `path`"
@@ -221,10 +383,14 @@ def _recognise_or_raise(path):
         "For a folder in one of their layouts pass its `name`; for one folder per person use `folder_table`")
 
 # %% ../../nbs/data/05_datasets.ipynb #d68cc29e
+_readers = dict(market1501=market_table, cuhk03=cuhk03_table, cuhk03_np=cuhk03_np_table, prcc=prcc_table,
+                sysu_mm01=sysu_table, sysu=sysu_table, regdb=regdb_table, mars=mars_table)
+
 def dataset_table(
     path,      # Folder of the dataset, as its authors packed it, or a CSV table
-    name=None  # Key in `reid_sets`, or `'cuhk03'`, `'cuhk03_np'` or `'msmt17'`; None: recognised from the folder
-)->pd.DataFrame: # Columns `fn`, `pid`, `cam` and `split`
+    name=None, # Key in `reid_sets`, 'cuhk03', 'cuhk03_np', 'msmt17', registered name, or JSON file; None: recognised
+    **choices  # Arguments of the dataset's own reader, such as `trial=2`
+)->pd.DataFrame: # Columns `fn`, `pid`, `cam` and `split`; for some also `clothes`, `modality` or `tracklet`
     """Read any known dataset, or a table from a CSV file. Raises `FileNotFoundError` if `path` is not recognised or
     incomplete, `ValueError` for an unknown `name`, or a file that is not a table."""
     path = Path(path)
@@ -232,8 +398,10 @@ def dataset_table(
         if name is not None: raise ValueError(f"{path} is a CSV table, not the folder of {name!r}: leave out the name")
         return csv_table(path)
     if name is None: name = _recognise_or_raise(path)
-    if name=='cuhk03': return cuhk03_table(path)
-    if name=='market1501': return market_table(path)
+    either_boxes = name=='cuhk03_np' and not choices # whichever there are
+    if isinstance(name, str) and name in _readers and not either_boxes: return _readers[name](path, **choices)
+    if choices: raise TypeError(f"{name!r} has one protocol only, without {', '.join(choices)}")
     variants = dataset_variants(name)
-    if not variants: raise ValueError(f"{name!r} is not a known dataset: {_known_names()}")
+    if not variants: raise ValueError(
+        f"{name!r} is not a known dataset: {_known_names()}. A JSON file that describes your own ends in .json")
     return _read(path, *variants)

@@ -7,7 +7,6 @@ __all__ = ['DataReport', 'doctor', 'save_plot']
 
 # %% ../../nbs/data/12_doctor_report.ipynb #c95e5e21
 import json
-import re
 import warnings
 from contextlib import redirect_stdout
 from html import escape
@@ -180,10 +179,6 @@ def to_json(self:DataReport,
     return text
 
 # %% ../../nbs/data/12_doctor_report.ipynb #c67cd3c4
-def _to_int(text):
-    "`text` as an integer, None if it is not one"
-    return int(text) if text and text.lstrip('-').isdigit() else None
-
 def _list_leniently(path, source):
     "Pairs of an image file of `source`, existing or not, and its person id as text, None if only the file name says it"
     list_file,_,folder = source.rpartition(':')
@@ -198,11 +193,11 @@ def _read_leniently(path, dataset):
     rows = []
     for split,source in dataset.sources():
         for fn,listed_pid in _list_leniently(path, source):
-            match = re.match(dataset.pattern, fn.name)
-            in_name = match.groupdict() if match else {}
-            pid = _to_int(listed_pid or in_name.get('pid'))
-            if pid is not None and split!='train': pid += dataset.test_pid
-            rows.append((fn, pid, _to_int(in_name.get('cam')), split))
+            found = dataset.find_ids(fn, path/source.rpartition(':')[2]) or {}
+            listed = listed_pid if listed_pid and listed_pid.isdigit() else None
+            pid,cam = dataset.to_id(found.get('pid') or listed),dataset.to_id(found.get('cam'))
+            if isinstance(pid, int) and split!='train': pid += dataset.test_pid
+            rows.append((fn, pid, cam, split))
     return pd.DataFrame(rows, columns=['fn','pid','cam','split'], dtype=object)
 
 # %% ../../nbs/data/12_doctor_report.ipynb #7053286e

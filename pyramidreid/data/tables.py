@@ -205,7 +205,8 @@ def _prefix_ids(df, name):
     cams = [None if pd.isna(cam) else f'{name}/{_id_text(cam)}' for cam in df.cam]
     splits = read_splits(df.split).fillna('train').tolist()
     text = dict(index=df.index, dtype=object)
-    return pd.DataFrame(dict(fn=df.fn, pid=pids, cam=pd.Series(cams, **text), split=pd.Series(splits, **text)))
+    ids = dict(pid=pd.Series(pids, **text), cam=pd.Series(cams, **text), split=pd.Series(splits, **text))
+    return df.assign(**ids) # other columns, such as `clothes`, stay as they are
 
 # %% ../../nbs/data/01_tables.ipynb #794d0f7a
 def _only_training(df, name):
