@@ -95,16 +95,21 @@ class ReIDLearner(Learner):
         return super().add_cb(ReIDProgress() if is_fastais else cb)
 
 # %% ../../nbs/training/03_learner.ipynb #87175ad9
+ReIDLearner._history_before = None # The model's history when the current epoch began; None: no epoch is running
+
 @patch
 def _do_epoch_train(self:ReIDLearner):
     self._n_steps,self._history_before = 0,getattr(inner_model(self.model), 'history', new_history())
-    super(ReIDLearner, self)._do_epoch_train()
-    if self._n_steps and self.iter+1==self.n_iter: self._record_training()
+    try:
+        super(ReIDLearner, self)._do_epoch_train()
+        if self._n_steps and self.iter+1==self.n_iter: self._record_training()
+    finally: self._history_before = None
 
 @patch
 def _step(self:ReIDLearner):
     super(ReIDLearner, self)._step()
-    if not any(hyper['lr'] for hyper in self.opt.hypers): return # nothing was changed
+    changes_nothing = not any(hyper['lr'] for hyper in self.opt.hypers)
+    if changes_nothing or self._history_before is None: return
     self._n_steps += 1
     self._record_training()
 
