@@ -134,6 +134,17 @@ def test_validating_is_not_training(learn):
     learn.embed()
     assert learn.model.history==new_history('random weights')
 
+def test_a_loop_of_ones_own_is_not_recorded_and_says_so(learn):
+    "Batch norm has counted its batches; a fit that follows is recorded"
+    learn.create_opt()
+    learn.model.train()
+    features,logits = learn.model(learn.dls.one_batch()[0])
+    (features.sum() + logits.sum()).backward()
+    learn._step()
+    assert learn.model.trained and on(learn)=='not recorded (random weights)'
+    learn.fit(1)
+    assert stages(learn)==[('people', 6, 1, N_BATCHES)]
+
 def test_other_data_is_another_stage(learn, other_dls):
     learn.fit(1)
     moved = quiet(learner_from(learn.save_model(learn.path/'m'), other_dls, path=learn.path, lr=1e-3))
