@@ -479,6 +479,26 @@ def test_a_set_against_itself():
     assert card.rank1<.3 and own_camera.mAP==card.mAP
     assert card.words()['the query itself']=='left out: 144 of 144 queries are in the gallery'
 
+@pytest.mark.parametrize('kind', ['tensor','half','mapped'])
+def test_queries_that_are_a_part_of_the_gallery(kind, tmp_path):
+    torch.manual_seed(0)
+    emb,pids = torch.randn(144,64),torch.arange(144)//12
+    if kind=='half': emb = emb.half()
+    if kind=='mapped':
+        np.save(tmp_path/'g.npy', emb)
+        emb = np.load(tmp_path/'g.npy', mmap_mode='r')
+    queries = slice(0, 144, 5)
+    with pytest.warns(ReIDWarning, match='query_images and gallery_images'):
+        fooled = evaluate(emb[queries], emb, pids[queries], pids)
+    assert fooled.rank1==1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', ReIDWarning)
+        images = dict(query_images=range(0, 144, 5), gallery_images=range(144))
+        right = evaluate(emb[queries], emb, pids[queries], pids, **images)
+        evaluate(emb[queries], np.delete(np.asarray(emb), queries, 0), pids[queries], np.delete(pids, queries))
+        evaluate(np.ones((9,4)), np.ones((20,4)), [1]*9, [1]*20) # a collapsed model
+    assert right.ap.tolist()==evaluate(emb, emb, pids, pids, same_set=True).ap[queries].tolist()
+
 @pytest.mark.parametrize('change,says', [
     (dict(same_set=True), 'as many|2 queries and 3'), (dict(query_images=[1,2]), 'both query_images'),
     (dict(query_keys=[1], gallery_keys=[1,2,3]), 'query_keys has 1'),

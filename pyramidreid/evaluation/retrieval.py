@@ -102,7 +102,7 @@ class Ranking:
         self.valid = (self.index.n_match>0).nonzero().view(-1)
         self.positions,self.scores,self.n_tied,self.n_masked,self.n_unreachable = [],[],0,0,0
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #85842126
+# %% ../../nbs/evaluation/04_retrieval.ipynb #5a1725d7
 def _texts(ids):
     "File names as text"
     if ids is None or not any(isinstance(o, Path) for o in ids): return ids
@@ -161,7 +161,7 @@ def _why_no_match(self:Ranking):
     return (f"{n:,} queries have images of their person in the gallery, but all {reasons}, "
             f"which do not count. {hint}")
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #201b09d6
+# %% ../../nbs/evaluation/04_retrieval.ipynb #269c1ce2
 @patch
 def candidates(self:Ranking,
     dist, # (n, G) distances
@@ -219,7 +219,7 @@ def left_out(self:Ranking):
     if self.n_unreachable: words['infinite distance'] = f'not ranked (matches among them: {self.n_unreachable:,})'
     return words
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #a31e3366
+# %% ../../nbs/evaluation/04_retrieval.ipynb #8ed84ecf
 @patch
 def result(self:Ranking,
     distance,  # Kind of distance, for the card
@@ -239,7 +239,7 @@ def result(self:Ranking,
         n_distractor=self.n_distractor, n_tied=self.n_tied,
         distance=distance, cameras=bool(self.cams), left_out=self.left_out(), about=dict(about or {}))
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #44e564ff
+# %% ../../nbs/evaluation/04_retrieval.ipynb #ccf9c17b
 def _equal_rows(a, b):
     "Do two tensors hold the same embeddings?"
     if a is b: return True
@@ -257,17 +257,38 @@ def _is_one_set(dist):
     close = .01*(x.max()-x.min()) # rounding: `cdist` is far from 0 on its diagonal
     return bool(own.max()-own.min()<=close and other.min()>own.max()+close and (x-x.T).abs().max()<=close)
 
+# %% ../../nbs/evaluation/04_retrieval.ipynb #a7b5f5e6
+def _pairs_with_itself(ranking):
+    "Would any query be a match of itself, if queries and gallery are the same images?"
+    if ranking.shape[0]!=ranking.shape[1]: return False
+    is_match = ranking.query==ranking.gallery
+    for query,gallery in ranking.codes.values(): is_match &= query!=gallery
+    return bool(is_match.any())
+
+def _are_in_gallery(dist, ranking, n=64, n_pairs=2**12):
+    "Does the gallery hold the very embeddings of most of the first `n` queries, as far as these differ?"
+    if not isinstance(dist, Distances) or not len(ranking.valid) or dist.q.dtype!=dist.g.dtype: return False
+    i = ranking.chunks()[0][:n]
+    same,match = ranking.index[i]
+    row,column = match.nonzero(as_tuple=True)
+    row,column = row[:n_pairs],column[:n_pairs]
+    query,gallery = dist.q[i[row].to(dist.q.device)].cpu(),dist.g[same[row,column].to(dist.g.device)].cpu()
+    if len(i)<3 or (query==query[0]).all(): return False
+    found = row[(query==gallery).all(1)].unique()
+    return 2*len(found)>len(row.unique())
+
 def warn_if_one_set(
     dist,   # (Q, G) distances
     ranking # `Ranking`
 ):
-    "Warn if queries and gallery are the same images, and nothing keeps a query from finding itself"
-    if ranking.shape[0]!=ranking.shape[1] or ranking.mask is not None: return
-    finds_itself = ranking.query==ranking.gallery
-    for query,gallery in ranking.codes.values(): finds_itself &= query!=gallery
-    if not finds_itself.any() or not _is_one_set(dist): return
-    warnings.warn("Queries and gallery are the same images, so each query finds itself at rank 1. "
-                  "Pass same_set=True to leave each out of its own ranking", ReIDWarning, stacklevel=4)
+    "Warn if the gallery holds the queries, and nothing keeps them from finding themselves"
+    if ranking.mask is not None: return
+    if _pairs_with_itself(ranking) and _is_one_set(dist):
+        warnings.warn("Queries and gallery are the same images, so each query finds itself at rank 1. "
+                      "Pass same_set=True to leave each out of its own ranking", ReIDWarning, stacklevel=4)
+    elif _are_in_gallery(dist, ranking):
+        warnings.warn("The gallery holds the very embeddings of queries, so these find themselves at rank 1. Pass "
+                      "query_images and gallery_images to leave each out of its own ranking", ReIDWarning, stacklevel=4)
 
 # %% ../../nbs/evaluation/04_retrieval.ipynb #193d4084
 @delegates(Ranking)
@@ -326,7 +347,7 @@ def known_cams(
     if (cams<0).all(): return None
     return torch.where(cams<0, -1-torch.arange(len(cams), device=cams.device), cams)
 
-# %% ../../nbs/evaluation/04_retrieval.ipynb #234bd712
+# %% ../../nbs/evaluation/04_retrieval.ipynb #c3515ffb
 def _image_key(file, folders):
     "What tells the image behind `file` from others: its path without links, or the object itself"
     if not isinstance(file, (str,os.PathLike)): return id(file)
