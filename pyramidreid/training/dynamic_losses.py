@@ -132,7 +132,7 @@ def _weights(self:LossDynamics):
     if self.weighting=='normalized' and total>0: return {name:2*fl/total for name,fl in self.fl.items()}
     return dict.fromkeys(self.parts, 1.)
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #25453b4b
+# %% ../../nbs/training/01_dynamic_losses.ipynb #58ae211f
 def is_fitting(
     learn # A `Learner` at some event
 )->bool:
@@ -140,7 +140,7 @@ def is_fitting(
     validating = hasattr(learn, 'lock') and learn.lock.locked()
     return not (validating or hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds'))
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #1b670591
+# %% ../../nbs/training/01_dynamic_losses.ipynb #2bd3ee03
 def autocast_depth():
     "Number of `torch.autocast` contexts that are open now"
     depth = torch.autocast_increment_nesting()-1
@@ -239,7 +239,7 @@ def after_loss(self:DynamicLossWeights):
     self.learn.loss = self.learn.loss_grad.detach().clone()
     self._record(mode, losses, weights)
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #be71f019
+# %% ../../nbs/training/01_dynamic_losses.ipynb #5ef20a16
 def _quoted(names): return ', '.join(map(repr, names)) or 'none'
 
 @patch

@@ -91,7 +91,7 @@ class ReIDLearner(Learner):
         is_fastais = cb is ProgressCallback or type(cb) is ProgressCallback
         return super().add_cb(ReIDProgress() if is_fastais else cb)
 
-# %% ../../nbs/training/03_learner.ipynb #adba952d
+# %% ../../nbs/training/03_learner.ipynb #d92fac3a
 @patch
 def _with_events(self:ReIDLearner, f, event_type, ex, final=noop):
     run = partial(super(ReIDLearner, self)._with_events, event_type=event_type, ex=ex, final=final)
@@ -140,7 +140,7 @@ def _drop_leftovers(self:ReIDLearner):
     for p in self.model.parameters(): p.grad = None
     if hasattr(self.loss_func, 'parts'): self.loss_func.parts = {}
 
-# %% ../../nbs/training/03_learner.ipynb #27a9d066
+# %% ../../nbs/training/03_learner.ipynb #1a7df60f
 @patch
 @contextmanager
 def added_cbs(self:ReIDLearner,
@@ -159,7 +159,7 @@ def added_cbs(self:ReIDLearner,
         for cb in before: # One with the name of an added one has lost its attribute
             if cb in self.cbs: setattr(self, cb.name, cb)
 
-# %% ../../nbs/training/03_learner.ipynb #6a7db6c7
+# %% ../../nbs/training/03_learner.ipynb #eb34b404
 class _Contexts(ContextManagers):
     "fastcore's `ContextManagers`, but if one of them cannot be entered, those before it are left"
     def __enter__(self):
