@@ -91,7 +91,7 @@ class ReIDLearner(Learner):
         is_fastais = cb is ProgressCallback or type(cb) is ProgressCallback
         return super().add_cb(ReIDProgress() if is_fastais else cb)
 
-# %% ../../nbs/training/03_learner.ipynb #d92fac3a
+# %% ../../nbs/training/03_learner.ipynb #6872d6de
 @patch
 def _with_events(self:ReIDLearner, f, event_type, ex, final=noop):
     run = partial(super(ReIDLearner, self)._with_events, event_type=event_type, ex=ex, final=final)
@@ -119,6 +119,7 @@ def _zero_grads_if_cancelled(self:ReIDLearner, f, ex):
         self.opt.zero_grad()
         raise
 
+# %% ../../nbs/training/03_learner.ipynb #9029e56c
 @patch
 def _tidy_up(self:ReIDLearner):
     "Do what `after_fit` would have done, for a fit that ended with an exception"
@@ -140,7 +141,7 @@ def _drop_leftovers(self:ReIDLearner):
     for p in self.model.parameters(): p.grad = None
     if hasattr(self.loss_func, 'parts'): self.loss_func.parts = {}
 
-# %% ../../nbs/training/03_learner.ipynb #1a7df60f
+# %% ../../nbs/training/03_learner.ipynb #3f63392a
 @patch
 @contextmanager
 def added_cbs(self:ReIDLearner,
@@ -159,7 +160,7 @@ def added_cbs(self:ReIDLearner,
         for cb in before: # One with the name of an added one has lost its attribute
             if cb in self.cbs: setattr(self, cb.name, cb)
 
-# %% ../../nbs/training/03_learner.ipynb #eb34b404
+# %% ../../nbs/training/03_learner.ipynb #9cb9b19c
 class _Contexts(ContextManagers):
     "fastcore's `ContextManagers`, but if one of them cannot be entered, those before it are left"
     def __enter__(self):
@@ -462,7 +463,6 @@ def pyramid_learner(
     loss_parts = LossParts(getattr(loss_func, 'part_names', ('id','triplet')))
     cbs = L(loss_parts) + _dynamic_cbs(dynamic, cbs) + L(cbs)
     metrics = loss_parts.columns + L(ifnone(metrics, [mAP,rank1,rank5]))
-    learn = ReIDLearner(dls, model, loss_func=loss_func, splitter=splitter, cbs=cbs,
-                        metrics=metrics, **kwargs)
+    learn = ReIDLearner(dls, model, loss_func=loss_func, splitter=splitter, cbs=cbs, metrics=metrics, **kwargs)
     learn.arch_name = arch_name(arch)
     return learn
