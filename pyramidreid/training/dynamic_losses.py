@@ -132,7 +132,7 @@ def _weights(self:LossDynamics):
     if self.weighting=='normalized' and total>0: return {name:2*fl/total for name,fl in self.fl.items()}
     return dict.fromkeys(self.parts, 1.)
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #0aa461c2
+# %% ../../nbs/training/01_dynamic_losses.ipynb #ea995205
 def is_fitting(
     learn # A `Learner` at some event
 )->bool:
@@ -140,7 +140,7 @@ def is_fitting(
     validating = hasattr(learn, 'lock') and learn.lock.locked()
     return not (validating or hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds'))
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #4efe7c43
+# %% ../../nbs/training/01_dynamic_losses.ipynb #4f2b799c
 def autocast_depth():
     "Number of `torch.autocast` contexts that are open now"
     depth = torch.autocast_increment_nesting()-1
@@ -208,7 +208,7 @@ class DynamicLossWeights(Callback):
         sd # From `state_dict`
     ): self.dynamics.load_state_dict(sd)
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #c05e21a5
+# %% ../../nbs/training/01_dynamic_losses.ipynb #d615b3fc
 @patch
 def _check_fit(self:DynamicLossWeights):
     "Raise a `ValueError` where loader or loss cannot be used for dynamic training"
@@ -241,7 +241,7 @@ def after_loss(self:DynamicLossWeights):
     self.learn.loss = self.learn.loss_grad.detach().clone()
     self._record(mode, losses, weights)
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #46e25e5c
+# %% ../../nbs/training/01_dynamic_losses.ipynb #f9042ac7
 def _quoted(names): return ', '.join(map(repr, names)) or 'none'
 
 @patch

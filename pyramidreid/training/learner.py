@@ -91,7 +91,7 @@ class ReIDLearner(Learner):
         is_fastais = cb is ProgressCallback or type(cb) is ProgressCallback
         return super().add_cb(ReIDProgress() if is_fastais else cb)
 
-# %% ../../nbs/training/03_learner.ipynb #6872d6de
+# %% ../../nbs/training/03_learner.ipynb #9e68d151
 @patch
 def _with_events(self:ReIDLearner, f, event_type, ex, final=noop):
     run = partial(super(ReIDLearner, self)._with_events, event_type=event_type, ex=ex, final=final)
@@ -119,7 +119,7 @@ def _zero_grads_if_cancelled(self:ReIDLearner, f, ex):
         self.opt.zero_grad()
         raise
 
-# %% ../../nbs/training/03_learner.ipynb #9029e56c
+# %% ../../nbs/training/03_learner.ipynb #ecc5ef1e
 @patch
 def _tidy_up(self:ReIDLearner):
     "Do what `after_fit` would have done, for a fit that ended with an exception"
@@ -141,7 +141,7 @@ def _drop_leftovers(self:ReIDLearner):
     for p in self.model.parameters(): p.grad = None
     if hasattr(self.loss_func, 'parts'): self.loss_func.parts = {}
 
-# %% ../../nbs/training/03_learner.ipynb #3f63392a
+# %% ../../nbs/training/03_learner.ipynb #d7ce2193
 @patch
 @contextmanager
 def added_cbs(self:ReIDLearner,
@@ -160,7 +160,7 @@ def added_cbs(self:ReIDLearner,
         for cb in before: # One with the name of an added one has lost its attribute
             if cb in self.cbs: setattr(self, cb.name, cb)
 
-# %% ../../nbs/training/03_learner.ipynb #9cb9b19c
+# %% ../../nbs/training/03_learner.ipynb #9a0d96a9
 class _Contexts(ContextManagers):
     "fastcore's `ContextManagers`, but if one of them cannot be entered, those before it are left"
     def __enter__(self):
