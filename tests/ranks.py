@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock
 from toys import quiet
 
 from pyramidreid.data.loaders import ReIDDataLoaders
-from pyramidreid.training.checkpoints import Checkpoints
+from pyramidreid.training.checkpoints import Checkpoints, FiniteLoss
 from pyramidreid.training.distributed import Ranks  # noqa: F401, the module adds distrib_ctx to learners
 from pyramidreid.training.learner import pyramid_learner
 from pyramidreid.training.recipes import *
@@ -184,12 +184,28 @@ def recipes(people, path):
         res['too many'] = message(lambda: learn.fit(1))
     return res
 
+class BadOnOneRank(Callback):
+    "The second rank's loss is not finite at the second step"
+    order,run_valid = -8,False
+    def after_loss(self):
+        if rank_distrib()==1 and self.train_iter==1: self.learn.loss = self.loss*float('nan')
+
+def one_bad(people, path):
+    "A loss that is not finite on one rank ends the fit on both; the next fit within the context trains"
+    learn = small_learner(people, path, 2, 7)
+    with learn.distrib_ctx(**TOGETHER):
+        try: learn.fit(1, cbs=[FiniteLoss(), BadOnOneRank()])
+        except FloatingPointError as e: res = dict(error=str(e), plain=is_plain(learn))
+        learn.dynamic_loss_weights.steps.clear()
+        learn.fit(1)
+    return res | dict(weights=state(learn), steps=str(learn.dynamic_loss_weights.steps))
+
 def main(rank, ranks, port, out, people):
     "Run one rank, and save what it found in `out`"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                       MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     res = dict(curve=same_curve(people, out, together=True), norm=batch_norm(),
-               evaluations=evaluations(people, out), recipes=recipes(people, out))
+               evaluations=evaluations(people, out), recipes=recipes(people, out), one_bad=one_bad(people, out))
     torch.save(res, out/f'rank{rank}.pt')
     torch.distributed.destroy_process_group()

@@ -121,6 +121,13 @@ def test_the_learner_is_restored_and_errors_say_what_to_do(both, rank):
     assert 'in one process' in res['lr_find']
     assert 'p=9 identities on each of 2 ranks' in res['too many'] and 'p=6 or less' in res['too many']
 
+def test_a_loss_that_is_not_finite_on_one_rank_ends_the_fit_on_both(both):
+    "And both train on together, in the same context"
+    first,second = (o['one_bad'] for o in both)
+    assert 'but that of another rank is not finite' in first['error'] and 'The loss is nan' in second['error']
+    assert first['plain'] and second['plain']
+    assert equal(first['weights'], second['weights']) and first['steps']==second['steps']!='[]'
+
 @pytest.mark.slow # Starts the launcher and two processes that import everything
 def test_the_script_runs(people, tmp_path):
     "Started by `accelerate launch` as on two GPUs, but with --cpu"

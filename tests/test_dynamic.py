@@ -545,7 +545,8 @@ def test_losses_of_other_names():
     usual.fit(2)
     got,want = (o.dynamic_loss_weights.history for o in (learn, usual))
     assert list(got)==[name.replace('id','identity').replace('triplet','metric') for name in want]
-    assert got.weight_metric.tolist()==want.weight_triplet.tolist() and got.loss_identity.tolist()==want.loss_id.tolist()
+    assert got.weight_metric.tolist()==want.weight_triplet.tolist()
+    assert got.loss_identity.tolist()==want.loss_id.tolist()
     learn.dynamic_loss_weights.plot()
 
 def test_a_gated_loss_that_is_missing():

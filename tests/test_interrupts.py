@@ -126,7 +126,7 @@ def test_any_exception_at_any_event_of_a_fit(fresh, error):
     learn = make()
     for cbs in cases(error):
         start_again(learn)
-        interrupt(lambda: learn.fit(1, cbs=cbs), error, cbs)
+        interrupt(partial(learn.fit, 1, cbs=cbs), error, cbs)
         assert_tidy(learn)
         assert_as(fresh, start_again(learn))
 
@@ -137,7 +137,7 @@ def test_a_plain_learner(fresh, error):
     learn.remove_cbs(TrackerCallback) # One of fastai's, which stays switched off
     for cbs in cases(error):
         start_again(learn, zero_grad=True)
-        interrupt(lambda: learn.fit(1, cbs=cbs), error, cbs)
+        interrupt(partial(learn.fit, 1, cbs=cbs), error, cbs)
         assert_as(fresh, start_again(learn, zero_grad=True))
         assert learn.dls.train.mode=='random'
 
@@ -165,9 +165,17 @@ def test_any_exception_at_any_event_of_a_validation(fresh, call, error):
     for event in around+IN_VALIDATION:
         start_again(learn)
         cb = Raise(event, error, order_of(error), training=False)
-        interrupt(lambda: getattr(learn, call)(cbs=cb), error, [cb])
+        interrupt(partial(getattr(learn, call), cbs=cb), error, [cb])
         assert_tidy(learn)
         assert_as(fresh, start_again(learn))
+
+def test_metrics_after_an_interrupted_validation(trained):
+    "Embeddings of the validation that was interrupted do not count in the next"
+    dl = trained.dls.valid.new(bs=8)
+    want = list(trained.validate(dl=dl))[3:]
+    with pytest.raises(KeyboardInterrupt):
+        trained.validate(dl=dl, cbs=Raise('after_batch', KeyboardInterrupt, training=False))
+    assert list(trained.validate(dl=dl))[3:]==want and 0<want[0]<1
 
 class Unplugged(Vectors):
     "A data set that is interrupted at its 20th item"
@@ -289,7 +297,7 @@ def test_autocasting_ends_with_its_batch(event, error):
     learn = make().to_fp16()
     assert autocast_depth()==0
     cb = Raise(event, error, order=9 if event=='after_loss' else 99)
-    interrupt(lambda: learn.fit(1, cbs=cb), error, [cb])
+    interrupt(partial(learn.fit, 1, cbs=cb), error, [cb])
     assert autocast_depth()==0
 
 # A loss that is not finite

@@ -414,6 +414,7 @@ def _check_weights(self:Checkpoints, last_good):
         f"After epoch {self.epoch} {len(bad)} weights are not finite, the first is {bad[0]}: no checkpoint is written. "
         f"{last_good}. Lower the learning rate")
 
+# %% ../../nbs/training/05_checkpoints.ipynb #77219946
 @patch
 def after_fit(self:Checkpoints):
     if not is_fitting(self.learn): return

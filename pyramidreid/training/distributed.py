@@ -128,6 +128,7 @@ def before_epoch(self:Ranks):
 def before_train(self:Ranks):
     if self._trainable()!=self._wrapped: self._wrap()
 
+# %% ../../nbs/training/06_distributed.ipynb #4017f350
 @patch
 def after_fit(self:Ranks):
     if self._stays_out(): return

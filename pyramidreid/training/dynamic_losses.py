@@ -132,7 +132,7 @@ def _weights(self:LossDynamics):
     if self.weighting=='normalized' and total>0: return {name:2*fl/total for name,fl in self.fl.items()}
     return dict.fromkeys(self.parts, 1.)
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #25453b4b
+# %% ../../nbs/training/01_dynamic_losses.ipynb #ea995205
 def is_fitting(
     learn # A `Learner` at some event
 )->bool:
@@ -140,7 +140,7 @@ def is_fitting(
     validating = hasattr(learn, 'lock') and learn.lock.locked()
     return not (validating or hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds'))
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #1b670591
+# %% ../../nbs/training/01_dynamic_losses.ipynb #4f2b799c
 def autocast_depth():
     "Number of `torch.autocast` contexts that are open now"
     depth = torch.autocast_increment_nesting()-1
@@ -203,19 +203,21 @@ class DynamicLossWeights(Callback):
         if 'given_mode' in vars(train): train.mode = vars(train).pop('given_mode')
         getattr(self.loss_func, '__dict__', {}).pop('wanted', None)
 
-    def _check_fit(self):
-        "Raise a `ValueError` where loader or loss cannot be used for dynamic training"
-        if not hasattr(self.dls.train, 'mode'): raise ValueError(
-            "Dynamic training switches between random and P×K batches, but this training loader has no `mode`. "
-            "Use ReIDDataLoaders, or dynamic=False")
-        if not hasattr(self.loss_func, 'parts'): raise ValueError(
-            f"{type(self.loss_func).__name__} has no `parts` to weight. "
-            "Use PyramidLoss or another loss that keeps them by name, or dynamic=False")
-
     def state_dict(self): return self.dynamics.state_dict()
     def load_state_dict(self,
         sd # From `state_dict`
     ): self.dynamics.load_state_dict(sd)
+
+# %% ../../nbs/training/01_dynamic_losses.ipynb #d615b3fc
+@patch
+def _check_fit(self:DynamicLossWeights):
+    "Raise a `ValueError` where loader or loss cannot be used for dynamic training"
+    if not hasattr(self.dls.train, 'mode'): raise ValueError(
+        "Dynamic training switches between random and P×K batches, but this training loader has no `mode`. "
+        "Use ReIDDataLoaders, or dynamic=False")
+    if not hasattr(self.loss_func, 'parts'): raise ValueError(
+        f"{type(self.loss_func).__name__} has no `parts` to weight. "
+        "Use PyramidLoss or another loss that keeps them by name, or dynamic=False")
 
 # %% ../../nbs/training/01_dynamic_losses.ipynb #e95c1d37
 def _mean_over_ranks(losses):
@@ -239,7 +241,7 @@ def after_loss(self:DynamicLossWeights):
     self.learn.loss = self.learn.loss_grad.detach().clone()
     self._record(mode, losses, weights)
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #be71f019
+# %% ../../nbs/training/01_dynamic_losses.ipynb #f9042ac7
 def _quoted(names): return ', '.join(map(repr, names)) or 'none'
 
 @patch
@@ -265,12 +267,12 @@ def _measure(self:DynamicLossWeights):
 
 @patch
 def _check_sum(self:DynamicLossWeights, returned, plain, size, tolerance):
-    "Raise a `ValueError` if the loss that was returned is not the plain sum of its parts; `size` is the sum of their sizes"
+    "Raise a `ValueError` if what was returned is not the plain sum of the parts; `size` is the sum of their sizes"
     if not abs(returned-plain)>tolerance*size+1e-6: return # Nor if they are not finite
     raise ValueError(
-        f"{type(self.loss_func).__name__} returned {returned:.6g}, but its parts {_quoted(self.loss_func.parts)} sum to "
-        f"{plain:.6g}. Dynamic training weights the parts, so a factor or a term outside of them would be lost: put it into "
-        "`parts`, change the loss in a callback with an `order` above 5, or use dynamic=False")
+        f"{type(self.loss_func).__name__} returned {returned:.6g}, but its parts {_quoted(self.loss_func.parts)} sum "
+        f"to {plain:.6g}. Dynamic training weights the parts, so a factor or a term outside of them would be lost: "
+        "put it into `parts`, change the loss in a callback with an `order` above 5, or use dynamic=False")
 
 @patch
 def _weighted_sum(self:DynamicLossWeights, weights):

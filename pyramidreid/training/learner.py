@@ -109,16 +109,21 @@ class ReIDLearner(Learner):
         pyramidreid.add_learner_methods()
 
 # %% ../../nbs/training/03_learner.ipynb #87175ad9
+ReIDLearner._history_before = None # The model's history when the current epoch began; None: no epoch is running
+
 @patch
 def _do_epoch_train(self:ReIDLearner):
     self._n_steps,self._history_before = 0,getattr(inner_model(self.model), 'history', new_history())
-    super(ReIDLearner, self)._do_epoch_train()
-    if self._n_steps and self.iter+1==self.n_iter: self._record_training()
+    try:
+        super(ReIDLearner, self)._do_epoch_train()
+        if self._n_steps and self.iter+1==self.n_iter: self._record_training()
+    finally: self._history_before = None
 
 @patch
 def _step(self:ReIDLearner):
     super(ReIDLearner, self)._step()
-    if not any(hyper['lr'] for hyper in self.opt.hypers): return # nothing was changed
+    changes_nothing = not any(hyper['lr'] for hyper in self.opt.hypers)
+    if changes_nothing or self._history_before is None: return
     self._n_steps += 1
     self._record_training()
 
@@ -129,7 +134,7 @@ def _record_training(self:ReIDLearner):
     inner_model(self.model).history = add_stage(
         self._history_before, data, getattr(self.dls, 'c', None), epochs=(self.iter+1)/self.n_iter, steps=self._n_steps)
 
-# %% ../../nbs/training/03_learner.ipynb #adba952d
+# %% ../../nbs/training/03_learner.ipynb #9e68d151
 @patch
 def _with_events(self:ReIDLearner, f, event_type, ex, final=noop):
     run = partial(super(ReIDLearner, self)._with_events, event_type=event_type, ex=ex, final=final)
@@ -157,6 +162,7 @@ def _zero_grads_if_cancelled(self:ReIDLearner, f, ex):
         self.opt.zero_grad()
         raise
 
+# %% ../../nbs/training/03_learner.ipynb #ecc5ef1e
 @patch
 def _tidy_up(self:ReIDLearner):
     "Do what `after_fit` would have done, for a fit that ended with an exception"
@@ -178,7 +184,7 @@ def _drop_leftovers(self:ReIDLearner):
     for p in self.model.parameters(): p.grad = None
     if hasattr(self.loss_func, 'parts'): self.loss_func.parts = {}
 
-# %% ../../nbs/training/03_learner.ipynb #27a9d066
+# %% ../../nbs/training/03_learner.ipynb #d7ce2193
 @patch
 @contextmanager
 def added_cbs(self:ReIDLearner,
@@ -197,7 +203,7 @@ def added_cbs(self:ReIDLearner,
         for cb in before: # One with the name of an added one has lost its attribute
             if cb in self.cbs: setattr(self, cb.name, cb)
 
-# %% ../../nbs/training/03_learner.ipynb #6a7db6c7
+# %% ../../nbs/training/03_learner.ipynb #9a0d96a9
 class _Contexts(ContextManagers):
     "fastcore's `ContextManagers`, but if one of them cannot be entered, those before it are left"
     def __enter__(self):
@@ -685,7 +691,6 @@ def pyramid_learner(
     loss_parts = LossParts(getattr(loss_func, 'part_names', ('id','triplet')))
     cbs = L(loss_parts) + _dynamic_cbs(dynamic, cbs) + L(cbs)
     metrics = loss_parts.columns + L(ifnone(metrics, [mAP,rank1,rank5]))
-    learn = ReIDLearner(dls, model, loss_func=loss_func, splitter=splitter, cbs=cbs,
-                        metrics=metrics, **kwargs)
+    learn = ReIDLearner(dls, model, loss_func=loss_func, splitter=splitter, cbs=cbs, metrics=metrics, **kwargs)
     learn.arch_name,learn.arch_from,learn.last_stride = arch_name(arch),arch_source(arch),last_stride
     return learn

@@ -127,7 +127,7 @@ class EMA(Callback):
 
     def _copies(self): return {name:p.detach().clone() for name,p in self._params().items()}
 
-# %% ../../nbs/training/04_recipes.ipynb #c0f1182e
+# %% ../../nbs/training/04_recipes.ipynb #349a94a4
 @patch
 def _swap(self:EMA):
     "Exchange the weights in the model and those kept here, one of which are the averages"
