@@ -396,8 +396,9 @@ def _saved_file(self:ReIDLearner, file):
 
 def _check_classifiers(saved, own, file):
     "Raise a `ValueError` if saved weights belong to another number of identities; `own` are the model's classifiers"
-    bias,own_bias = saved.get('head.classify.bias'),own['head.classify.bias']
-    if bias is None or bias.shape==own_bias.shape or bias.shape[:-1]!=own_bias.shape[:-1]: return
+    bias,own_bias = [weights.get('head.classify.bias') for weights in (saved,own)]
+    if bias is None or own_bias is None: return # another kind of model
+    if bias.shape==own_bias.shape or bias.shape[:-1]!=own_bias.shape[:-1]: return
     raise ValueError(
         f"{file} was trained on {bias.shape[-1]:,} identities, but the loaders of this learner have "
         f"{own_bias.shape[-1]:,}, so the identity classifiers do not fit. Use load(…, classifier=False) to load "
@@ -406,7 +407,7 @@ def _check_classifiers(saved, own, file):
 def _saved_parts(state, model, classifier, file):
     "What to load of a file: weights, optimizer and dynamic training; without `classifier` weights alone, which all fit"
     if 'model' not in state: return state
-    own = {f'head.classify.{name}':v for name,v in model.head.classify.state_dict().items()}
+    own = {name:v for name,v in model.state_dict().items() if name.startswith('head.classify.')}
     if not classifier:
         state['model'].update(own)
         return {'model':state['model']}
