@@ -230,7 +230,7 @@ def evaluate_on(self:ReIDLearner,
         if path is not None: cards[name].to_json(Path(path)/f'{name}.json')
     return compare_cards(cards)
 
-# %% ../../nbs/training/03_learner.ipynb #86113d87
+# %% ../../nbs/training/03_learner.ipynb #617fa907
 @patch
 def show_results(self:ReIDLearner,
     ds_idx=1,  # Loader to use if `dl` is None
@@ -262,7 +262,7 @@ def _draw_results(self:ReIDLearner, dl, n_queries, k, seed=None, shuffle=True, *
     queries,gallery_items = items.iloc[shown],items[gallery]
     return plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
 
-# %% ../../nbs/training/03_learner.ipynb #617fa907
+# %% ../../nbs/training/03_learner.ipynb #86113d87
 @patch
 def predict(self:ReIDLearner,
     item,         # A file, an array or a PIL image of one person
@@ -453,14 +453,14 @@ def _check_loaders(dls):
         f"A learner for re-identification needs ReIDDataLoaders, whose targets are label, camera and role, not "
         f"{type(dls).__name__}. Make them with ReIDDataLoaders.from_folder, from_df, from_table or from_market")
 
-# %% ../../nbs/training/03_learner.ipynb #be9c5795
+# %% ../../nbs/training/03_learner.ipynb #4ac9a97e
 def _dynamic_cbs(dynamic, cbs):
     "The callback for dynamic training, unless it is switched off or among `cbs` already"
     if dynamic is not True: return L(dynamic or None)
     given = any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs))
     return L() if given else L(DynamicLossWeights())
 
-# %% ../../nbs/training/03_learner.ipynb #4ac9a97e
+# %% ../../nbs/training/03_learner.ipynb #be9c5795
 @delegates(Learner.__init__, but='model')
 def pyramid_learner(
     dls,                    # `ReIDDataLoaders`
