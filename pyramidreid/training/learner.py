@@ -230,7 +230,14 @@ def evaluate_on(self:ReIDLearner,
         if path is not None: cards[name].to_json(Path(path)/f'{name}.json')
     return compare_cards(cards)
 
-# %% ../../nbs/training/03_learner.ipynb #617fa907
+# %% ../../nbs/training/03_learner.ipynb #0b10981d
+def _results_grid(max_n, k, nrows, ncols):
+    "Numbers of queries and of matches, given as such or as a grid"
+    if ncols is None: return ifnone(nrows, max_n),k
+    if ncols<2: raise ValueError(f"ncols={ncols}: the first column is the query, so at least two are needed")
+    return ifnone(nrows, max_n),ncols-1
+
+# %% ../../nbs/training/03_learner.ipynb #86113d87
 @patch
 def show_results(self:ReIDLearner,
     ds_idx=1,  # Loader to use if `dl` is None
@@ -238,31 +245,23 @@ def show_results(self:ReIDLearner,
     max_n=4,   # Number of queries shown
     k=10,      # Best matches shown for each query
     seed=None, # Seed for the choice of queries; None: different ones at each call
-    shuffle=True, # Choose the queries at random? False: the first ones
-    nrows=None,   # Rows, one for each query; the same as `max_n`
-    ncols=None,   # Columns: the query and its best matches, so one more than `k`
-    **kwargs   # Passed to `plot_ranking`, such as `figsize`
+    shuffle=True,           # Choose the queries at random? False: the first ones
+    nrows=None, ncols=None, # Rows, a query each, and columns, the query and its matches: instead of `max_n` and `k`
+    **kwargs   # Passed to `plot_ranking`
 ):
     "Show a few queries, each with its ranked gallery. Raises `ValueError` if the model has not been trained"
-    if ncols is not None and ncols<2:
-        raise ValueError(f"ncols={ncols}: the first column is the query, so at least two are needed")
-    n_queries,n_matches = ifnone(nrows, max_n),k if ncols is None else ncols-1
-    self._draw_results(ifnone(dl, self.dls[ds_idx]), n_queries, n_matches, seed, shuffle, **kwargs)
-
-@patch
-def _draw_results(self:ReIDLearner, dl, n_queries, k, seed=None, shuffle=True, **kwargs):
-    "Figure of queries, each with its ranked gallery"
     if not self.model.trained: raise ValueError(
         "This model has not been trained, so its ranking means nothing: call fit_one_cycle, or load weights")
+    n_queries,k = _results_grid(max_n, k, nrows, ncols)
+    dl = ifnone(dl, self.dls[ds_idx])
     items,query,gallery = _queries_and_gallery(dl)
     emb = self.embed(dl)
     candidates = np.flatnonzero(query).tolist()
-    n = min(n_queries, len(candidates))
-    shown = sorted(random.Random(seed).sample(candidates, n)) if shuffle else candidates[:n]
+    n_queries = min(n_queries, len(candidates))
+    shown = sorted(random.Random(seed).sample(candidates, n_queries)) if shuffle else candidates[:n_queries]
     queries,gallery_items = items.iloc[shown],items[gallery]
-    return plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
+    plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
 
-# %% ../../nbs/training/03_learner.ipynb #86113d87
 @patch
 def predict(self:ReIDLearner,
     item,         # A file, an array or a PIL image of one person
@@ -453,14 +452,13 @@ def _check_loaders(dls):
         f"A learner for re-identification needs ReIDDataLoaders, whose targets are label, camera and role, not "
         f"{type(dls).__name__}. Make them with ReIDDataLoaders.from_folder, from_df, from_table or from_market")
 
-# %% ../../nbs/training/03_learner.ipynb #4ac9a97e
+# %% ../../nbs/training/03_learner.ipynb #be9c5795
 def _dynamic_cbs(dynamic, cbs):
     "The callback for dynamic training, unless it is switched off or among `cbs` already"
     if dynamic is not True: return L(dynamic or None)
     given = any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs))
     return L() if given else L(DynamicLossWeights())
 
-# %% ../../nbs/training/03_learner.ipynb #be9c5795
 @delegates(Learner.__init__, but='model')
 def pyramid_learner(
     dls,                    # `ReIDDataLoaders`
@@ -479,8 +477,7 @@ def pyramid_learner(
     normalize=True,         # Normalise the images as the backbone expects?
     splitter=pyramid_split, # Groups of weights with learning rates of their own
     cbs=None,               # More callbacks
-    **kwargs
-)->ReIDLearner:
+    **kwargs)->ReIDLearner:
     "Create a learner for the pyramid model (paper §3). Raises `ValueError` if parts, images and weights do not fit"
     _check_loaders(dls)
     body = create_backbone(arch, pretrained, weights, last_stride)
