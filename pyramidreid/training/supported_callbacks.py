@@ -51,10 +51,11 @@ def _log_figure(cb, fig):
 def _log_ranking(cb):
     "Log a few queries with their ranked gallery"
     import matplotlib.pyplot as plt
-    try: fig = cb.learn._draw_results(cb.learn.dls.valid, n_queries=4, k=10, seed=0)
+    try: cb.learn.show_results(max_n=4, k=10, seed=0)
     except ValueError as e:
         warnings.warn(f"No ranking is logged: {e}", ReIDWarning, stacklevel=2)
         return
+    fig = plt.gcf()
     try: _log_figure(cb, fig)
     finally: plt.close(fig)
 
