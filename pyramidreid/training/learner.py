@@ -414,6 +414,13 @@ def evaluate_on(self:ReIDLearner,
         if path is not None: cards[name].to_json(Path(path)/f'{name}.json')
     return compare_cards(cards)
 
+# %% ../../nbs/training/03_learner.ipynb #0b10981d
+def _results_grid(max_n, k, nrows, ncols):
+    "Numbers of queries and of matches, given as such or as a grid"
+    if ncols is None: return ifnone(nrows, max_n),k
+    if ncols<2: raise ValueError(f"ncols={ncols}: the first column is the query, so at least two are needed")
+    return ifnone(nrows, max_n),ncols-1
+
 # %% ../../nbs/training/03_learner.ipynb #86113d87
 @patch
 def show_results(self:ReIDLearner,
@@ -422,29 +429,22 @@ def show_results(self:ReIDLearner,
     max_n=4,   # Number of queries shown
     k=10,      # Best matches shown for each query
     seed=None, # Seed for the choice of queries; None: different ones at each call
-    shuffle=True, # Choose the queries at random? False: the first ones
-    nrows=None,   # Rows, one for each query; the same as `max_n`
-    ncols=None,   # Columns: the query and its best matches, so one more than `k`
-    **kwargs   # Passed to `plot_ranking`, such as `figsize`
+    shuffle=True,           # Choose the queries at random? False: the first ones
+    nrows=None, ncols=None, # Rows, a query each, and columns, the query and its matches: instead of `max_n` and `k`
+    **kwargs   # Passed to `plot_ranking`
 ):
     "Show a few queries, each with its ranked gallery. Raises `ValueError` if the model has not been trained"
-    if ncols is not None and ncols<2:
-        raise ValueError(f"ncols={ncols}: the first column is the query, so at least two are needed")
-    n_queries,n_matches = ifnone(nrows, max_n),k if ncols is None else ncols-1
-    self._draw_results(ifnone(dl, self.dls[ds_idx]), n_queries, n_matches, seed, shuffle, **kwargs)
-
-@patch
-def _draw_results(self:ReIDLearner, dl, n_queries, k, seed=None, shuffle=True, **kwargs):
-    "Figure of queries, each with its ranked gallery"
     if not self.model.trained: raise ValueError(
         "This model has not been trained, so its ranking means nothing: call fit_one_cycle, or load weights")
+    n_queries,k = _results_grid(max_n, k, nrows, ncols)
+    dl = ifnone(dl, self.dls[ds_idx])
     items,query,gallery = _queries_and_gallery(dl)
     emb = self.embed(dl)
     candidates = np.flatnonzero(query).tolist()
-    n = min(n_queries, len(candidates))
-    shown = sorted(random.Random(seed).sample(candidates, n)) if shuffle else candidates[:n]
+    n_queries = min(n_queries, len(candidates))
+    shown = sorted(random.Random(seed).sample(candidates, n_queries)) if shuffle else candidates[:n_queries]
     queries,gallery_items = items.iloc[shown],items[gallery]
-    return plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
+    plot_ranking(queries, rank_gallery(emb[shown], emb[gallery], queries, gallery_items, k), **kwargs)
 
 # %% ../../nbs/training/03_learner.ipynb #97064870
 def _best_matches(emb, gallery_emb, items, k):
@@ -594,8 +594,9 @@ def _saved_file(self:ReIDLearner, file):
 
 def _check_classifiers(saved, own, file):
     "Raise a `ValueError` if saved weights belong to another number of identities; `own` are the model's classifiers"
-    bias,own_bias = saved.get('head.classify.bias'),own['head.classify.bias']
-    if bias is None or bias.shape==own_bias.shape or bias.shape[:-1]!=own_bias.shape[:-1]: return
+    bias,own_bias = [weights.get('head.classify.bias') for weights in (saved,own)]
+    if bias is None or own_bias is None: return # another kind of model
+    if bias.shape==own_bias.shape or bias.shape[:-1]!=own_bias.shape[:-1]: return
     raise ValueError(
         f"{file} was trained on {bias.shape[-1]:,} identities, but the loaders of this learner have "
         f"{own_bias.shape[-1]:,}, so the identity classifiers do not fit. Use load(…, classifier=False) to load "
@@ -604,7 +605,7 @@ def _check_classifiers(saved, own, file):
 def _saved_parts(state, model, classifier, file):
     "What to load of a file: weights, optimizer and dynamic training; without `classifier` weights alone, which all fit"
     if 'model' not in state: return state
-    own = {f'head.classify.{name}':v for name,v in model.head.classify.state_dict().items()}
+    own = {name:v for name,v in model.state_dict().items() if name.startswith('head.classify.')}
     if not classifier:
         state['model'].update(own)
         return {'model':state['model']}
