@@ -208,7 +208,9 @@ def test_the_projector_is_refused(fitted, tensorboard):
         with pytest.raises(ValueError, match='projector.*plot_embeddings'): fitted.add_cb(cb)
     assert list(fitted.cbs)==cbs
 
-@pytest.mark.parametrize('kwargs', [{}, dict(log='all', log_preds_every_epoch=True)])
+EVERY_EPOCH = pytest.param(dict(log='all', log_preds_every_epoch=True), marks=pytest.mark.slow)
+
+@pytest.mark.parametrize('kwargs', [{}, EVERY_EPOCH])
 def test_wandb_with_its_defaults(make_tiny_learner, wandb, kwargs, capsys):
     learn = make_tiny_learner()
     learn.fit(2, cbs=wandb.WandbCallback(**kwargs))
@@ -253,6 +255,7 @@ def makes(cls):
     except TypeError: return False
     return True
 
+@pytest.mark.slow
 def test_a_model_can_be_shared_beside_save_model_callback(make_learner, tmp_path):
     "Both are called `learn.save_model`: a name of a folder is for the method, all else for the callback"
     learn = make_learner(cbs=SaveModelCallback('mAP', fname='best'))
