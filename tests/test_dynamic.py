@@ -22,8 +22,9 @@ from torch import nn
 from toys import Branches, Spy, Vectors, quiet, toy_learner
 
 from pyramidreid.models.losses import PyramidLoss
+from pyramidreid.training.base_learner import ReIDLearner
 from pyramidreid.training.dynamic_losses import *
-from pyramidreid.training.learner import LossParts, ReIDLearner
+from pyramidreid.training.progress import LossParts
 
 weightings = ['gate','normalized','paper']
 

@@ -18,9 +18,10 @@ from toys import Branches, Vectors, quiet, toy_learner
 
 from pyramidreid.data.sampler import PKDataLoader
 from pyramidreid.models.losses import PyramidLoss
+from pyramidreid.training.base_learner import ReIDLearner
 from pyramidreid.training.checkpoints import FiniteLoss
 from pyramidreid.training.dynamic_losses import DynamicLossWeights
-from pyramidreid.training.learner import LossParts, ReIDLearner
+from pyramidreid.training.progress import LossParts
 from pyramidreid.training.recipes import EMA
 
 ERRORS = [KeyboardInterrupt, RuntimeError, CancelFitException]

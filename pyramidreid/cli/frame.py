@@ -88,7 +88,7 @@ def _progress_lines(self:Console, batches, what, every):
 # %% ../../nbs/cli/01_frame.ipynb #054e6a3c
 def _epoch_values(names, row, digits):
     "Format the values of an epoch; epochs count from 1"
-    from pyramidreid.training.learner import table_cells
+    from pyramidreid.training.progress import table_cells
     row = [value+1 if name=='epoch' and isinstance(value, int) else value for name,value in zip(names, row)]
     return table_cells(row, digits)
 

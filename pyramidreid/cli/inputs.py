@@ -203,7 +203,7 @@ def query_gallery_distances(
     from pyramidreid.evaluation.reranking import rerank as reranked_distances
     from pyramidreid.evaluation.retrieval import shared_images
     from pyramidreid.models.history import described_history, warn_if_untrained
-    from pyramidreid.training.learner import camera_ids
+    from pyramidreid.training.learner_evaluation import camera_ids
     items,*_ = encode_table(df)
     check_match(items)
     query,gallery = [(items.role==role).to_numpy() for role in (Role.QUERY, Role.GALLERY)]

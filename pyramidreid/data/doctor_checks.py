@@ -178,6 +178,7 @@ def _unknown_split(d):
     known = [role.name.lower() for role in Role]
     return d[~d.split.isin(known)].assign(why=lambda rows: [repr(split) for split in rows.split])
 
+# %% ../../nbs/data/11_doctor_checks.ipynb #d65ceb03
 @register_check('warning', 'Ids that are a number and a text',
                 "They count as different people or cameras. If they are the same, write them in one way, e.g. "
                 "df.pid.astype(str).")

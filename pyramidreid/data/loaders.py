@@ -247,6 +247,12 @@ def _check_options(on_bad, cached, item_tfms):
         raise ValueError("item_tfms work on single images, but a cache returns whole batches: "
                          "pass batch_tfms, or tfms (e.g. tfms=strong_tfms)")
 
+def _with_validation(df, name, valid_pct, seed):
+    "A table and its name, with people held out if a fraction is given or there are no splits"
+    if valid_pct is None and not df.split.isna().any(): return df,name
+    df = hold_out(df, ifnone(valid_pct, 0.2), seed)
+    return df,f"{name}, {df.attrs['held_out']}"
+
 def _check_identities(c, p):
     if c==0: raise ValueError("0 training identities: a table of queries and gallery can be evaluated, not trained on")
     if c<2: raise ValueError(f"{c} training identities: training needs at least two")
@@ -323,10 +329,7 @@ def from_table(cls:ReIDDataLoaders,
     _need_columns(df, ('fn','pid','cam','split'))
     df = df.assign(split=read_splits(df.split))
     if on_bad=='skip': df = _drop_unreadable(df)
-    if valid_pct is None and df.split.isna().any(): valid_pct = 0.2
-    if valid_pct is not None:
-        df = hold_out(df, valid_pct, seed)
-        name += f", {df.attrs['held_out']}"
+    df,name = _with_validation(df, name, valid_pct, seed)
     df,pids,cams = encode_table(df)
     c = df.label[df.role==Role.TRAIN].nunique()
     _check_identities(c, p)
