@@ -83,7 +83,7 @@ def read_data(
 # %% ../../nbs/cli/03_inputs.ipynb #28f8c58c
 def held_out(
     df,            # Table
-    fraction=None, # Of the training identities to use; None: the queries and gallery of `df`
+    fraction=None, # Of the training identities with a possible match; None: the queries and gallery of `df`
     seed=42,       # Seed of the choice
 ):
     """Return the queries and gallery of a table, and their name. Raises `ValueError` if there are none, or if a split

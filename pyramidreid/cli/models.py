@@ -36,7 +36,7 @@ _data_options = combine_options(
     dataset_option,
     folder_options,
     click.option('--hold-out', type=fraction_type, metavar='FRACTION',
-        help='Validate on this fraction of the training identities, such as 0.2.  '
+        help='Validate on this fraction of the people with a possible match, such as 0.2.  '
              '[default: validate on the queries and gallery of DATA; 0.2 if there are none]'),
     click.option('--p', type=click.IntRange(2), default=8, show_default=True, help='Identities per batch.'),
     click.option('--k', type=click.IntRange(1), default=8, show_default=True, help='Images per identity in a batch.'),

@@ -78,7 +78,7 @@ def combine_options(
 
 held_out_options = combine_options(
     click.option('--hold-out', type=fraction_type, metavar='FRACTION',
-        help='Evaluate on this fraction of the training identities, such as 0.2. Use the same value and --seed as '
+        help='Evaluate on this fraction of the people with a possible match, such as 0.2. Use the same value and --seed as '
              'for train.  [default: evaluate on the queries and gallery of DATA]'),
     click.option('--seed', type=int, default=42, show_default=True, help='Seed for --hold-out.'))
 
