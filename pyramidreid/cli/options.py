@@ -78,8 +78,8 @@ def combine_options(
 
 held_out_options = combine_options(
     click.option('--hold-out', type=fraction_type, metavar='FRACTION',
-        help='Evaluate on this fraction of the people with a possible match, such as 0.2. Use the same value and --seed as '
-             'for train.  [default: evaluate on the queries and gallery of DATA]'),
+        help='Evaluate on this fraction of the people with a possible match, such as 0.2. Use the same value and '
+             '--seed as for train.  [default: evaluate on the queries and gallery of DATA]'),
     click.option('--seed', type=int, default=42, show_default=True, help='Seed for --hold-out.'))
 
 # %% ../../nbs/cli/02_options.ipynb #7ec1b9a5
