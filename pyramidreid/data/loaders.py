@@ -211,6 +211,7 @@ class ReIDDataLoaders(DataLoaders):
         first = getattr(self.valid_ds, 'tls', [[]])[0] # images; then come targets
         return next((o.pixel_range for o in getattr(first, 'tfms', []) if isinstance(o, OpenImage)), None)
 
+# %% ../../nbs/data/10_loaders.ipynb #8544a102
 def _need_columns(df, cols):
     missing = [c for c in cols if c not in df]
     if not missing: return
