@@ -162,19 +162,6 @@ def test_entries_one_by_one_are_found_as_those_added_at_once(tmp_path, dtype):
     for g in (one_by_one, Gallery.load(tmp_path/'g', BandModel())):
         pd.testing.assert_frame_equal(g.search(embs[:20], 9), expected)
 
-@pytest.mark.slow
-def test_three_thousand_single_adds_take_seconds(tmp_path):
-    "And a search after them takes no longer than one after a save"
-    def best_search():
-        return min(timeit.repeat(lambda: g.search(embs[5], 10), number=3, repeat=15, timer=time.process_time))
-    n,embs,g = 3000,embeddings(3000, dim=64),Gallery(BandModel(dim=64))
-    start = time.process_time()
-    for i in range(n): g.add(pd.DataFrame(dict(key=[str(i)], pid=[i%50])), embs=embs[i])
-    assert time.process_time()-start<10
-    before = best_search()
-    g.save(tmp_path/'g')
-    assert before<2*best_search() # with a segment for each, ten times
-
 @pytest.mark.parametrize('crop', [np.zeros((0,4,3), np.uint8), Image.new('RGB', (4,0))], ids=['array','pil'])
 def test_an_empty_crop_is_named_by_its_position(gallery, files, crop):
     items = [*pictures(2, 9), crop]

@@ -234,38 +234,6 @@ class ReIDDataLoaders(DataLoaders):
         first = getattr(self.valid_ds, 'tls', [[]])[0] # images; then come targets
         return next((o.pixel_range for o in getattr(first, 'tfms', []) if isinstance(o, OpenImage)), None)
 
-def _need_columns(df, cols):
-    missing = [c for c in cols if c not in df]
-    if not missing: return
-    missing,existing = ', '.join(map(repr, missing)),', '.join(map(repr, df.columns))
-    raise ValueError(f"The table has no column {missing}; it has {existing}")
-
-def _check_options(on_bad, cached, item_tfms):
-    if on_bad not in ('raise','skip'):
-        raise ValueError(f"on_bad={on_bad!r}: unreadable files either 'raise' an error or are left out ('skip')")
-    if cached and item_tfms is not None:
-        raise ValueError("item_tfms work on single images, but a cache returns whole batches: "
-                         "pass batch_tfms, or tfms (e.g. tfms=strong_tfms)")
-
-def _with_validation(df, name, valid_pct, seed):
-    "A table and its name, with people held out if a fraction is given or there are no splits"
-    if valid_pct is None and not df.split.isna().any(): return df,name
-    df = hold_out(df, ifnone(valid_pct, 0.2), seed)
-    return df,f"{name}, {df.attrs['held_out']}"
-
-def _check_identities(c, p):
-    if c==0: raise ValueError("0 training identities: a table of queries and gallery can be evaluated, not trained on")
-    if c<2: raise ValueError(f"{c} training identities: training needs at least two")
-    if c<p: raise ValueError(f"A batch of p={p} identities cannot be filled: the training split has {c}. "
-                             f"Pass p={c} or less, and a larger k to keep the batch size")
-
-def _make_block(df, opener, encode, size, item_tfms, batch_tfms, cached):
-    "The `DataBlock` of an encoded table"
-    to_float = [IntToFloatTensor, ResizeEach(size)] if cached else [IntToFloatTensor]
-    image,target = TransformBlock(type_tfms=opener, batch_tfms=to_float),TransformBlock(type_tfms=encode)
-    return DataBlock(blocks=(image,target), getters=(ColReader('fn'), noop), dl_type=PKDataLoader,
-                     splitter=IndexSplitter(df.index[df.role!=Role.TRAIN]), item_tfms=item_tfms, batch_tfms=batch_tfms)
-
 # %% ../../nbs/data/10_loaders.ipynb #694d9fed
 def _warn_of_trained_queries(df, c):
     "Warn if people of the queries are among the `c` training identities of an encoded table"
@@ -302,6 +270,39 @@ def _check_loader_arguments(kwargs):
         near = get_close_matches(name, [*inspect.signature(ReIDDataLoaders.from_table).parameters, *_FASTAIS], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ''
         raise TypeError(f"The loaders take no argument {name!r}{hint}")
+
+# %% ../../nbs/data/10_loaders.ipynb #8544a102
+def _need_columns(df, cols):
+    missing = [c for c in cols if c not in df]
+    if not missing: return
+    missing,existing = ', '.join(map(repr, missing)),', '.join(map(repr, df.columns))
+    raise ValueError(f"The table has no column {missing}; it has {existing}")
+
+def _check_options(on_bad, cached, item_tfms):
+    if on_bad not in ('raise','skip'):
+        raise ValueError(f"on_bad={on_bad!r}: unreadable files either 'raise' an error or are left out ('skip')")
+    if cached and item_tfms is not None:
+        raise ValueError("item_tfms work on single images, but a cache returns whole batches: "
+                         "pass batch_tfms, or tfms (e.g. tfms=strong_tfms)")
+
+def _with_validation(df, name, valid_pct, seed):
+    "A table and its name, with people held out if a fraction is given or there are no splits"
+    if valid_pct is None and not df.split.isna().any(): return df,name
+    df = hold_out(df, ifnone(valid_pct, 0.2), seed)
+    return df,f"{name}, {df.attrs['held_out']}"
+
+def _check_identities(c, p):
+    if c==0: raise ValueError("0 training identities: a table of queries and gallery can be evaluated, not trained on")
+    if c<2: raise ValueError(f"{c} training identities: training needs at least two")
+    if c<p: raise ValueError(f"A batch of p={p} identities cannot be filled: the training split has {c}. "
+                             f"Pass p={c} or less, and a larger k to keep the batch size")
+
+def _make_block(df, opener, encode, size, item_tfms, batch_tfms, cached):
+    "The `DataBlock` of an encoded table"
+    to_float = [IntToFloatTensor, ResizeEach(size)] if cached else [IntToFloatTensor]
+    image,target = TransformBlock(type_tfms=opener, batch_tfms=to_float),TransformBlock(type_tfms=encode)
+    return DataBlock(blocks=(image,target), getters=(ColReader('fn'), noop), dl_type=PKDataLoader,
+                     splitter=IndexSplitter(df.index[df.role!=Role.TRAIN]), item_tfms=item_tfms, batch_tfms=batch_tfms)
 
 # %% ../../nbs/data/10_loaders.ipynb #6e1d145e
 @patch(cls_method=True)
