@@ -2,8 +2,6 @@
 import random
 import subprocess
 import sys
-import time
-import timeit
 import warnings
 from pathlib import Path
 
