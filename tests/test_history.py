@@ -312,6 +312,7 @@ def test_a_card_says_cross_domain(made, others, other_dls, few):
 CROSS = [('Market-1501', 'Market-1501', False), ('Market-1501', 'market-1501', False), ('Market-1501', 'MSMT17', True),
          ('crops, 20% of the training identities held out', 'crops', False),
          ('crops', 'crops, 5% of the training identities held out', False),
+         ('crops', 'crops, 20% of the 15 training identities with a possible match held out', False),
          ('A + B, validated on B', 'B', False), ('A + B', 'C', True), ('A', 'A + 500,000 distractors', False),
          ('A, all images', 'A', False), ('A', None, False), ('A', '', False)]
 

@@ -98,7 +98,7 @@ def trained_on(
 
 # %% ../../nbs/models/06_history.ipynb #81c6bc7a
 _PART_OF_A_SET = re.compile(
-    r'(, [\d.]+% of the training identities held out|, all images|, validated on .*| \+ [\d,]+ distractors)$')
+    r'(, [\d.]+% of the .*training identities.* held out|, all images|, validated on .*| \+ [\d,]+ distractors)$')
 
 def _set_names(data):
     "Names of the datasets that the name `data` is made of"
