@@ -29,8 +29,12 @@ from pyramidreid.data.datasets import market_table
 from pyramidreid.evaluation import retrieval as evaluation
 from pyramidreid.models.backbone import resnet10
 from pyramidreid.training import metrics as reid_metrics
+from pyramidreid.training.base_learner import *
 from pyramidreid.training.dynamic_losses import DynamicLossWeights
 from pyramidreid.training.learner import *
+from pyramidreid.training.learner_evaluation import *
+from pyramidreid.training.learner_files import *
+from pyramidreid.training.progress import *
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
 timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is an extra')

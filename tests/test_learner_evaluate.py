@@ -7,6 +7,7 @@ from pyramidreid.data.datasets import market_table
 from pyramidreid.evaluation.protocol_card import Card
 from pyramidreid.evaluation.retrieval import evaluate
 from pyramidreid.training.learner import *
+from pyramidreid.training.learner_evaluation import *
 
 
 @pytest.fixture(scope='session')

@@ -88,7 +88,7 @@ def test_metrics_of_a_shuffled_loader_do_not_guess(make_learner, people, twice):
 def test_shown_rankings(trained, twice, half, monkeypatch):
     dl = trained.dls.test_dl(twice, with_labels=True)
     seen = []
-    monkeypatch.setattr('pyramidreid.training.learner.plot_ranking', lambda queries,ranked,**kwargs:
+    monkeypatch.setattr('pyramidreid.training.learner_evaluation.plot_ranking', lambda queries,ranked,**kwargs:
                         seen.append((queries,ranked)))
     trained.show_results(dl=dl, seed=0, max_n=3)
     (queries,ranked), = seen
@@ -174,7 +174,6 @@ def test_loaders_warn_of_queries_that_are_trained_on(people):
         warnings.simplefilter('error', ReIDWarning)
         ReIDDataLoaders.from_table(df, **SMALL)
         ReIDDataLoaders.from_table(distractors, **SMALL)
-        ReIDDataLoaders.from_table(df, valid_pct=.3, **SMALL)
 
 def count_in(card): return card.words().get('query identities trained on')
 
