@@ -170,13 +170,14 @@ def test_any_exception_at_any_event_of_a_validation(fresh, call, error):
         assert_tidy(learn)
         assert_as(fresh, start_again(learn))
 
-def test_metrics_after_an_interrupted_validation(trained):
+def test_metrics_after_an_interrupted_validation(make_learner):
     "Embeddings of the validation that was interrupted do not count in the next"
-    dl = trained.dls.valid.new(bs=8)
-    want = list(trained.validate(dl=dl))[3:]
+    learn = make_learner()
+    dl = learn.dls.valid.new(bs=8)
+    want = list(learn.validate(dl=dl))[3:]
     with pytest.raises(KeyboardInterrupt):
-        trained.validate(dl=dl, cbs=Raise('after_batch', KeyboardInterrupt, training=False))
-    assert list(trained.validate(dl=dl))[3:]==want and 0<want[0]<1
+        learn.validate(dl=dl, cbs=Raise('after_batch', KeyboardInterrupt, training=False))
+    assert list(learn.validate(dl=dl))[3:]==want and 0<want[0]<1
 
 class Unplugged(Vectors):
     "A data set that is interrupted at its 20th item"
