@@ -2,6 +2,7 @@
 `python dev/rooms.py`, or with --check, which fails if the drawing is out of date."""
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import grimp
@@ -48,21 +49,38 @@ def modules(room):
 
 def describe(arrows): return 'Imports: ' + ', '.join(f'{a} → {b}' for a,b in arrows)
 
+def module_lines(room): return textwrap.wrap(' · '.join(modules(room)), 103) or ['']
+
+def middles(order):
+    "Vertical position of each room's middle, from the top down; a room with more lines of modules is higher"
+    result,top = {},.6
+    for room in order:
+        height = 1.2+.3*(len(module_lines(room))-1)
+        result[room] = top-height/2
+        top -= height
+    return result
+
+def draw_room(ax, room, y, color):
+    "Draw the box of a room around the height `y`, with its name and its modules"
+    from matplotlib.patches import FancyBboxPatch
+    lines = module_lines(room)
+    more = .3*(len(lines)-1)
+    box = FancyBboxPatch((0, y-.42-more/2), 8, .84+more, boxstyle='round,pad=.02', facecolor=color, edgecolor='#555')
+    ax.add_patch(box)
+    ax.text(.15, y+.13+more/2, room, fontsize=12, fontweight='bold', va='center')
+    ax.text(1.75, y+.13+more/2, ABOUT[room], fontsize=10, va='center')
+    for i,line in enumerate(lines): ax.text(.15, y-.2+more/2-.3*i, line, fontsize=8, va='center', color='#333')
+
 def draw(arrows):
     import matplotlib
     matplotlib.use('svg')
     matplotlib.rcParams.update({'svg.hashsalt': 'rooms', 'svg.fonttype': 'none', 'font.family': 'sans-serif'})
     import matplotlib.pyplot as plt
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+    from matplotlib.patches import FancyArrowPatch
     order = [room for row in layers() for room in row]
-    height = {room: -1.2*i for i,room in enumerate(order)}
-    fig,ax = plt.subplots(figsize=(10.5, 8.2))
-    for i,(room,y) in enumerate(height.items()):
-        color = plt.cm.Pastel1(i%9)
-        ax.add_patch(FancyBboxPatch((0, y-.42), 8, .84, boxstyle='round,pad=.02', facecolor=color, edgecolor='#555'))
-        ax.text(.15, y+.13, room, fontsize=12, fontweight='bold', va='center')
-        ax.text(1.75, y+.13, ABOUT[room], fontsize=10, va='center')
-        ax.text(.15, y-.2, ' · '.join(modules(room)), fontsize=8, va='center', color='#333')
+    height = middles(order)
+    fig,ax = plt.subplots(figsize=(10.5, 8.4))
+    for i,(room,y) in enumerate(height.items()): draw_room(ax, room, y, plt.cm.Pastel1(i%9))
     for a,b in arrows:
         distance = abs(order.index(a)-order.index(b))
         arrow = FancyArrowPatch((8.05, height[a]), (8.05, height[b]), connectionstyle=f'arc3,rad={-.18-.022*distance}',
