@@ -11,8 +11,8 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,17 +23,21 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core import atomic_write, with_progress
-from ..images import PILLOW_ERRORS, check_image, check_pixel_range, deep_kind, is_rotated, read_rgb
+from pyramidreid.images import (
+    check_image,
+    check_pixel_range,
+    deep_kind,
+    is_access_error,
+    is_rotated,
+    name_picture_errors,
+    open_picture,
+    read_rgb,
+)
 
 # %% ../../nbs/data/09_cache.ipynb #d155271b
-_SKIP_HINT = "or pass on_bad='skip' to check all files first and leave the bad ones out"
+_SKIP_HINT = ", or pass on_bad='skip' to check all files first and leave the bad ones out"
 
-@contextmanager
-def _name_errors(file):
-    "Errors of reading `file` name it and the remedy"
-    try: yield
-    except PILLOW_ERRORS as e:
-        raise OSError(f"{file} is not a valid image, or is cut off ({e}). Repair or remove it, {_SKIP_HINT}") from e
+def _name_errors(file): return name_picture_errors(file, _SKIP_HINT)
 
 def _as_array(o):
     "A tensor as an array; anything else as it is"
@@ -49,8 +53,12 @@ def open_image(
     o = _as_array(o)
     is_deep = isinstance(o, np.ndarray) and o.dtype.kind in 'uif' and o.dtype!=np.uint8
     known = is_deep or isinstance(o, (str,os.PathLike,Image.Image))
+    if isinstance(o, bytes): o = BytesIO(o)
+    known = known or hasattr(o, 'read')
     try: return PILImage(read_rgb(o if known else PILImage.create(o, mode=None), pixel_range=pixel_range))
-    except OSError as e: raise OSError(f"{e}, {_SKIP_HINT}") from e
+    except OSError as e:
+        if is_access_error(e): raise
+        raise OSError(f"{e}{_SKIP_HINT}") from e
 
 # %% ../../nbs/data/09_cache.ipynb #53c0f361
 def check_items(
@@ -73,7 +81,7 @@ def kept_size(
     "Return the size at which the images are kept"
     first = None
     for fn in fns:
-        with _name_errors(fn), Image.open(fn) as im:
+        with _name_errors(fn),open_picture(fn) as im:
             stored,rotated = im.size[::-1],is_rotated(im)
         first = first or stored
         too_large = stored[0]>size[0] or stored[1]>size[1]
@@ -225,7 +233,7 @@ def _has_range(self:ImageCache, found):
     "Were the pictures scaled by this cache's range? Old caches do not say: they took the upper 8 bits of 16"
     if found.pixel_range!='unknown': return check_pixel_range(found.pixel_range)==self.pixel_range
     first = next(iter(found.stamps))
-    with _name_errors(first),Image.open(first) as im:
+    with _name_errors(first),open_picture(first) as im:
         return self.pixel_range is None and not deep_kind(im)
 
 # %% ../../nbs/data/09_cache.ipynb #e42d8cd0

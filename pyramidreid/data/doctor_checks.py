@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import UnidentifiedImageError
 
 from ..core import Role, with_progress
 from .registry import count_split, reid_sets
 from .tables import is_junk, several_spellings
-from ..images import deep_kind, deep_values, measure_range, read_rgb
+from ..images import deep_kind, deep_values, measure_range, open_picture, printable, read_rgb
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #09845d84
 _file_columns = ['width','height','mode','bytes','digest','reason','low','high']
@@ -31,18 +31,19 @@ def _read_facts(fn):
     n_bytes = None
     try:
         n_bytes = os.path.getsize(fn)
-        with Image.open(fn) as image:
+        with open_picture(fn) as image:
             kind,rgb = deep_kind(image),read_rgb(image, pixel_range='own')
             values = deep_values(image) if kind=='grey' else np.asarray(rgb)
-        digest = hashlib.sha1(b'%dx%d ' % rgb.size + values.tobytes()).hexdigest()
+            digest = hashlib.sha1(b'%dx%d ' % rgb.size)
+            digest.update(np.ascontiguousarray(values)) # not a copy as bytes, which may be large
         mode = f'{image.mode}, 16 bits' if kind=='colour' else image.mode
         low,high = (values.min().item(),values.max().item()) if kind=='grey' else (None,None)
-        return *rgb.size,mode,n_bytes,digest,None,low,high
+        return *rgb.size,mode,n_bytes,digest.hexdigest(),None,low,high
     except FileNotFoundError: reason = 'no such file'
-    except Image.UnidentifiedImageError: reason = 'not a known image format' if n_bytes else 'empty file'
+    except UnidentifiedImageError: reason = 'not a known image format' if n_bytes else 'empty file'
     except Exception as e: # whatever a decoder raises
         cause = e.__cause__ or e
-        reason = getattr(cause, 'strerror', None) or str(cause) or type(cause).__name__
+        reason = printable(getattr(cause, 'strerror', None) or cause) or type(cause).__name__
     return None,None,None,n_bytes,None,reason,None,None
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #56895c44
@@ -129,7 +130,7 @@ def register_check(
     return register
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #7a9a482a
-def _short_path(fn): return '/'.join(Path(str(fn)).parts[-2:])
+def _short_path(fn): return printable('/'.join(Path(str(fn)).parts[-2:]))
 
 def _describe(rows, by):
     "A text for each row, or for each group of rows with equal values in the column `by`"
@@ -240,6 +241,10 @@ def _left_out(d): return _not_read(d, 'left_out')
 
 @register_check('note', 'Files that are not images', 'Nothing, if you expect them there.')
 def _other_files(d): return _not_read(d, 'other_files')
+
+@register_check('warning', 'Links to folders that are read at another path',
+                'Nothing, if their pictures have the right label there. Else put the pictures themselves in.')
+def _repeated_folders(d): return _not_read(d, 'repeated_folders')
 
 @register_check('note', 'Hidden files and folders', 'Nothing: systems put them beside pictures, and they are not read.')
 def _hidden_files(d): return _not_read(d, 'hidden_files')

@@ -30,7 +30,7 @@ from .folders import folder_table
 from .sampler import PKDataLoader
 from .tables import check_match, encode_table, find_unreadable, hold_out, read_splits
 from .transforms import ResizeEach, person_tfms
-from ..images import check_pixel_range, measure_range
+from ..images import check_pixel_range, measure_range, printable
 
 # %% ../../nbs/data/10_loaders.ipynb #cc5ddde2
 class ReIDTarget(TensorBase):
@@ -170,7 +170,7 @@ def _drop_unreadable(df):
     "`df` without the files that cannot be read; prints what was left out"
     bad = find_unreadable(df.fn)
     if not bad: return df
-    names = ', '.join(str(fn) for fn in list(bad)[:3])
+    names = ', '.join(printable(fn) for fn in list(bad)[:3])
     print(f"Left out {len(bad)} of {len(df)} files that are not valid images or are cut off: {names}")
     return df[~df.fn.isin(bad)]
 

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from ..core import show_once
+from ..images import read_rgb
 from pyramidreid.synth.people import (
     BODY_HEIGHT,
     CLOTH_COLOURS,
@@ -401,7 +402,7 @@ def contact_sheet(
         for col,ax in enumerate(row):
             cam,index = cams[col//per_cam],col%per_cam
             images = files[pid].get(cam, [])
-            if index<len(images): ax.imshow(Image.open(images[index]))
+            if index<len(images): ax.imshow(read_rgb(images[index]))
             if pid==pids[0] and index==0: ax.set_title(f'camera {cam}', loc='left', fontsize=9)
             ax.set_xticks([])
             ax.set_yticks([])
