@@ -80,6 +80,10 @@ def _need_fn_and_pid(df):
 _types = dict(width='Int64', height='Int64', bytes='Int64', mode=object, digest=object, reason=object,
               low='Float64', high='Float64')
 
+def _file_text(fn):
+    "The name of a file as text that pandas can hold: it cannot hold bytes that are not UTF-8"
+    return str(fn) if str(fn).isprintable() else repr(str(fn))
+
 def _split_name(split):
     "'train', 'query' or 'gallery' as `Role.of` reads it; any other value as it is, None if it is blank"
     try: return Role.of(split).name.lower()
@@ -101,7 +105,7 @@ def inspect_table(
     d['distractor'] = _is_distractor(d)
     facts = _read_all_facts(d.fn.tolist()) if files else pd.DataFrame(index=d.index, columns=_file_columns)
     d[_file_columns] = facts.astype(_types)
-    d['picture'] = d.digest.where(d.digest.notna(), d.fn.map(str))
+    d['picture'] = d.digest.where(d.digest.notna(), pd.Series(map(_file_text, d.fn), index=d.index, dtype=object))
     return d
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #4a7c46e4
@@ -195,7 +199,7 @@ def _number_and_text(d):
 def _listed_twice(d):
     repeated = d[d.duplicated('fn', keep=False)]
     repeated = repeated[~_is_left_out(repeated)]
-    return repeated.sort_values('fn', key=lambda fn: fn.map(str), kind='stable')
+    return repeated.sort_values('fn', key=lambda fn: fn.map(_file_text), kind='stable')
 
 def _is_left_out(rows):
     "Which rows are of a file that is once a query and once in the gallery, with one camera? Rankings leave it out"

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core import ReIDWarning
 from .tables import queries_and_gallery
-from ..images import survey_folder
+from ..images import escape_bytes, survey_folder
 
 # %% ../../nbs/data/02_folders.ipynb #26b716f9
 _SPLIT_WORDS = dict(
@@ -80,8 +80,9 @@ def _roles_by_name(path, tops, given):
 
 # %% ../../nbs/data/02_folders.ipynb #faa70eed
 def _normalise(name):
-    "`name` with accents encoded in one way: a Mac writes é as two characters, other systems as one"
-    return unicodedata.normalize('NFC', name)
+    """`name` with accents encoded in one way: a Mac writes é as two characters, other systems as one.
+    Bytes that are not UTF-8, for which pandas has no text, become escapes"""
+    return unicodedata.normalize('NFC', escape_bytes(name))
 
 def _check_given(path, splits, folders):
     "`splits` with its folders as they are spelled on the disk"
