@@ -364,7 +364,7 @@ def test_survey_folder(tree):
     found = survey_folder(tree('a/0.jpg','a/1.HEIC','b/c/2.png','b/notes.txt','d/.x', *JUNK))
     assert {kind:[o.name for o in paths] for kind,paths in found.items()}==dict(
         image=['0.jpg','2.png'], unreadable=['1.HEIC'], other=['notes.txt'], folder=['a','ann','b','c','bob','d'],
-        hidden=['.DS_Store','.git','@eaDir','__MACOSX','@eaDir','Thumbs.db','.x'])
+        hidden=['.DS_Store','.git','@eaDir','__MACOSX','@eaDir','Thumbs.db','.x'], repeated=[])
 
 NOT_READ = dict(loose_images=('cover.jpg',), unknown_formats=('bob/9.heic','cyd/0.HEIC'), empty_folders=('cyd','dan'),
                 other_files=('docs/readme.txt',), hidden_files=('.DS_Store',))

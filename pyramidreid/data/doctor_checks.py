@@ -39,7 +39,7 @@ def _read_facts(fn):
         mode = f'{image.mode}, 16 bits' if kind=='colour' else image.mode
         low,high = (values.min().item(),values.max().item()) if kind=='grey' else (None,None)
         return *rgb.size,mode,n_bytes,digest.hexdigest(),None,low,high
-    except FileNotFoundError: reason = 'no such file'
+    except FileNotFoundError: reason = 'is a directory' if os.path.isdir(fn) else 'no such file'
     except UnidentifiedImageError: reason = 'not a known image format' if n_bytes else 'empty file'
     except Exception as e: # whatever a decoder raises
         cause = e.__cause__ or e
