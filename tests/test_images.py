@@ -27,7 +27,7 @@ from pyramidreid.images import (
     is_rotated,
     load_pixels,
     measure_range,
-    open_picture,
+    open_image_file,
     printable,
     read_rgb,
     survey_folder,
@@ -583,4 +583,4 @@ def test_a_forked_process_does_not_wait_for_a_thread_that_is_not_there(tmp_path)
 
 def test_open_picture_gives_the_unloaded_image(tmp_path):
     Image.fromarray(noise(8, 12)).save(tmp_path/'a.png')
-    with open_picture(tmp_path/'a.png') as im: assert im.size==(12,8) and im.tile
+    with open_image_file(tmp_path/'a.png') as im: assert im.size==(12,8) and im.tile
