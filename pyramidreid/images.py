@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PILLOW_ERRORS', 'is_rotated', 'check_pixel_range', 'check_image', 'read_rgb', 'load_pixels', 'deep_kind',
-           'deep_values', 'measure_range', 'is_hidden', 'find_images', 'survey_folder']
+           'deep_values', 'measure_range', 'is_hidden', 'find_images', 'survey_folder', 'shown_text', 'plot_text']
 
 # %% ../nbs/01_images.ipynb #1a6e0003
 import math
@@ -298,3 +298,24 @@ def survey_folder(
             else: kind = 'unreadable' if _suffix(path) in _PICTURE_SUFFIXES else 'other'
         kinds[kind].append(Path(path))
     return {kind:sorted(paths) for kind,paths in kinds.items()}
+
+# %% ../nbs/01_images.ipynb #527282c5
+# Control characters, line breaks of Unicode, marks for the direction of writing, and bytes that are no UTF-8
+_UNSHOWN = re.compile('[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]')
+
+def _escaped(match): return match[0].encode('unicode_escape').decode()
+
+def shown_text(
+    text,            # A text, or anything that `str` makes one of
+    keep_lines=False # Keep line breaks and tabs, for a text of several lines?
+)->str:
+    "Return a text with all characters that a terminal would obey written as escapes"
+    if not keep_lines: return _UNSHOWN.sub(_escaped, str(text))
+    return _UNSHOWN.sub(lambda match: match[0] if match[0] in '\n\t' else _escaped(match), str(text))
+
+def plot_text(
+    text,            # As for `shown_text`
+    keep_lines=False # As for `shown_text`
+)->str:
+    "Return a text that Matplotlib draws as it is: without control characters, and with `$` as a dollar"
+    return shown_text(text, keep_lines).replace('$', r'\$')

@@ -7,6 +7,7 @@ __all__ = ['open_image', 'check_items', 'kept_size', 'decode_images', 'ImageCach
 
 # %% ../../nbs/data/09_cache.ipynb #1546d994
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -110,6 +111,7 @@ class _Contents(NamedTuple):
     resized:bool # Were the images resized to a model's input?
     offset:int   # Byte of the file at which the images begin
     pixel_range:list|str|None # Values of black and white of pictures with more than 8 bits; 'unknown' in old caches
+    checksum:str=''           # Of the file's header, which tells what the images were made from
 
 def _header(shape, stamps, resized, pixel_range):
     "The first bytes of a cache file"
@@ -135,7 +137,9 @@ def _read_header(file):
     offset = 8+length
     if file.stat().st_size!=offset+np.prod(shape): return None
     pixel_range = json.loads(metadata.get('pixel_range', '"unknown"'))
-    return _Contents(shape, json.loads(metadata['made_of']), json.loads(metadata['resized']), offset, pixel_range)
+    checksum = hashlib.sha256(json.dumps(header).encode()).hexdigest()
+    return _Contents(shape, json.loads(metadata['made_of']), json.loads(metadata['resized']), offset, pixel_range,
+                     checksum)
 
 # %% ../../nbs/data/09_cache.ipynb #992d62ca
 def _height_width(size): return (size,size) if isinstance(size, int) else tuple(size)
@@ -172,6 +176,7 @@ class ImageCache:
         why = self._why_unusable(found, stamps, size)
         if why: found = self._decode(stamps, size, why)
         self.shape,self.resized,self.offset = found.shape,found.resized,found.offset
+        self.checksum = found.checksum
         if self.file: self._map()
         self.rows = {fn:i for i,fn in enumerate(found.stamps)}
 
@@ -267,6 +272,18 @@ def __getstate__(self:ImageCache):
 def __setstate__(self:ImageCache,
     state:dict # From `__getstate__`
 ):
-    "Open the file again"
+    "Open the file again. Raises `ValueError` if other images are in it now"
     vars(self).update(state)
-    if self.file: self._map()
+    if not self.file: return
+    self._check_unchanged()
+    self._map()
+
+@patch
+def _check_unchanged(self:ImageCache):
+    "Raise a `ValueError` unless the file holds the images that this cache was made with, in the same rows"
+    found = _read_header(self.file)
+    same = found and (found.shape,found.offset,list(found.stamps))==(self.shape,self.offset,list(self.rows))
+    checksum = getattr(self, 'checksum', '') # Caches pickled by earlier versions have none
+    if same and checksum in ('',found.checksum): return
+    raise ValueError(f"{self.file} was written again since this cache was pickled, and holds other images now. "
+                     "Make the loaders, and with them the cache, again")

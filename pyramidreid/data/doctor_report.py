@@ -23,7 +23,7 @@ from .doctor_checks import images_of_people, inspect_table, none_for_missing, ru
 from .folders import folder_table
 from .registry import dataset_variants, reid_sets
 from .tables import unique_sorted_ids
-from ..images import find_images
+from ..images import find_images, shown_text
 
 # %% ../../nbs/data/12_doctor_report.ipynb #e9578d4e
 def _ordered_splits(splits):
@@ -131,8 +131,8 @@ def __repr__(self:DataReport):
         splits,cameras = self._tables()
         lines += ['', splits.to_string(), _footnote, '', 'Images by camera', cameras.to_string()]
     lines += ['', self._verdict()]
-    for name,finding in self.findings.iterrows(): lines += ['', *_finding_text(name, finding)]
-    return '\n'.join(lines)
+    for name,finding in self.findings.iterrows(): lines += ['', *map(shown_text, _finding_text(name, finding))]
+    return shown_text('\n'.join(lines), keep_lines=True)
 
 # %% ../../nbs/data/12_doctor_report.ipynb #07c7bea2
 _severity_colours = dict(error='#c0392b', warning='#b7791f', note='#6b7280')

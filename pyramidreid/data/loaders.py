@@ -30,7 +30,7 @@ from .folders import folder_table
 from .sampler import PKDataLoader
 from .tables import check_match, encode_table, find_unreadable, hold_out, read_splits
 from .transforms import ResizeEach, person_tfms
-from ..images import check_pixel_range, measure_range
+from ..images import check_pixel_range, measure_range, plot_text
 
 # %% ../../nbs/data/10_loaders.ipynb #cc5ddde2
 class ReIDTarget(TensorBase):
@@ -43,7 +43,8 @@ class ReIDLabel(tuple):
         **kwargs):
         "Write person and camera above an image"
         pid,cam = self
-        ctx.set_title(f'pid {pid}' if cam is None else f'pid {pid} · cam {cam}', fontsize=8)
+        text = f'pid {pid}' if cam is None else f'pid {pid} · cam {cam}'
+        ctx.set_title(plot_text(text), fontsize=8)
         return ctx
 
 # %% ../../nbs/data/10_loaders.ipynb #fd6797ea
@@ -228,6 +229,14 @@ def _opener(pixel_range, df):
 # %% ../../nbs/data/10_loaders.ipynb #5b95440b
 class ReIDDataLoaders(DataLoaders):
     "Training images in P×K or random batches, and query and gallery in one validation loader"
+    @property
+    def device(self):
+        "Device of the batches, as a `torch.device` however it was given"
+        return self._device
+
+    @device.setter
+    def device(self, d): DataLoaders.device.fset(self, d if d is None else torch.device(d))
+
     @property
     def pixel_range(self):
         "Values of black and white of pictures with more than 8 bits, None if there are none"

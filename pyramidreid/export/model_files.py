@@ -181,7 +181,7 @@ def _write_weights(net, about, file):
     weights = shareable_weights(net.model.state_dict(), 'The model')
     with atomic_write(file) as partial_file:
         save_file({name: tensor.contiguous() for name,tensor in weights.items()}, partial_file)
-        model = copy.deepcopy(net.model) if about['arch_from']=='own' else None
+        model = copy.deepcopy(net.model) if about['arch_from']=='own' else _build_model(about)
         try: again = _load_embedder(about, partial_file, model=model)
         except ValueError as e:
             raise ValueError(f"This learner's backbone differs from {about['arch']} as built by its name: it was "
@@ -323,8 +323,9 @@ class Embedder(BaseEmbedder):
 
 def _load_embedder(about, file, device='cpu', arch=None, model=None):
     "The `Embedder` of a description and a file of weights, which `model` is given, or a new model"
-    _check_file(about, file)
-    if model is None: model = _build_model(about, arch)
+    if model is None:
+        _check_file(about, file)
+        model = _build_model(about, arch)
     _load_weights(model, read_weights(file), file)
     model.history = described_history(about)
     embedder = Embedder(model, about, device)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..images import load_pixels
+from ..images import load_pixels, shown_text
 from ..models.history import described_history, is_history, trained_on
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #7df0ed7f
@@ -45,7 +45,7 @@ class BaseEmbedder:
         h,w = self.size
         network = f"{self.about['arch']} at {h}×{w}, {self.emb_sz} dimensions"
         trained = trained_on(described_history(self.about))
-        return f"{type(self).__name__}: {network}, trained on {trained}, fingerprint {self.fingerprint}"
+        return shown_text(f"{type(self).__name__}: {network}, trained on {trained}, fingerprint {self.fingerprint}")
 
     def embed(self,
         items, # Paths of files, PIL images or uint8 RGB arrays (H, W, 3); or a single one
