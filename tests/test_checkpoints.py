@@ -389,6 +389,7 @@ def test_a_fit_that_ended_with_an_error_is_not_a_finished_one(make_learner):
 def test_keep_at_least_one():
     with pytest.raises(ValueError, match='at least one'): Checkpoints(keep=0)
 
+@pytest.mark.slow # Compiling takes longer than the training
 def test_a_run_of_a_compiled_model_is_resumed_by_a_plain_one(make_learner, capsys):
     "The checkpoint has the names, and the description of the run, of the model inside"
     compiled = make_learner()
