@@ -111,6 +111,37 @@ def test_a_pickle_holds_the_images_or_the_name_of_the_file(own, tmp_path, on_dis
     data = pickle.dumps(cache)
     assert torch.equal(pickle.loads(data)[[2,1]], cache[[2,1]]) and (len(data)<10000)==on_disk
 
+def without_checksum(cache):
+    "As it was pickled by earlier versions"
+    del cache.checksum
+    return cache
+
+@pytest.mark.parametrize('pickled', [lambda cache: cache, without_checksum], ids=['now','earlier'])
+def test_a_pickle_of_a_file_that_was_written_again_is_refused(own, tmp_path, pickled):
+    "The rows would be those of other people"
+    data = pickle.dumps(pickled(ImageCache(own[:4], file=tmp_path/'c')))
+    assert len(pickle.loads(data))==4
+    (tmp_path/'c').unlink()
+    ImageCache(own[:1:-1], file=tmp_path/'c') # four others, of the same size
+    with pytest.raises(ValueError, match='c was written again since this cache was pickled'): pickle.loads(data)
+    (tmp_path/'c').unlink()
+    ImageCache(own[:4], file=tmp_path/'c')
+    assert torch.equal(pickle.loads(data)[[3]], all_pixels(own[3:4]))
+
+def test_a_pickle_of_images_that_changed_is_refused(own, tmp_path):
+    data = pickle.dumps(ImageCache(own, file=tmp_path/'c'))
+    shutil.copy(own[1], own[0])
+    ImageCache(own, file=tmp_path/'c')
+    with pytest.raises(ValueError, match='written again'): pickle.loads(data)
+
+def test_what_a_killed_run_left_is_removed(own, tmp_path):
+    left = tmp_path/'.partial-x'
+    left.mkdir()
+    (left/'images.safetensors').write_bytes(b'half')
+    (left/'.lock').touch() # which nobody holds
+    ImageCache(own, file=tmp_path/'c')
+    assert names_in(tmp_path)==['c','own']
+
 def test_nothing_and_what_is_not_a_file():
     with pytest.raises(ValueError, match='no images'): ImageCache([])
     with pytest.raises(ValueError, match='Only files.*ndarray'): ImageCache([np.zeros((4,4,3), np.uint8)])

@@ -7,6 +7,7 @@ __all__ = ['open_image', 'check_items', 'kept_size', 'decode_images', 'ImageCach
 
 # %% ../../nbs/data/09_cache.ipynb #1546d994
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from pyramidreid.images import (
     is_access_error,
     is_rotated,
     name_picture_errors,
-    open_picture,
+    open_image_file,
     read_rgb,
 )
 
@@ -81,7 +82,7 @@ def kept_size(
     "Return the size at which the images are kept"
     first = None
     for fn in fns:
-        with _name_errors(fn),open_picture(fn) as im:
+        with _name_errors(fn),open_image_file(fn) as im:
             stored,rotated = im.size[::-1],is_rotated(im)
         first = first or stored
         too_large = stored[0]>size[0] or stored[1]>size[1]
@@ -118,6 +119,7 @@ class _Contents(NamedTuple):
     resized:bool # Were the images resized to a model's input?
     offset:int   # Byte of the file at which the images begin
     pixel_range:list|str|None # Values of black and white of pictures with more than 8 bits; 'unknown' in old caches
+    checksum:str=''           # Of the file's header, which tells what the images were made from
 
 def _header(shape, stamps, resized, pixel_range):
     "The first bytes of a cache file"
@@ -143,7 +145,9 @@ def _read_header(file):
     offset = 8+length
     if file.stat().st_size!=offset+np.prod(shape): return None
     pixel_range = json.loads(metadata.get('pixel_range', '"unknown"'))
-    return _Contents(shape, json.loads(metadata['made_of']), json.loads(metadata['resized']), offset, pixel_range)
+    checksum = hashlib.sha256(json.dumps(header).encode()).hexdigest()
+    return _Contents(shape, json.loads(metadata['made_of']), json.loads(metadata['resized']), offset, pixel_range,
+                     checksum)
 
 # %% ../../nbs/data/09_cache.ipynb #992d62ca
 def _height_width(size): return (size,size) if isinstance(size, int) else tuple(size)
@@ -180,6 +184,7 @@ class ImageCache:
         why = self._why_unusable(found, stamps, size)
         if why: found = self._decode(stamps, size, why)
         self.shape,self.resized,self.offset = found.shape,found.resized,found.offset
+        self.checksum = found.checksum
         if self.file: self._map()
         self.rows = {fn:i for i,fn in enumerate(found.stamps)}
 
@@ -233,7 +238,7 @@ def _has_range(self:ImageCache, found):
     "Were the pictures scaled by this cache's range? Old caches do not say: they took the upper 8 bits of 16"
     if found.pixel_range!='unknown': return check_pixel_range(found.pixel_range)==self.pixel_range
     first = next(iter(found.stamps))
-    with _name_errors(first),open_picture(first) as im:
+    with _name_errors(first),open_image_file(first) as im:
         return self.pixel_range is None and not deep_kind(im)
 
 # %% ../../nbs/data/09_cache.ipynb #e42d8cd0
@@ -275,6 +280,18 @@ def __getstate__(self:ImageCache):
 def __setstate__(self:ImageCache,
     state:dict # From `__getstate__`
 ):
-    "Open the file again"
+    "Open the file again. Raises `ValueError` if other images are in it now"
     vars(self).update(state)
-    if self.file: self._map()
+    if not self.file: return
+    self._check_unchanged()
+    self._map()
+
+@patch
+def _check_unchanged(self:ImageCache):
+    "Raise a `ValueError` unless the file holds the images that this cache was made with, in the same rows"
+    found = _read_header(self.file)
+    same = found and (found.shape,found.offset,list(found.stamps))==(self.shape,self.offset,list(self.rows))
+    checksum = getattr(self, 'checksum', '') # Caches pickled by earlier versions have none
+    if same and checksum in ('',found.checksum): return
+    raise ValueError(f"{self.file} was written again since this cache was pickled, and holds other images now. "
+                     "Make the loaders, and with them the cache, again")

@@ -21,7 +21,7 @@ from PIL import UnidentifiedImageError
 from ..core import Role, with_progress
 from .registry import count_split, reid_sets
 from .tables import is_junk, several_spellings
-from ..images import deep_kind, deep_values, measure_range, open_picture, printable, read_rgb
+from ..images import deep_kind, deep_values, measure_range, open_image_file, read_rgb, shown_text
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #09845d84
 _file_columns = ['width','height','mode','bytes','digest','reason','low','high']
@@ -31,7 +31,7 @@ def _read_facts(fn):
     n_bytes = None
     try:
         n_bytes = os.path.getsize(fn)
-        with open_picture(fn) as image:
+        with open_image_file(fn) as image:
             kind,rgb = deep_kind(image),read_rgb(image, pixel_range='own')
             values = deep_values(image) if kind=='grey' else np.asarray(rgb)
             digest = hashlib.sha1(b'%dx%d ' % rgb.size)
@@ -43,7 +43,7 @@ def _read_facts(fn):
     except UnidentifiedImageError: reason = 'not a known image format' if n_bytes else 'empty file'
     except Exception as e: # whatever a decoder raises
         cause = e.__cause__ or e
-        reason = printable(getattr(cause, 'strerror', None) or cause) or type(cause).__name__
+        reason = shown_text(getattr(cause, 'strerror', None) or cause) or type(cause).__name__
     return None,None,None,n_bytes,None,reason,None,None
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #56895c44
@@ -134,7 +134,7 @@ def register_check(
     return register
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #7a9a482a
-def _short_path(fn): return printable('/'.join(Path(str(fn)).parts[-2:]))
+def _short_path(fn): return shown_text('/'.join(Path(str(fn)).parts[-2:]))
 
 def _describe(rows, by):
     "A text for each row, or for each group of rows with equal values in the column `by`"

@@ -24,7 +24,7 @@ from .doctor_checks import images_of_people, inspect_table, none_for_missing, ru
 from .folders import folder_table
 from .registry import dataset_variants, reid_sets
 from .tables import unique_sorted_ids
-from ..images import find_images, printable
+from ..images import find_images, shown_text
 
 # %% ../../nbs/data/12_doctor_report.ipynb #e9578d4e
 def _ordered_splits(splits):
@@ -117,8 +117,6 @@ def _verdict(self:DataReport):
     return ', '.join(f"{n} {severity}{'' if n==1 else 's'}" for n,severity in found) or 'No findings.'
 
 # %% ../../nbs/data/12_doctor_report.ipynb #9c6643b4
-def _printable_lines(text): return '\n'.join(map(printable, text.split('\n')))
-
 def _finding_text(name, finding):
     "Lines about a finding for a terminal"
     indent = ' '*9
@@ -134,8 +132,8 @@ def __repr__(self:DataReport):
         splits,cameras = self._tables()
         lines += ['', splits.to_string(), _footnote, '', 'Images by camera', cameras.to_string()]
     lines += ['', self._verdict()]
-    for name,finding in self.findings.iterrows(): lines += ['', *_finding_text(name, finding)]
-    return _printable_lines('\n'.join(lines))
+    for name,finding in self.findings.iterrows(): lines += ['', *map(shown_text, _finding_text(name, finding))]
+    return shown_text('\n'.join(lines), keep_lines=True)
 
 # %% ../../nbs/data/12_doctor_report.ipynb #07c7bea2
 _severity_colours = dict(error='#c0392b', warning='#b7791f', note='#6b7280')
@@ -158,7 +156,7 @@ def _repr_html_(self:DataReport):
         parts += [splits.to_html(), f'<p><small>{_footnote}</small></p>', '<p>Images by camera</p>', cameras.to_html()]
     findings = [_finding_html(name, finding) for name,finding in self.findings.iterrows()]
     html = ''.join([*parts, f'<p>{self._verdict()}</p>', '<table>', *findings, '</table>'])
-    return _printable_lines(html)
+    return shown_text(html, keep_lines=True)
 
 # %% ../../nbs/data/12_doctor_report.ipynb #9e995cc2
 def _records(df): return none_for_missing(df).rename(columns=str).to_dict('records')
