@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from fastai.vision.all import Callback, Flip, PILImage, TensorImage, Transform, load_learner, set_seed, tensor
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from safetensors.numpy import load_file
 
 import pyramidreid.data.cache
+import pyramidreid.images
 from pyramidreid.data.cache import ImageCache, check_items, decode_images, open_image
 from pyramidreid.data.datasets import market_table
 from pyramidreid.data.loaders import CachedDatasets, ReIDDataLoaders
@@ -108,6 +110,37 @@ def test_a_pickle_holds_the_images_or_the_name_of_the_file(own, tmp_path, on_dis
     cache = ImageCache(own, file=tmp_path/'c' if on_disk else None)
     data = pickle.dumps(cache)
     assert torch.equal(pickle.loads(data)[[2,1]], cache[[2,1]]) and (len(data)<10000)==on_disk
+
+def without_checksum(cache):
+    "As it was pickled by earlier versions"
+    del cache.checksum
+    return cache
+
+@pytest.mark.parametrize('pickled', [lambda cache: cache, without_checksum], ids=['now','earlier'])
+def test_a_pickle_of_a_file_that_was_written_again_is_refused(own, tmp_path, pickled):
+    "The rows would be those of other people"
+    data = pickle.dumps(pickled(ImageCache(own[:4], file=tmp_path/'c')))
+    assert len(pickle.loads(data))==4
+    (tmp_path/'c').unlink()
+    ImageCache(own[:1:-1], file=tmp_path/'c') # four others, of the same size
+    with pytest.raises(ValueError, match='c was written again since this cache was pickled'): pickle.loads(data)
+    (tmp_path/'c').unlink()
+    ImageCache(own[:4], file=tmp_path/'c')
+    assert torch.equal(pickle.loads(data)[[3]], all_pixels(own[3:4]))
+
+def test_a_pickle_of_images_that_changed_is_refused(own, tmp_path):
+    data = pickle.dumps(ImageCache(own, file=tmp_path/'c'))
+    shutil.copy(own[1], own[0])
+    ImageCache(own, file=tmp_path/'c')
+    with pytest.raises(ValueError, match='written again'): pickle.loads(data)
+
+def test_what_a_killed_run_left_is_removed(own, tmp_path):
+    left = tmp_path/'.partial-x'
+    left.mkdir()
+    (left/'images.safetensors').write_bytes(b'half')
+    (left/'.lock').touch() # which nobody holds
+    ImageCache(own, file=tmp_path/'c')
+    assert names_in(tmp_path)==['c','own']
 
 def test_nothing_and_what_is_not_a_file():
     with pytest.raises(ValueError, match='no images'): ImageCache([])
@@ -263,9 +296,62 @@ def test_an_unreadable_image_is_named(own, where, kind):
     half = own[4].read_bytes()[:-800]
     if kind=='missing': own[4].unlink()
     else: own[4].write_bytes(dict(empty=b'', text=b'dear diary', half=half)[kind])
-    message = f"{own[4].name} is not a valid image.*on_bad='skip'"
+    what = 'No such file.*{}' if kind=='missing' else '{} is not a valid image'
+    message = what.format(own[4].name)+".*, or pass on_bad='skip'"
     assert_fails_and_changes_nothing(own, where, OSError, message)
     with pytest.raises(OSError, match=own[4].name): ImageCache(own)
+
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 128\n%%EndComments\nshowpage\n'
+
+def test_no_crop_starts_ghostscript(own, where, monkeypatch):
+    "As a file, as bytes or as an open file, for training and for a cache"
+    started = []
+    def record(*args, **kwargs):
+        started.append(args)
+        return Image.new('RGB', (64,128)).im
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', record)
+    own[4].write_bytes(EPS)
+    for crop in (own[4], str(own[4]), EPS, io.BytesIO(EPS)):
+        with pytest.raises(OSError, match="is not a valid image, or is cut off.*on_bad='skip'"): open_image(crop)
+    assert_fails_and_changes_nothing(own, where, OSError, f"{own[4].name} is not a valid image.*on_bad='skip'")
+    assert not started
+
+def test_bytes_and_open_files_are_images(files):
+    data = files[0].read_bytes()
+    for image in (data, io.BytesIO(data)): assert np.array_equal(open_image(image), Image.open(files[0]))
+
+def test_a_picture_that_is_too_large_is_not_decoded(own, where, monkeypatch):
+    monkeypatch.setattr(pyramidreid.images, 'MAX_PIXELS', 60*60)
+    Image.new('RGB', (70,60)).save(own[4])
+    message = f"{own[4].name} has 70×60 pixels, more than the 3,600 allowed.*, or pass on_bad='skip'"
+    with pytest.raises(OSError, match=message): open_image(own[4])
+    assert_fails_and_changes_nothing([own[4]], where, OSError, message)
+
+def test_a_pipe_is_not_waited_for(own, where):
+    if not hasattr(os, 'mkfifo'): pytest.skip('no FIFOs here')
+    own[4].unlink()
+    os.mkfifo(own[4])
+    writer = os.open(own[4], os.O_RDWR)
+    timer = threading.Timer(2, os.close, [writer]) # whoever waits reads an empty file then
+    timer.start()
+    assert_fails_and_changes_nothing(own, where, OSError, f'{own[4].name} is not a regular file but a pipe')
+    timer.join()
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(own, monkeypatch):
+    "`on_bad='skip'` is no help: it would leave out what may be a good picture"
+    def refused(file, *args, **kwargs): raise PermissionError(13, 'Permission denied', str(file))
+    monkeypatch.setattr(Image, 'open', refused)
+    for read in (open_image, lambda file: ImageCache([file])):
+        with pytest.raises(PermissionError, match=f'{own[0].name} cannot be read') as e: read(own[0])
+        assert 'on_bad' not in str(e.value)
+
+def test_names_that_are_not_utf_8(own, where):
+    latin = own[0].with_name(os.fsdecode(b'caf\xe9.jpg'))
+    try: own[0].rename(latin)
+    except OSError: pytest.skip('this file system knows UTF-8 only')
+    ImageCache([latin], file=where)
+    cache = ImageCache([latin], file=where) # read again
+    assert torch.equal(cache[cache.find([latin])], all_pixels([latin]))
 
 def test_a_full_disk(own, where, monkeypatch):
     class Full(io.FileIO):

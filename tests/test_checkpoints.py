@@ -389,11 +389,23 @@ def test_a_fit_that_ended_with_an_error_is_not_a_finished_one(make_learner):
 def test_keep_at_least_one():
     with pytest.raises(ValueError, match='at least one'): Checkpoints(keep=0)
 
+@pytest.mark.slow # Compiling takes longer than the training
+def test_a_run_of_a_compiled_model_is_resumed_by_a_plain_one(make_learner, capsys):
+    "The checkpoint has the names, and the description of the run, of the model inside"
+    compiled = make_learner()
+    compiled.model = torch.compile(compiled.model, backend='eager')
+    pull(lambda cbs: compiled.fit(2, cbs=cbs), Checkpoints())
+    plain = make_learner(path=compiled.path)
+    plain.fit(2, cbs=Checkpoints(resume=True))
+    out = capsys.readouterr().out
+    assert 'Resumed from checkpoints/1-0001.pth: 1 of 2 epochs are done' in out
+
 def test_leftovers_of_a_kill_are_removed(make_learner, done):
     learn,_ = done
     left = learn.path/'checkpoints/.partial-x'
     left.mkdir()
     (left/'1-0003.pth').write_bytes(b'half')
+    (left/'.lock').touch() # which nobody holds
     make_learner(path=learn.path).fit(2, cbs=Checkpoints(resume=True))
     assert not left.exists()
 

@@ -304,18 +304,33 @@ def test_sigterm_to_a_process(desk):
     assert not partial_files(desk.folder/'ended')
 
 @unix
-@pytest.mark.parametrize('number,code', [(signal.SIGINT,130),(signal.SIGTERM,143)], ids=['int','term'])
-def test_interrupted_while_embedding(desk, number, code):
+@pytest.mark.parametrize('name,code', [('SIGINT',130),('SIGTERM',143),('SIGHUP',129)])
+def test_interrupted_while_embedding(desk, name, code):
     file = desk.folder/f'big-{code}.npz'
     args = ['embed','person.onnx',*['people/query']*1000,'--out',file.name]
     process = subprocess.Popen([*PROGRAM,*args], cwd=desk.folder, env=env, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     assert 'Embedding 24,000 images' in process.stdout.readline()
     time.sleep(.2)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     _,err = process.communicate(timeout=60)
     assert process.returncode==code and 'Traceback' not in err, err
     assert not file.exists() and not partial_files(desk.folder)
+
+@unix
+def test_nohup_is_respected():
+    "A signal that is ignored stays ignored, and the handlers of before come back"
+    from pyramidreid.cli.frame import _exit_on_signals
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _exit_on_signals(): os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP)==signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(SystemExit, match='129'), _exit_on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(1)
+        assert signal.getsignal(signal.SIGHUP)==signal.SIG_DFL
+    finally: signal.signal(signal.SIGHUP, before)
 
 @unix
 @pytest.mark.slow

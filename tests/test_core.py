@@ -1,12 +1,23 @@
 "Roles, optional dependencies, atomic writes and progress bars"
 import os
+import signal
+import subprocess
 import sys
+import time
 import types
 
 import pytest
 
 from pyramidreid import core
-from pyramidreid.core import Role, atomic_write, flush_to_disk, require_extra, with_progress
+from pyramidreid.core import (
+    Role,
+    atomic_write,
+    flush_to_disk,
+    partial_folder,
+    remove_leftovers,
+    require_extra,
+    with_progress,
+)
 
 # roles
 
@@ -56,6 +67,73 @@ def test_a_failed_block_changes_nothing(tmp_path, error, old):
 def test_a_block_that_writes_nothing_fails(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path/'f.txt'): pass
     assert not os.listdir(tmp_path)
+
+KILLED = """
+import os, signal, sys
+from pyramidreid.core import atomic_write
+with atomic_write(sys.argv[1]) as tmp:
+    tmp.write_text('half')
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+@pytest.mark.skipif(os.name=='nt', reason='Windows has no SIGKILL')
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    "Of whatever file of the folder; what is being written stays, in this process and in another"
+    with atomic_write(tmp_path/'mine') as mine:
+        mine.write_text('mine')
+        killed = subprocess.run([sys.executable,'-c',KILLED,tmp_path/'cache'])
+        assert killed.returncode==-signal.SIGKILL and len(list(tmp_path.glob('.partial-*/cache')))==1
+        with atomic_write(tmp_path/'other') as other:
+            other.write_text('other')
+            assert not list(tmp_path.glob('.partial-*/cache'))
+        remove = f"from pyramidreid.core import remove_leftovers\nremove_leftovers({str(tmp_path)!r})"
+        subprocess.run([sys.executable,'-c',remove], check=True)
+    assert sorted(os.listdir(tmp_path))==['mine','other']
+
+def make_leftover(folder, age, name='.partial-x'):
+    "A partial folder of an earlier version, in which something was written `age` seconds ago"
+    path = folder/name
+    path.mkdir()
+    (path/'half').write_text('half')
+    then = time.time()-age
+    for o in (path/'half', path): os.utime(o, (then,then))
+    return path
+
+def test_leftovers_without_a_lock_wait_for_a_day(tmp_path):
+    old,new = make_leftover(tmp_path, 90_000, '.partial-old'),make_leftover(tmp_path, 80_000, '.partial-new')
+    remove_leftovers(tmp_path)
+    assert not old.exists() and (new/'half').exists()
+
+def test_nothing_but_leftovers_is_removed(tmp_path):
+    "No file, no folder of another name, and nothing that a link leads to"
+    target = make_leftover(tmp_path, 90_000, 'target')
+    (tmp_path/'.partial-link').symlink_to(target)
+    (tmp_path/'.partial-file').write_text('')
+    make_leftover(tmp_path, 90_000, '.mine.tmp')
+    before = sorted(os.listdir(tmp_path))
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path))==before and (target/'half').exists()
+    remove_leftovers(tmp_path, '.mine.*')
+    assert not (tmp_path/'.mine.tmp').exists()
+
+def test_a_partial_folder_that_was_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    "Another process removes it between its making and its lock"
+    first,acquired = [],core._acquired
+    def slow(lock):
+        if first: return acquired(lock)
+        first.append(1)
+        for path in tmp_path.glob('.partial-*'): path.rmdir()
+        return False
+    monkeypatch.setattr(core, '_acquired', slow)
+    with partial_folder(tmp_path) as folder: (folder/'f').write_text('here')
+    assert first and not os.listdir(tmp_path)
+
+def test_without_locks_on_the_disk_a_day_must_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, '_acquired', lambda lock: None)
+    with atomic_write(tmp_path/'a') as a, atomic_write(tmp_path/'b') as b:
+        a.write_text('a')
+        b.write_text('b')
+    assert sorted(os.listdir(tmp_path))==['a','b']
 
 def test_the_content_is_flushed_before_the_file_is_moved(tmp_path, monkeypatch):
     "Or a power cut could leave the new name with no content"

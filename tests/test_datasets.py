@@ -1,8 +1,10 @@
 "The published datasets: each read from a tiny folder in its exact layout, and what goes wrong with real folders"
 import errno
 import inspect
+import os
 import re
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -521,6 +523,16 @@ def test_images_are_extracted_unchanged(mat, cells):
         assert {fn.name for fn in folder.glob('*.png')}==set(expected)
         for fn in folder.glob('*.png'): assert np.array_equal(np.array(Image.open(fn)), expected[fn.name])
     assert sorted(path.name for path in folder.parent.iterdir())==['detected','labeled']
+
+def test_a_killed_extraction_is_removed_by_the_next(mat):
+    "Images below a lock that nobody holds, and those of earlier versions after a day"
+    pngs = mat.parent/'cuhk-03-png'
+    for name in ('.partial-x/detected','.detected.0123abcd.tmp','.detected.now.tmp'): make_empty(pngs/name, 'half.png')
+    (pngs/'.partial-x/.lock').touch()
+    a_day_ago = time.time()-90_000
+    for path in (pngs/'.detected.0123abcd.tmp/half.png', pngs/'.detected.0123abcd.tmp'): os.utime(path, (a_day_ago,)*2)
+    extract_cuhk03(mat, progress=False)
+    assert sorted(path.name for path in pngs.iterdir())==['.detected.now.tmp','detected']
 
 @pytest.mark.parametrize('boxes,n_train', [('detected',4+10), ('labeled',4+8)])
 def test_the_new_protocol(mat, boxes, n_train):

@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 import pyramidreid.data.doctor_checks
 from pyramidreid.data.doctor_report import doctor
@@ -528,3 +529,65 @@ def test_published_datasets(folder, name, images, identities, junk):
     assert report.splits.identities.tolist()==identities
     assert report.splits.junk.gallery==junk
     assert report.findings.empty and report.images.reason.isna().all()
+
+# files from strangers
+
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 128\n%%EndComments\nshowpage\n'
+
+def test_files_from_strangers(market, monkeypatch):
+    "A program in PostScript, a pipe and a picture that would fill the memory are findings, and are not read"
+    started,decoded = [],[]
+    train = market/'bounding_box_train'
+    eps,pipe,large = (train/f'000{i}_c3s1_00000{i}_01.jpg' for i in (1,2,1))
+    large = large.with_suffix('.png')
+    eps.write_bytes(EPS)
+    Image.new('1', (13000,13000)).save(large)
+    os.mkfifo(pipe)
+    timer = threading.Timer(3, os.close, [os.open(pipe, os.O_RDWR)]) # whoever waits reads an empty file then
+    timer.start()
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *args, **kwargs: started.append(args))
+    load = PngImagePlugin.PngImageFile.load
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, 'load', lambda self: decoded.append(self.size) or load(self))
+    report = doctor(market, 'folder', pid_pat='(....)_', cam_pat='_c(.)', splits=dict(
+        bounding_box_train='train', query='query', bounding_box_test='gallery'))
+    timer.join()
+    why = dict(zip(report['unreadable'].fn.map(os.fspath), report['unreadable'].reason))
+    assert why.pop(str(eps))=='not a known image format'
+    assert 'is not a regular file but a pipe (FIFO): remove it' in why.pop(str(pipe))
+    assert 'has 13,000×13,000 pixels, more than' in why.pop(str(large))
+    assert not why and not started and not decoded
+
+def test_large_pictures_do_not_fill_the_memory(tmp_path, monkeypatch):
+    "Eight threads decode one at a time"
+    now,most,load = [],[],PngImagePlugin.PngImageFile.load
+    def slow_load(self):
+        now.append(1)
+        most.append(len(now))
+        time.sleep(.05)
+        now.pop()
+        return load(self)
+    files = [tmp_path/f'{i}.png' for i in range(6)]
+    for i,file in enumerate(files): Image.new('1', (2048,2049), i%2).save(file)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, 'load', slow_load)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 4)
+    report = doctor(pd.DataFrame(dict(fn=files, pid=list('aabbcc'))))
+    assert max(most)==1 and (report.images.width==2048).all()
+
+LATIN = os.fsdecode(b'caf\xe9.jpg')
+
+def test_names_that_are_not_utf_8_or_would_move_the_cursor(tmp_path):
+    "In the report they are escapes; JSON gives them back"
+    names = [LATIN, 'a\x1b[2J\n.jpg', 'c.jpg', 'd.jpg']
+    files = [tmp_path/'of'/name for name in names]
+    (tmp_path/'of').mkdir()
+    try:
+        for file in files: file.write_bytes(b'hello')
+    except OSError: pytest.skip('this file system does not take these names')
+    report = doctor(pd.DataFrame(dict(fn=files, pid=['ann','ann','bob','bob'])))
+    for text in (repr(report), report._repr_html_()):
+        assert r'of/caf\udce9.jpg (not a known' in text and r'of/a\x1b[2J\n.jpg (not a known' in text
+        assert text.encode() and '\x1b' not in text
+    content = json.loads(report.to_json(tmp_path/'report.json'))
+    assert content==json.loads((tmp_path/'report.json').read_text(encoding='utf-8'))
+    rows = next(finding['rows'] for finding in content['findings'] if finding['finding']=='unreadable')
+    assert [row['fn'] for row in rows]==[str(file) for file in files]

@@ -445,6 +445,9 @@ CHANGED = [
     (dict(n_parts='9'*10**6), "'n_parts' is '9"),
     (dict(size=[96]), "'size' is"),
     (dict(size=[10**6,10**6]), "'size' is"),
+    (dict(size=[8192,8192]), "'size' is"),
+    (dict(n_parts=96, levels=list(range(1,97)), emb_sz=16384), "'emb_sz' is 16384"),
+    (dict(std=[1,1,1e-300]), "'std' is"),
     (dict(std=[1,1,0]), "'std' is"),
     (dict(std=[1,1,10**400]), "'std' is"),
     (dict(mean=None), "'std' is"),
@@ -488,12 +491,53 @@ def test_a_changed_description_is_refused(exported, tmp_path, change, words):
 def test_a_description_cannot_fill_the_memory(exported, tmp_path, monkeypatch):
     "A head of 600 GB is refused before it is built, and text that is nested without end when it is read"
     from pyramidreid.export import model_files as export
-    folder = copied(exported, tmp_path/'m', n_parts=96, levels=list(range(1,97)), emb_sz=16384)
+    folder = copied(exported, tmp_path/'m', n_parts=96, levels=list(range(1,97)), emb_sz=225)
     monkeypatch.setattr(export, '_build_model', lambda about: pytest.fail('it was built'))
-    words = r'head.reduce.weight is \(21, 512, 16\), not \(4656, channels of the backbone, 16384\)'
+    words = r'head.reduce.weight is \(21, 512, 16\), not \(4656, channels of the backbone, 225\)'
     with pytest.raises(ValueError, match=words): load_embedder(folder)
     (folder/'model.json').write_text('['*100_000)
     with pytest.raises(ValueError, match='not valid JSON'): load_embedder(folder)
+    with open(folder/'model.json', 'ab') as f: f.truncate(10**12) # a file with a hole
+    with pytest.raises(ValueError, match='1,000,000,000,000 bytes'): load_embedder(folder)
+
+def devices_of_models(monkeypatch):
+    "A list to which the devices of each model are added that a description leads to"
+    from pyramidreid.export import model_files as export
+    devices,build = [],export._build_model
+    def watched(*args):
+        model = build(*args)
+        devices.append({tensor.device.type for tensor in model.state_dict().values()})
+        return model
+    monkeypatch.setattr(export, '_build_model', watched)
+    return devices
+
+def test_another_backbone_is_refused_without_memory_for_it(exported, tmp_path, monkeypatch):
+    "Names and shapes in the header are enough to see that the weights are of another model"
+    devices = devices_of_models(monkeypatch)
+    folder = copied(exported, tmp_path/'m', arch='wide_resnet101_2', arch_from='torchvision')
+    with pytest.raises(ValueError, match='does not fit the model that model.json describes, in [0-9]+ weights'):
+        load_embedder(folder)
+    assert devices==[{'meta'}]
+
+def test_a_header_without_channels_is_refused_without_memory(exported, tmp_path, monkeypatch):
+    "The head of this file has the right number of branches and dimensions, and no channels: 0 bytes"
+    from safetensors.torch import load_file, save_file
+    devices = devices_of_models(monkeypatch)
+    folder = copied(exported, tmp_path/'m', n_parts=96, levels=list(range(1,97)), emb_sz=225)
+    file, = folder.glob('*.safetensors')
+    save_file({**load_file(file), 'head.reduce.weight':torch.zeros(4656, 0, 225)}, file)
+    with pytest.raises(ValueError, match=r'head.reduce.weight is .*\(4656, 0, 225\), not'): load_embedder(folder)
+    assert devices==[{'meta'}]
+
+def test_models_of_other_threads_have_memory():
+    "While one thread makes a model without memory, another makes a usual one"
+    from concurrent.futures import ThreadPoolExecutor
+
+    from pyramidreid.export.model_files import _without_memory
+    with ThreadPoolExecutor(1) as pool, _without_memory():
+        assert nn.BatchNorm2d(2).running_mean.device.type=='meta'
+        assert pool.submit(nn.BatchNorm2d, 2).result().running_mean.tolist()==[0,0]
+    assert nn.BatchNorm2d(2).weight.tolist()==[1,1]
 
 def test_weights_that_are_no_numbers_are_refused(exported, make_learner, make_dls, tmp_path):
     "In a file whose fingerprint is right, and from a learner; one that diverged may load a shared model's again"

@@ -1,5 +1,6 @@
 "Folders of people: whose folder is it, which camera, which split, and what was not read"
 import itertools
+import os
 import re
 import unicodedata
 import warnings
@@ -363,7 +364,7 @@ def test_survey_folder(tree):
     found = survey_folder(tree('a/0.jpg','a/1.HEIC','b/c/2.png','b/notes.txt','d/.x', *JUNK))
     assert {kind:[o.name for o in paths] for kind,paths in found.items()}==dict(
         image=['0.jpg','2.png'], unreadable=['1.HEIC'], other=['notes.txt'], folder=['a','ann','b','c','bob','d'],
-        hidden=['.DS_Store','.git','@eaDir','__MACOSX','@eaDir','Thumbs.db','.x'])
+        hidden=['.DS_Store','.git','@eaDir','__MACOSX','@eaDir','Thumbs.db','.x'], repeated=[])
 
 NOT_READ = dict(loose_images=('cover.jpg',), unknown_formats=('bob/9.heic','cyd/0.HEIC'), empty_folders=('cyd','dan'),
                 other_files=('docs/readme.txt',), hidden_files=('.DS_Store',))
@@ -381,6 +382,26 @@ def test_what_was_not_read_is_counted(tree):
 
 def test_only_pictures_that_cannot_be_read(tree):
     with pytest.raises(FileNotFoundError, match='ann/0.heic'): folder_table(tree('ann/0.heic','ann/1.heic'))
+
+def test_a_folder_reached_twice_is_read_once_and_said(pictures):
+    top = pictures(*images('ann','bob'))
+    os.symlink(top/'ann', top/'bob'/'other', target_is_directory=True)
+    df,warned = read_quietly(top)
+    assert people_of(df)==dict(ann=2, bob=2)
+    assert warned==[f'{top}: not read: 1 link to a folder that is read at another path (bob/other)']
+    assert doctor(top)['repeated_folders'].which.tolist()==['bob/other']
+
+def test_people_whose_names_are_not_utf_8(pictures):
+    "A folder from a disk in Latin-1"
+    top = pictures(*images('ann','bob','cyd','dan'))
+    try: os.rename(top/'bob', top/os.fsdecode(b'Andr\xe9'))
+    except OSError: pytest.skip('this file system knows UTF-8 only')
+    df,_ = read_quietly(top)
+    assert people_of(df)=={'ann':2, r'Andr\xe9':2, 'cyd':2, 'dan':2}
+    report = doctor(top)
+    for text in (repr(report), report._repr_html_(), report.to_json()): assert text.encode()
+    dls = ReIDDataLoaders.from_folder(top, p=2, k=2, size=(32,16), num_workers=0)
+    assert dls.train.one_batch()[0].shape==(4,3,32,16)
 
 # The doctor
 

@@ -1,22 +1,36 @@
 "Pictures as a viewer shows them, in 8 bits, and errors that name what is wrong"
+import errno
+import io
 import itertools
+import math
 import os
+import re
 import struct
+import threading
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
+import pyramidreid
+from pyramidreid import images
 from pyramidreid.images import (
+    check_image,
     check_pixel_range,
     deep_kind,
     deep_values,
+    escape_bytes,
     find_images,
+    is_access_error,
     is_rotated,
     load_pixels,
     measure_range,
+    open_image_file,
     read_rgb,
+    survey_folder,
 )
 
 ORIENTATION = 0x0112
@@ -64,7 +78,7 @@ def scaled_by_hand(values, low, high):
     return np.stack([grey]*3, -1)
 
 THERMAL = np.random.default_rng(5).integers(7300, 8300, (32,16)) # counts of 14 bits
-DEEP = {'png':'uint16', 'tif':'uint16', 'jp2':'uint16', 'tiff':'int32', 'im':'float32', 'pgm':'int32'}
+DEEP = {'png':'uint16', 'tif':'uint16', 'jp2':'uint16', 'tiff':'int32', 'pfm':'float32', 'pgm':'int32'}
 
 @pytest.mark.parametrize('suffix,dtype', DEEP.items())
 def test_deep_grey_is_scaled_by_a_given_range(tmp_path, suffix, dtype):
@@ -274,7 +288,27 @@ def test_links_are_followed_but_not_in_a_circle(tmp_path):
     touch(tmp_path, 'a/a.jpg', 'b/b.jpg')
     for link,target in (('a/up','..'), ('a/self','.'), ('b/other','../a')):
         os.symlink(target, tmp_path/link, target_is_directory=True)
-    assert found(tmp_path)==['a/a.jpg', 'b/b.jpg', 'b/other/a.jpg']
+    assert found(tmp_path)==['a/a.jpg', 'b/b.jpg']
+
+def test_a_folder_reached_twice_is_read_once(tmp_path):
+    "At its own path if it has one below the folder; else through the first of the links to it"
+    inside,outside = tmp_path/'inside',tmp_path/'outside'
+    touch(inside, 'z/own.jpg')
+    touch(outside, 'deep/far.jpg')
+    links = dict(a=inside/'z', c=outside/'deep', b=outside, d='../outside', e='..')
+    for name,target in links.items(): os.symlink(target, inside/name, target_is_directory=True)
+    assert found(inside)==['b/deep/far.jpg', 'z/own.jpg']
+    survey = survey_folder(inside)
+    assert survey['repeated']==[inside/name for name in 'acd']
+    assert survey['folder']==[inside/name for name in ('b','b/deep','e','z')]
+
+def test_a_link_to_itself_does_not_refuse_the_folder(tmp_path):
+    touch(tmp_path, 'a.jpg')
+    for name in ('self.jpg','self'): os.symlink(name, tmp_path/name)
+    assert found(tmp_path)==['a.jpg','self.jpg']
+    assert survey_folder(tmp_path)['other']==[tmp_path/'self']
+    with pytest.raises(FileNotFoundError, match='no image file .*self.jpg: it links to itself'):
+        read_rgb(tmp_path/'self.jpg')
 
 def test_a_missing_folder_has_no_images(tmp_path): assert find_images(tmp_path/'none')==[]
 
@@ -286,6 +320,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     (tmp_path/'closed').mkdir()
     monkeypatch.setattr(os, 'scandir', closed) # permissions do not stop root
     with pytest.raises(PermissionError, match='closed'): find_images(tmp_path)
+
 # formats and EXIF data in the wild
 
 ROTATIONS = { # of the stored pixels, by EXIF orientation
@@ -376,3 +411,175 @@ def test_a_damaged_file_is_read_or_named(photo, tmp_path, suffix):
             named += 1
             assert str(file) in str(e)
     assert named
+
+# files from strangers
+
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 128\n%%EndComments\nshowpage\n'
+
+def test_no_picture_starts_ghostscript(tmp_path, monkeypatch):
+    started = []
+    def record(*args, **kwargs):
+        started.append(args)
+        return Image.new('RGB', (64,128)).im
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', record)
+    crop = tmp_path/'crop.jpg'
+    crop.write_bytes(EPS)
+    for reader in (read_rgb, deep_values, lambda file: load_pixels([file], (8,4))):
+        with pytest.raises(OSError, match='crop.jpg is not a valid image'): reader(crop)
+    with pytest.raises(OSError, match='image is not a valid image'): read_rgb(io.BytesIO(EPS))
+    with pytest.raises(OSError, match='image is of format EPS'): read_rgb(Image.open(crop)) # its owner opened it
+    assert not started
+
+def test_every_picture_is_opened_with_a_list_of_formats():
+    "`Image.open` occurs once in the package, and fastai's and Matplotlib's readers do not"
+    sources = [file.read_text() for file in Path(pyramidreid.__file__).parent.rglob('*.py')]
+    calls = [call for source in sources for call in re.findall(r'Image\.open\([^#\n]*', source)]
+    assert len(calls)==1 and 'formats=image_formats()' in calls[0]
+    assert not any(re.search(r'\b(imread|load_image)\(|PILImage\.create\(fn', source) for source in sources)
+
+@pytest.mark.parametrize('error', [TypeError, IndexError, KeyError, MemoryError, RecursionError, ZeroDivisionError,
+    AssertionError, OverflowError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError])
+@pytest.mark.parametrize('method', ['_open','load'])
+def test_whatever_a_decoder_raises_is_named(tmp_path, monkeypatch, error, method):
+    Image.fromarray(noise(8, 12)).save(tmp_path/'a.png')
+    def fails(self): raise error('deep inside')
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, method, fails)
+    for reader in (read_rgb, lambda file: load_pixels([file], (8,4))):
+        with pytest.raises(OSError, match='a.png is not a valid image, or is cut off'): reader(tmp_path/'a.png')
+
+def test_an_error_without_words_is_named_by_its_type(tmp_path, monkeypatch):
+    Image.fromarray(noise(8, 12)).save(tmp_path/'a.png')
+    def fails(self): raise MemoryError
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, 'load', fails)
+    with pytest.raises(OSError, match=r'cut off \(MemoryError\)'): read_rgb(tmp_path/'a.png')
+
+@pytest.fixture
+def pipe(tmp_path):
+    "A FIFO called x.jpg; whoever opens it gets an empty file after two seconds"
+    if not hasattr(os, 'mkfifo'): pytest.skip('no FIFOs here')
+    os.mkfifo(tmp_path/'x.jpg')
+    writer = os.open(tmp_path/'x.jpg', os.O_RDWR)
+    timer = threading.Timer(2, os.close, [writer])
+    timer.start()
+    yield tmp_path/'x.jpg'
+    timer.join()
+
+def test_only_regular_files_are_opened(pipe, tmp_path):
+    os.symlink('/dev/zero', tmp_path/'endless.jpg')
+    for reader in (read_rgb, deep_values, check_image):
+        with pytest.raises(OSError, match=r'x.jpg is not a regular file but a pipe \(FIFO\): remove it'): reader(pipe)
+    with pytest.raises(OSError, match='endless.jpg is not a regular file but a dev'): read_rgb(tmp_path/'endless.jpg')
+    assert found(tmp_path)==['endless.jpg','x.jpg'] # Whoever reads them says what they are
+
+LATIN = os.fsdecode(b'caf\xe9.png')
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    file = tmp_path/LATIN
+    try: Image.fromarray(noise(8, 12)).save(file)
+    except OSError: pytest.skip('this file system knows UTF-8 only')
+    assert find_images(tmp_path)==[file] and np.array_equal(read_rgb(file), noise(8, 12))
+    file.write_bytes(b'hello')
+    with pytest.raises(OSError) as e: read_rgb(file)
+    assert r'caf\udce9.png is not a valid image' in str(e.value)
+    assert str(e.value).encode()
+
+def test_bytes_of_a_name_as_escapes():
+    for text,shown in {LATIN:r'caf\xe9.png', 'a b.jpg':'a b.jpg', 'Zoë–1 日本.png':'Zoë–1 日本.png'}.items():
+        assert escape_bytes(text)==shown
+
+def refuse(monkeypatch, number):
+    def refused(file, *args, **kwargs): raise OSError(number, os.strerror(number), str(file))
+    monkeypatch.setattr(Image, 'open', refused) # permissions do not stop root
+
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EIO, errno.EMFILE])
+def test_a_file_that_may_not_be_read_may_be_a_picture(tmp_path, monkeypatch, number):
+    Image.fromarray(noise(8, 12)).save(tmp_path/'a.png')
+    refuse(monkeypatch, number)
+    with pytest.raises(OSError, match='a.png cannot be read .* make it readable, or leave it out') as e:
+        read_rgb(tmp_path/'a.png')
+    assert e.value.errno==number and is_access_error(e.value)
+    assert isinstance(e.value, PermissionError)==(number==errno.EACCES)
+
+def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+    stat = os.stat
+    def closed(path, *args, **kwargs):
+        if str(path).endswith('a.png'): raise PermissionError(13, 'Permission denied', str(path))
+        return stat(path, *args, **kwargs)
+    monkeypatch.setattr(os, 'stat', closed)
+    with pytest.raises(PermissionError, match='a.png'): read_rgb(tmp_path/'a.png')
+
+def test_a_picture_is_not_decoded_if_its_header_says_that_it_is_too_large(tmp_path, monkeypatch):
+    Image.new('1', (9000,9000)).save(tmp_path/'large.png')
+    def decoded(self): raise AssertionError('decoded')
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, 'load', decoded)
+    message = 'has 9,000×9,000 pixels, more than the 67,108,864 allowed: scale it down, or raise pyramidreid.images.M'
+    for reader in (read_rgb, lambda file: read_rgb(Image.open(file))):
+        with pytest.raises(OSError, match=message): reader(tmp_path/'large.png')
+    monkeypatch.setattr(images, 'MAX_PIXELS', 9000*9000)
+    with pytest.raises(OSError, match='decoded'): read_rgb(tmp_path/'large.png')
+
+def icon_of(png, side):
+    "An icon whose directory says that the PNG in it has `side` pixels"
+    entry = struct.pack('<BBBBHHII', side, side, 0, 0, 1, 32, len(png), 22)
+    return struct.pack('<HHH', 0, 1, 1)+entry+png
+
+def tiff_of_one_tile(size, tile):
+    "A grey TIFF, not compressed, whose only tile may be larger than itself"
+    tags = {256:size[0], 257:size[1], 258:8, 259:1, 262:1, 277:1, 322:tile[0], 323:tile[1], 324:200,
+            325:math.prod(tile)}
+    entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag,value in tags.items())
+    head = struct.pack('<2sHIH', b'II', 42, 8, len(tags))+entries+bytes(4)
+    return head.ljust(200, b'\0')+bytes(math.prod(tile))
+
+def test_a_picture_larger_than_its_header_says(tmp_path, monkeypatch):
+    "In an icon the header is not that of the picture, and a TIFF may have tiles larger than itself"
+    buffer = io.BytesIO()
+    Image.new('L', (60,50)).save(buffer, 'png')
+    (tmp_path/'a.ico').write_bytes(icon_of(buffer.getvalue(), 16))
+    (tmp_path/'a.tif').write_bytes(tiff_of_one_tile((12,8), (80,64)))
+    monkeypatch.setattr(images, 'MAX_PIXELS', 2999)
+    with pytest.raises(OSError, match='a.ico has 60×50 pixels'): read_rgb(tmp_path/'a.ico')
+    with pytest.raises(OSError, match='a.tif has 80×64 pixels'): read_rgb(tmp_path/'a.tif')
+
+def test_a_file_may_not_be_much_longer_than_the_largest_picture(tmp_path):
+    "Some decoders read all of it"
+    with open(tmp_path/'a.webp', 'wb') as f: f.truncate(2**40) # it has no blocks on the disk
+    with pytest.raises(OSError, match='a.webp has 1,099,511,627,776 bytes, more than'): read_rgb(tmp_path/'a.webp')
+
+@pytest.mark.parametrize('size,at_once', [((2048,2048),1), ((64,32),4)])
+def test_large_pictures_are_decoded_one_after_the_other(tmp_path, monkeypatch, size, at_once):
+    Image.new('1', size).save(tmp_path/'a.png')
+    running,most,load = [],[0],PngImagePlugin.PngImageFile.load
+    def slow_load(self):
+        running.append(1)
+        most[0] = max(most[0], len(running))
+        time.sleep(.1)
+        running.pop()
+        return load(self)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, 'load', slow_load)
+    threads = [threading.Thread(target=read_rgb, args=[tmp_path/'a.png']) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert most==[at_once]
+
+def test_a_forked_process_does_not_wait_for_a_thread_that_is_not_there(tmp_path):
+    if not hasattr(os, 'fork'): pytest.skip('no fork here')
+    held = threading.Event()
+    done = threading.Event()
+    def hold():
+        with images._one_at_a_time:
+            held.set()
+            done.wait(20)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    pid = os.fork()
+    if not pid: os._exit(0 if images._one_at_a_time.acquire(blocking=False) else 1)
+    status = os.waitpid(pid, 0)[1]
+    done.set()
+    thread.join()
+    assert status==0
+
+def test_open_picture_gives_the_unloaded_image(tmp_path):
+    Image.fromarray(noise(8, 12)).save(tmp_path/'a.png')
+    with open_image_file(tmp_path/'a.png') as im: assert im.size==(12,8) and im.tile

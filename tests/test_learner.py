@@ -35,6 +35,7 @@ from pyramidreid.training.learner import *
 from pyramidreid.training.learner_evaluation import *
 from pyramidreid.training.learner_files import *
 from pyramidreid.training.progress import *
+from pyramidreid.training.recipes import torch_opt
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
 timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is an extra')
@@ -435,6 +436,64 @@ def test_save_and_load(make_tiny_learner, with_opt):
         torch.testing.assert_close(list(got['state']), list(opt['state']), rtol=0, atol=0)
     other.fit(1)
     assert not same(other.model.state_dict(), state)
+
+def test_load_takes_what_save_returned(make_tiny_learner):
+    "A path with the ending .pth, whether the learner's folder is relative or absolute"
+    learn = make_tiny_learner()
+    state = copied(learn.model)
+    file = learn.save('w')
+    perturb(learn)
+    assert same(learn.load(file).model.state_dict(), state)
+    perturb(learn)
+    assert same(learn.load(str(file)).model.state_dict(), state)
+    perturb(learn)
+    assert same(learn.load('w.pth').model.state_dict(), state)
+
+def fitted_and_compiled(learn):
+    "Compiled after the fit, since compiling takes longer than the fit"
+    learn.fit(1)
+    learn.model = torch.compile(learn.model, backend='eager')
+    return learn
+
+def test_a_compiled_model_has_the_files_of_a_plain_one(make_tiny_learner):
+    "Weights, optimizer and history go from a compiled model to a plain one and back"
+    learn = fitted_and_compiled(make_tiny_learner())
+    learn.save('compiled')
+    plain = make_tiny_learner(path=learn.path).load('compiled')
+    assert plain.model.trained and plain.model.history==learn.model._orig_mod.history
+    assert same(plain.model.state_dict(), learn.model._orig_mod.state_dict())
+    perturb(plain)
+    plain.save('plain')
+    assert same(learn.load('plain').model._orig_mod.state_dict(), plain.model.state_dict())
+    assert 'OptimizedModule' not in learn.summary()
+    assert learn.gather_args()['parameters']==plain.gather_args()['parameters']
+
+@pytest.mark.parametrize('classifier', [True,False])
+def test_files_of_compiled_models_by_earlier_versions_are_read(make_tiny_learner, classifier):
+    "Their names begin with _orig_mod."
+    learn = fitted_and_compiled(make_tiny_learner())
+    file = learn.path/'models'/'earlier.pth'
+    file.parent.mkdir(exist_ok=True)
+    torch.save(dict(model=learn.model.state_dict()), file)
+    plain = make_tiny_learner(path=learn.path).load('earlier', classifier=classifier)
+    body = {name:v for name,v in learn.model._orig_mod.state_dict().items() if 'classify' not in name}
+    assert plain.model.trained and same({name:plain.model.state_dict()[name] for name in body}, body)
+
+@pytest.mark.parametrize('opt', [torch.optim.SGD, torch.optim.AdamW])
+def test_load_moves_the_model_before_it_makes_the_optimizer(make_tiny_learner, monkeypatch, opt):
+    "Its state goes to the device of the weights, which a fit would move away from it"
+    learn = make_tiny_learner(opt_func=torch_opt(opt))
+    learn.fit(1)
+    learn.save('w')
+    other,steps = make_tiny_learner(opt_func=torch_opt(opt), path=learn.path),[]
+    create_opt,to = other.create_opt,other.model.to
+    def logged_to(device):
+        steps.append(device)
+        return to(device)
+    monkeypatch.setattr(other.model, 'to', logged_to)
+    monkeypatch.setattr(other, 'create_opt', lambda: (steps.append('optimizer'), create_opt()))
+    other.load('w')
+    assert steps==[learn.dls.device,'optimizer']
 
 def test_a_learner_that_has_not_started_can_be_saved(make_tiny_learner):
     learn = make_tiny_learner()

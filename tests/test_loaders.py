@@ -1,4 +1,6 @@
 "Loaders from folders and tables: bad input is named, held-out people are new people, and fastai's methods work"
+import errno
+import os
 import re
 import shutil
 from collections import Counter
@@ -134,6 +136,18 @@ def test_on_bad_must_be_known(market):
 def test_unreadable_reads_whole_files(market, bad_file):
     bad = find_unreadable(market_table(market).fn)
     assert list(bad)==[bad_file] and bad[bad_file]
+
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EIO])
+def test_skip_does_not_drop_what_may_not_be_read(market, bad_file, monkeypatch, number):
+    "It may be a good picture"
+    closed,image_open = market_table(market).fn.iloc[3],Image.open
+    def refuse(file, *args, **kwargs):
+        if str(file)==str(closed): raise OSError(number, os.strerror(number), str(file))
+        return image_open(file, *args, **kwargs)
+    monkeypatch.setattr(Image, 'open', refuse) # permissions do not stop root
+    for read in (lambda: find_unreadable(market_table(market).fn), lambda: from_market(market, on_bad='skip')):
+        with pytest.raises(OSError, match=f'{closed.name} cannot be read') as e: read()
+        assert e.value.errno==number
 
 def test_a_missing_file_is_named(df):
     df.loc[0,'fn'].unlink()

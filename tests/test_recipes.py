@@ -386,3 +386,20 @@ def test_parts_of_the_transforms_can_be_left_out():
     item,batch = strong_tfms(pad=0, erase=0, colour=0)
     assert not batch and not any(isinstance(o, (PadCrop,ColourJitter)) for o in item)
     assert isinstance(strong_tfms()[1][0], EraseEach)
+
+def test_fit_modern_with_a_device_by_its_name(make_dls, make_learner):
+    "As `pyramidreid train … --device cpu` passes it"
+    dls = make_dls(device='cpu')
+    assert dls.device==dls.train.device==dls.valid.device==torch.device('cpu')
+    learn = make_learner(dls)
+    learn.fit_modern(1)
+    assert learn.model.trained
+    assert dls.to('meta').device==torch.device('meta') and dls.new_empty().device==torch.device('meta')
+
+def test_averages_of_a_compiled_model_have_the_names_of_a_plain_one(make_learner):
+    "So that checkpoints of a compiled model resume a plain one"
+    learn = make_learner()
+    learn.model = torch.compile(learn.model, backend='eager')
+    ema = EMA()
+    ema.learn = learn
+    assert ema._copies().keys()==dict(make_learner().model.named_parameters()).keys()

@@ -258,7 +258,22 @@ def test_weights_outside_the_file_are_refused(file, tmp_path, monkeypatch):
         w.ClearField('raw_data')
         w.data_location = 1
     odd = changed(file, tmp_path/'odd.onnx', model=outside)
-    with pytest.raises(ValueError, match='odd.onnx is intact, but onnxruntime .* cannot run it .*xternal'): Runtime(odd)
+    monkeypatch.setattr(ort, 'InferenceSession', lambda *args, **kwargs: pytest.fail('onnxruntime got the file'))
+    with pytest.raises(ValueError, match='odd.onnx has weights outside the file'): Runtime(odd)
+
+@pytest.mark.parametrize('key', [b'\x0a\x08location', b'\x0a\x88\x00location', b'\x8a\x80\x00\x88\x80\x80\x00location'])
+def test_padded_names_of_weights_outside_are_seen(file, tmp_path, key):
+    "protobuf reads lengths that are padded with zeros, too"
+    from onnx import StringStringEntryProto
+    assert StringStringEntryProto.FromString(key).key=='location'
+    odd = tmp_path/'odd.onnx'
+    odd.write_bytes(file.read_bytes()+key)
+    with pytest.raises(ValueError, match='outside the file'): Runtime(odd)
+
+def test_more_bytes_than_onnx_allows(tmp_path):
+    odd = tmp_path/'odd.onnx'
+    with open(odd, 'wb') as f: f.truncate(2**31+1) # a file with a hole
+    with pytest.raises(ValueError, match='odd.onnx is not an ONNX model: it has 2,147,483,649 bytes'): Runtime(odd)
 
 def test_an_operation_of_ones_own_is_refused(file, tmp_path):
     def own(m): m.graph.node[3].op_type,m.graph.node[3].domain = 'Evil','evil'

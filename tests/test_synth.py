@@ -203,6 +203,15 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path):
     path.rename(tmp_path/'.set.0badcafe.tmp')
     assert not path.exists() and len(digests(synth_persons(path, **SMALL)))==N_SMALL
 
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    "Of another set of the same folder, too"
+    left = tmp_path/'.partial-x'/'other'/'query'
+    left.mkdir(parents=True)
+    (left/'0002_c1s1_000200_01.jpg').write_bytes(b'half')
+    (tmp_path/'.partial-x'/'.lock').touch() # which nobody holds
+    synth_persons(tmp_path/'set', **SMALL)
+    assert [path.name for path in tmp_path.iterdir()]==['set']
+
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.tex').write_text('mine')

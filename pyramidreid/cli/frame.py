@@ -22,6 +22,9 @@ import click
 from fastcore.basics import patch
 
 # %% ../../nbs/cli/01_frame.ipynb #a1b00001
+# What JSON allows in texts and a terminal obeys, or cannot show; JSON's own escapes mean the same
+_CONTROLS = re.compile('[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]')
+
 def _plain_value(value):
     "Return what JSON cannot write as a plain number or a string"
     return value.item() if hasattr(value, 'item') else str(value)
@@ -37,10 +40,16 @@ class CommandResult:
 
     def json(self):
         "Return `data` as JSON"
-        if isinstance(self.data, str): return self.data
-        return json.dumps(self.data, ensure_ascii=False, default=_plain_value)
+        text = self.data
+        if not isinstance(text, str): text = json.dumps(text, ensure_ascii=False, default=_plain_value)
+        return _CONTROLS.sub(lambda match: f'\\u{ord(match[0]):04x}', text)
 
 # %% ../../nbs/cli/01_frame.ipynb #9f8e3d76
+def _shown(text):
+    "A text of one or more lines, without what a terminal would obey: names in it may come from others"
+    from pyramidreid.images import shown_text
+    return shown_text(text, keep_lines=True)
+
 class Console:
     "Reports what a command does: to stdout, with `as_json` to stderr, with `quiet` nowhere"
     def __init__(self,
@@ -59,7 +68,7 @@ class Console:
         text, # One or more lines
     ):
         "Report `text`"
-        print(text, file=self.stream, flush=True)
+        print(_shown(text), file=self.stream, flush=True)
 
 # %% ../../nbs/cli/01_frame.ipynb #a1b00003
 @patch
@@ -131,9 +140,10 @@ def _report_error(e, debug=False):
     "Print what went wrong and return the exit code"
     if debug: traceback.print_exception(e)
     if isinstance(e, _INPUT_ERRORS):
-        click.echo(f"Error: {_error_message(e)}", err=True)
+        click.echo(_shown(f"Error: {_error_message(e)}"), err=True)
         return 2
-    click.echo(f"Error: {type(e).__name__}: {e}. This is a bug in pyramidreid. --debug shows the traceback", err=True)
+    message = f"Error: {type(e).__name__}: {e}. This is a bug in pyramidreid. --debug shows the traceback"
+    click.echo(_shown(message), err=True)
     return 3
 
 # %% ../../nbs/cli/01_frame.ipynb #b0d28f7c
@@ -148,23 +158,30 @@ def writing(
         raise OSError(f"{dest} could not be written: {e.strerror}") from e
 
 # %% ../../nbs/cli/01_frame.ipynb #a1b00007
+def _ending_signals():
+    "SIGTERM, and SIGHUP of a terminal that closes, unless it is ignored, as by `nohup`"
+    signals = [signal.SIGTERM]
+    if hasattr(signal, 'SIGHUP'): signals.append(signal.SIGHUP) # Windows has none
+    return [number for number in signals if signal.getsignal(number)!=signal.SIG_IGN]
+
 @contextmanager
-def _exit_on_sigterm():
-    "Raise `SystemExit` on SIGTERM, so that Python unwinds the stack as on Ctrl-C"
+def _exit_on_signals():
+    "Raise `SystemExit` on SIGTERM and SIGHUP, so that Python unwinds the stack as on Ctrl-C"
     if threading.current_thread() is not threading.main_thread(): # only the main thread can handle signals
         yield
         return
-    def leave(*_): raise SystemExit(143)
-    before = signal.signal(signal.SIGTERM, leave)
+    def leave(number, frame): raise SystemExit(128+number)
+    before = {number: signal.signal(number, leave) for number in _ending_signals()}
     try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    finally:
+        for number,handler in before.items(): signal.signal(number, handler)
 
 @contextmanager
 def _only_own_warnings(quiet):
     "Print this library's warnings as lines on stderr and ignore all others"
     from pyramidreid.core import ReIDWarning
     def print_warning(message, *args, **kwargs):
-        if not quiet: click.echo(f'Warning: {message}', err=True)
+        if not quiet: click.echo(_shown(f'Warning: {message}'), err=True)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         warnings.simplefilter('always', ReIDWarning)
@@ -179,12 +196,12 @@ def _reader_is_gone():
 # %% ../../nbs/cli/01_frame.ipynb #a1b00008
 def _print_answer(answer, as_json):
     if as_json: click.echo(answer.json())
-    else: click.echo(answer.text, nl=bool(answer.text))
+    else: click.echo(_shown(answer.text), nl=bool(answer.text))
     sys.stdout.flush()
 
 def _work(function, console, debug, options):
     "Call a command's function, with its prints and warnings sent where they belong"
-    with _exit_on_sigterm(),redirect_stdout(console.stream):
+    with _exit_on_signals(),redirect_stdout(console.stream):
         if debug: return function(console, **options)
         with _only_own_warnings(console.quiet): return function(console, **options)
 
@@ -197,7 +214,7 @@ def _run_command(function, console, debug, options):
     except click.ClickException: raise
     except BrokenPipeError: return _reader_is_gone()
     except KeyboardInterrupt as e:
-        click.echo(f"\nInterrupted. {e}".rstrip(), err=True)
+        click.echo(_shown(f"\nInterrupted. {e}".rstrip()), err=True)
         return 130
     except Exception as e: return _report_error(e, debug)
 
@@ -269,7 +286,7 @@ def run_app(
     except click.ClickException as e:
         e.show()
         return 2
-    except SystemExit as e: # SIGTERM, or click's exit with 1 when the reader of its help went away
+    except SystemExit as e: # SIGTERM, SIGHUP, or click's exit with 1 when the reader of its help went away
         if e.code!=1: raise
         return _reader_is_gone()
     except OSError as e: return _report_error(e)

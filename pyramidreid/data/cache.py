@@ -7,12 +7,13 @@ __all__ = ['open_image', 'check_items', 'kept_size', 'decode_images', 'ImageCach
 
 # %% ../../nbs/data/09_cache.ipynb #1546d994
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,17 +24,21 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core import atomic_write, with_progress
-from ..images import PILLOW_ERRORS, check_image, check_pixel_range, deep_kind, is_rotated, read_rgb
+from pyramidreid.images import (
+    check_image,
+    check_pixel_range,
+    deep_kind,
+    is_access_error,
+    is_rotated,
+    name_picture_errors,
+    open_image_file,
+    read_rgb,
+)
 
 # %% ../../nbs/data/09_cache.ipynb #d155271b
-_SKIP_HINT = "or pass on_bad='skip' to check all files first and leave the bad ones out"
+_SKIP_HINT = ", or pass on_bad='skip' to check all files first and leave the bad ones out"
 
-@contextmanager
-def _name_errors(file):
-    "Errors of reading `file` name it and the remedy"
-    try: yield
-    except PILLOW_ERRORS as e:
-        raise OSError(f"{file} is not a valid image, or is cut off ({e}). Repair or remove it, {_SKIP_HINT}") from e
+def _name_errors(file): return name_picture_errors(file, _SKIP_HINT)
 
 def _as_array(o):
     "A tensor as an array; anything else as it is"
@@ -49,8 +54,12 @@ def open_image(
     o = _as_array(o)
     is_deep = isinstance(o, np.ndarray) and o.dtype.kind in 'uif' and o.dtype!=np.uint8
     known = is_deep or isinstance(o, (str,os.PathLike,Image.Image))
+    if isinstance(o, bytes): o = BytesIO(o)
+    known = known or hasattr(o, 'read')
     try: return PILImage(read_rgb(o if known else PILImage.create(o, mode=None), pixel_range=pixel_range))
-    except OSError as e: raise OSError(f"{e}, {_SKIP_HINT}") from e
+    except OSError as e:
+        if is_access_error(e): raise
+        raise OSError(f"{e}{_SKIP_HINT}") from e
 
 # %% ../../nbs/data/09_cache.ipynb #53c0f361
 def check_items(
@@ -73,7 +82,7 @@ def kept_size(
     "Return the size at which the images are kept"
     first = None
     for fn in fns:
-        with _name_errors(fn), Image.open(fn) as im:
+        with _name_errors(fn),open_image_file(fn) as im:
             stored,rotated = im.size[::-1],is_rotated(im)
         first = first or stored
         too_large = stored[0]>size[0] or stored[1]>size[1]
@@ -110,6 +119,7 @@ class _Contents(NamedTuple):
     resized:bool # Were the images resized to a model's input?
     offset:int   # Byte of the file at which the images begin
     pixel_range:list|str|None # Values of black and white of pictures with more than 8 bits; 'unknown' in old caches
+    checksum:str=''           # Of the file's header, which tells what the images were made from
 
 def _header(shape, stamps, resized, pixel_range):
     "The first bytes of a cache file"
@@ -135,7 +145,9 @@ def _read_header(file):
     offset = 8+length
     if file.stat().st_size!=offset+np.prod(shape): return None
     pixel_range = json.loads(metadata.get('pixel_range', '"unknown"'))
-    return _Contents(shape, json.loads(metadata['made_of']), json.loads(metadata['resized']), offset, pixel_range)
+    checksum = hashlib.sha256(json.dumps(header).encode()).hexdigest()
+    return _Contents(shape, json.loads(metadata['made_of']), json.loads(metadata['resized']), offset, pixel_range,
+                     checksum)
 
 # %% ../../nbs/data/09_cache.ipynb #992d62ca
 def _height_width(size): return (size,size) if isinstance(size, int) else tuple(size)
@@ -172,6 +184,7 @@ class ImageCache:
         why = self._why_unusable(found, stamps, size)
         if why: found = self._decode(stamps, size, why)
         self.shape,self.resized,self.offset = found.shape,found.resized,found.offset
+        self.checksum = found.checksum
         if self.file: self._map()
         self.rows = {fn:i for i,fn in enumerate(found.stamps)}
 
@@ -225,7 +238,7 @@ def _has_range(self:ImageCache, found):
     "Were the pictures scaled by this cache's range? Old caches do not say: they took the upper 8 bits of 16"
     if found.pixel_range!='unknown': return check_pixel_range(found.pixel_range)==self.pixel_range
     first = next(iter(found.stamps))
-    with _name_errors(first),Image.open(first) as im:
+    with _name_errors(first),open_image_file(first) as im:
         return self.pixel_range is None and not deep_kind(im)
 
 # %% ../../nbs/data/09_cache.ipynb #e42d8cd0
@@ -267,6 +280,18 @@ def __getstate__(self:ImageCache):
 def __setstate__(self:ImageCache,
     state:dict # From `__getstate__`
 ):
-    "Open the file again"
+    "Open the file again. Raises `ValueError` if other images are in it now"
     vars(self).update(state)
-    if self.file: self._map()
+    if not self.file: return
+    self._check_unchanged()
+    self._map()
+
+@patch
+def _check_unchanged(self:ImageCache):
+    "Raise a `ValueError` unless the file holds the images that this cache was made with, in the same rows"
+    found = _read_header(self.file)
+    same = found and (found.shape,found.offset,list(found.stamps))==(self.shape,self.offset,list(self.rows))
+    checksum = getattr(self, 'checksum', '') # Caches pickled by earlier versions have none
+    if same and checksum in ('',found.checksum): return
+    raise ValueError(f"{self.file} was written again since this cache was pickled, and holds other images now. "
+                     "Make the loaders, and with them the cache, again")

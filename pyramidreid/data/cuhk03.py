@@ -7,8 +7,6 @@ __all__ = ['extract_cuhk03', 'check_cuhk03_boxes', 'cuhk03_table']
 
 # %% ../../nbs/data/06_cuhk03.ipynb #ea19a2f9
 import json
-import shutil
-import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import require_extra, with_progress
+from ..core import partial_folder, require_extra, with_progress
 from .registry import attach_counts, reid_sets
 
 # %% ../../nbs/data/06_cuhk03.ipynb #cc23ab4f
@@ -72,11 +70,10 @@ def extract_cuhk03(
     if dest.exists(): raise FileExistsError(
         f"{dest} exists, but its images are not those written from {mat.name}: delete it, or pass another `dest`")
     h5py = require_extra('h5py', 'mat')
-    temporary = dest.with_name(f'.{boxes}.{uuid.uuid4().hex[:8]}.tmp')
-    try:
+    with partial_folder(dest.parent, f'.{boxes}.????????.tmp') as partial:
+        temporary = partial/boxes
         with _explain_errors(mat), h5py.File(mat) as file: _write_images(file, boxes, temporary, progress)
         if not _is_complete(dest): temporary.rename(dest) # another process may have been faster
-    finally: shutil.rmtree(temporary, ignore_errors=True)
     return dest
 
 # %% ../../nbs/data/06_cuhk03.ipynb #40ba8225

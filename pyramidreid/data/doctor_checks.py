@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import UnidentifiedImageError
 
 from ..core import Role, with_progress
 from .registry import count_split, reid_sets
 from .tables import is_junk, several_spellings
-from ..images import deep_kind, deep_values, measure_range, read_rgb
+from ..images import deep_kind, deep_values, measure_range, open_image_file, read_rgb, shown_text
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #09845d84
 _file_columns = ['width','height','mode','bytes','digest','reason','low','high']
@@ -31,18 +31,19 @@ def _read_facts(fn):
     n_bytes = None
     try:
         n_bytes = os.path.getsize(fn)
-        with Image.open(fn) as image:
+        with open_image_file(fn) as image:
             kind,rgb = deep_kind(image),read_rgb(image, pixel_range='own')
             values = deep_values(image) if kind=='grey' else np.asarray(rgb)
-        digest = hashlib.sha1(b'%dx%d ' % rgb.size + values.tobytes()).hexdigest()
+            digest = hashlib.sha1(b'%dx%d ' % rgb.size)
+            digest.update(np.ascontiguousarray(values)) # not a copy as bytes, which may be large
         mode = f'{image.mode}, 16 bits' if kind=='colour' else image.mode
         low,high = (values.min().item(),values.max().item()) if kind=='grey' else (None,None)
-        return *rgb.size,mode,n_bytes,digest,None,low,high
-    except FileNotFoundError: reason = 'no such file'
-    except Image.UnidentifiedImageError: reason = 'not a known image format' if n_bytes else 'empty file'
+        return *rgb.size,mode,n_bytes,digest.hexdigest(),None,low,high
+    except FileNotFoundError: reason = 'is a directory' if os.path.isdir(fn) else 'no such file'
+    except UnidentifiedImageError: reason = 'not a known image format' if n_bytes else 'empty file'
     except Exception as e: # whatever a decoder raises
         cause = e.__cause__ or e
-        reason = getattr(cause, 'strerror', None) or str(cause) or type(cause).__name__
+        reason = shown_text(getattr(cause, 'strerror', None) or cause) or type(cause).__name__
     return None,None,None,n_bytes,None,reason,None,None
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #56895c44
@@ -79,6 +80,10 @@ def _need_fn_and_pid(df):
 _types = dict(width='Int64', height='Int64', bytes='Int64', mode=object, digest=object, reason=object,
               low='Float64', high='Float64')
 
+def _file_text(fn):
+    "The name of a file as text that pandas can hold: it cannot hold bytes that are not UTF-8"
+    return str(fn) if str(fn).isprintable() else repr(str(fn))
+
 def _split_name(split):
     "'train', 'query' or 'gallery' as `Role.of` reads it; any other value as it is, None if it is blank"
     try: return Role.of(split).name.lower()
@@ -100,7 +105,7 @@ def inspect_table(
     d['distractor'] = _is_distractor(d)
     facts = _read_all_facts(d.fn.tolist()) if files else pd.DataFrame(index=d.index, columns=_file_columns)
     d[_file_columns] = facts.astype(_types)
-    d['picture'] = d.digest.where(d.digest.notna(), d.fn.map(str))
+    d['picture'] = d.digest.where(d.digest.notna(), pd.Series(map(_file_text, d.fn), index=d.index, dtype=object))
     return d
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #4a7c46e4
@@ -129,7 +134,7 @@ def register_check(
     return register
 
 # %% ../../nbs/data/11_doctor_checks.ipynb #7a9a482a
-def _short_path(fn): return '/'.join(Path(str(fn)).parts[-2:])
+def _short_path(fn): return shown_text('/'.join(Path(str(fn)).parts[-2:]))
 
 def _describe(rows, by):
     "A text for each row, or for each group of rows with equal values in the column `by`"
@@ -194,7 +199,7 @@ def _number_and_text(d):
 def _listed_twice(d):
     repeated = d[d.duplicated('fn', keep=False)]
     repeated = repeated[~_is_left_out(repeated)]
-    return repeated.sort_values('fn', key=lambda fn: fn.map(str), kind='stable')
+    return repeated.sort_values('fn', key=lambda fn: fn.map(_file_text), kind='stable')
 
 def _is_left_out(rows):
     "Which rows are of a file that is once a query and once in the gallery, with one camera? Rankings leave it out"
@@ -240,6 +245,10 @@ def _left_out(d): return _not_read(d, 'left_out')
 
 @register_check('note', 'Files that are not images', 'Nothing, if you expect them there.')
 def _other_files(d): return _not_read(d, 'other_files')
+
+@register_check('warning', 'Links to folders that are read at another path',
+                'Nothing, if their pictures have the right label there. Else put the pictures themselves in.')
+def _repeated_folders(d): return _not_read(d, 'repeated_folders')
 
 @register_check('note', 'Hidden files and folders', 'Nothing: systems put them beside pictures, and they are not read.')
 def _hidden_files(d): return _not_read(d, 'hidden_files')

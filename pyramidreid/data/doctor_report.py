@@ -7,6 +7,7 @@ __all__ = ['DataReport', 'doctor', 'save_plot']
 
 # %% ../../nbs/data/12_doctor_report.ipynb #c95e5e21
 import json
+import re
 import warnings
 from contextlib import redirect_stdout
 from html import escape
@@ -23,7 +24,7 @@ from .doctor_checks import images_of_people, inspect_table, none_for_missing, ru
 from .folders import folder_table
 from .registry import dataset_variants, reid_sets
 from .tables import unique_sorted_ids
-from ..images import find_images
+from ..images import find_images, shown_text
 
 # %% ../../nbs/data/12_doctor_report.ipynb #e9578d4e
 def _ordered_splits(splits):
@@ -131,8 +132,8 @@ def __repr__(self:DataReport):
         splits,cameras = self._tables()
         lines += ['', splits.to_string(), _footnote, '', 'Images by camera', cameras.to_string()]
     lines += ['', self._verdict()]
-    for name,finding in self.findings.iterrows(): lines += ['', *_finding_text(name, finding)]
-    return '\n'.join(lines)
+    for name,finding in self.findings.iterrows(): lines += ['', *map(shown_text, _finding_text(name, finding))]
+    return shown_text('\n'.join(lines), keep_lines=True)
 
 # %% ../../nbs/data/12_doctor_report.ipynb #07c7bea2
 _severity_colours = dict(error='#c0392b', warning='#b7791f', note='#6b7280')
@@ -154,7 +155,8 @@ def _repr_html_(self:DataReport):
         splits,cameras = self._tables()
         parts += [splits.to_html(), f'<p><small>{_footnote}</small></p>', '<p>Images by camera</p>', cameras.to_html()]
     findings = [_finding_html(name, finding) for name,finding in self.findings.iterrows()]
-    return ''.join([*parts, f'<p>{self._verdict()}</p>', '<table>', *findings, '</table>'])
+    html = ''.join([*parts, f'<p>{self._verdict()}</p>', '<table>', *findings, '</table>'])
+    return shown_text(html, keep_lines=True)
 
 # %% ../../nbs/data/12_doctor_report.ipynb #9e995cc2
 def _records(df): return none_for_missing(df).rename(columns=str).to_dict('records')
@@ -174,6 +176,8 @@ def to_json(self:DataReport,
                    splits=_records(self.splits.reset_index()), cameras=_records(self.cameras.reset_index()),
                    findings=findings)
     text = json.dumps(content, default=_plain_value, ensure_ascii=False)
+    # Bytes of a file name that are not UTF-8 are surrogates, which UTF-8 cannot hold; as escapes they can be read again
+    text = re.sub('[\ud800-\udfff]', lambda found: f'\\u{ord(found[0]):04x}', text)
     if path is not None:
         with atomic_write(path) as f: f.write_text(text, encoding='utf-8')
     return text

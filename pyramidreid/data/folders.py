@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core import ReIDWarning
 from .tables import queries_and_gallery
-from ..images import survey_folder
+from ..images import escape_bytes, survey_folder
 
 # %% ../../nbs/data/02_folders.ipynb #26b716f9
 _SPLIT_WORDS = dict(
@@ -80,8 +80,9 @@ def _roles_by_name(path, tops, given):
 
 # %% ../../nbs/data/02_folders.ipynb #faa70eed
 def _normalise(name):
-    "`name` with accents encoded in one way: a Mac writes é as two characters, other systems as one"
-    return unicodedata.normalize('NFC', name)
+    """`name` with accents encoded in one way: a Mac writes é as two characters, other systems as one.
+    Bytes that are not UTF-8, for which pandas has no text, become escapes"""
+    return unicodedata.normalize('NFC', escape_bytes(name))
 
 def _check_given(path, splits, folders):
     "`splits` with its folders as they are spelled on the disk"
@@ -274,11 +275,12 @@ _NOT_READ = dict( # what is warned of comes first
     loose_images=('image beside the folders of people', 'images beside the folders of people'),
     unknown_formats=('picture in a format that cannot be read', 'pictures in formats that cannot be read'),
     empty_folders=('folder without an image', 'folders without an image'),
+    repeated_folders=('link to a folder that is read at another path', 'links to folders read at another path'),
     other_folders=('image in a folder that is not a split', 'images in folders that are not splits'),
     left_out=('image in a folder left out', 'images in folders left out'),
     other_files=('other file', 'other files'),
     hidden_files=('hidden file or folder', 'hidden files and folders'))
-_WARNED = ('loose_images','unknown_formats','empty_folders','other_folders')
+_WARNED = ('loose_images','unknown_formats','empty_folders','repeated_folders','other_folders')
 
 class _NotRead(dict):
     "Paths that were not read, by kind; pandas copies the attributes of a table with every step, and need not copy this"
@@ -428,7 +430,7 @@ def _list_not_read(found, aside):
     "All paths that were not read, by kind: those of `aside`, and those `found` that are not images"
     empty = _empty_folders(found['folder'], found['image']+found['other'])
     not_read = dict(aside, unknown_formats=found['unreadable'], other_files=found['other'],
-                    hidden_files=found['hidden'], empty_folders=empty)
+                    hidden_files=found['hidden'], empty_folders=empty, repeated_folders=found['repeated'])
     return _NotRead({kind:tuple(not_read[kind]) for kind in _NOT_READ if not_read[kind]})
 
 def _recognised(roles, splits):

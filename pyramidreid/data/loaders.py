@@ -30,7 +30,7 @@ from .folders import folder_table
 from .sampler import PKDataLoader
 from .tables import check_match, encode_table, find_unreadable, hold_out, read_splits
 from .transforms import ResizeEach, person_tfms
-from ..images import check_pixel_range, measure_range
+from ..images import check_pixel_range, measure_range, plot_text, shown_text
 
 # %% ../../nbs/data/10_loaders.ipynb #cc5ddde2
 class ReIDTarget(TensorBase):
@@ -43,7 +43,8 @@ class ReIDLabel(tuple):
         **kwargs):
         "Write person and camera above an image"
         pid,cam = self
-        ctx.set_title(f'pid {pid}' if cam is None else f'pid {pid} · cam {cam}', fontsize=8)
+        text = f'pid {pid}' if cam is None else f'pid {pid} · cam {cam}'
+        ctx.set_title(plot_text(text), fontsize=8)
         return ctx
 
 # %% ../../nbs/data/10_loaders.ipynb #fd6797ea
@@ -170,7 +171,7 @@ def _drop_unreadable(df):
     "`df` without the files that cannot be read; prints what was left out"
     bad = find_unreadable(df.fn)
     if not bad: return df
-    names = ', '.join(str(fn) for fn in list(bad)[:3])
+    names = ', '.join(shown_text(fn) for fn in list(bad)[:3])
     print(f"Left out {len(bad)} of {len(df)} files that are not valid images or are cut off: {names}")
     return df[~df.fn.isin(bad)]
 
@@ -228,6 +229,14 @@ def _opener(pixel_range, df):
 # %% ../../nbs/data/10_loaders.ipynb #5b95440b
 class ReIDDataLoaders(DataLoaders):
     "Training images in P×K or random batches, and query and gallery in one validation loader"
+    @property
+    def device(self):
+        "Device of the batches, as a `torch.device` however it was given"
+        return self._device
+
+    @device.setter
+    def device(self, d): DataLoaders.device.fset(self, d if d is None else torch.device(d))
+
     @property
     def pixel_range(self):
         "Values of black and white of pictures with more than 8 bits, None if there are none"

@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.parallel import parallel
 
 from ..core import ReIDWarning, Role
-from ..images import read_rgb
+from ..images import is_access_error, read_rgb
 
 # %% ../../nbs/data/01_tables.ipynb #6cc0b131
 def _count_values(values):
@@ -320,10 +320,13 @@ def check_match(df): # Table that `encode_table` returns
 # %% ../../nbs/data/01_tables.ipynb #216262e5
 def _why_unreadable(fn):
     try: read_rgb(fn, pixel_range='own') # which range a deep picture has is another question
-    except (OSError,ValueError) as e: return str(e)
+    except (OSError,ValueError) as e:
+        if is_access_error(e): raise # it may be a good picture
+        return str(e)
 
 def find_unreadable(fns): # Image files
-    "Decode every file and return `{file: reason}` for those that are not valid images or are truncated"
+    """Decode every file and return `{file: reason}` for those that are not valid images or are truncated.
+    Raises `OSError` for a file that may not be read: whether it is a valid image is unknown"""
     fns = list(fns)
     reasons = parallel(_why_unreadable, fns, threadpool=True, n_workers=4, progress=False)
     return {fn: reason for fn,reason in zip(fns, reasons) if reason}

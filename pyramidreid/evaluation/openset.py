@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from ..core import atomic_write
 from .intervals import binomial_interval, effective_searches
+from ..images import shown_text
 
 # %% ../../nbs/evaluation/08_openset.ipynb #c7205c5d
 _ARRAY_TYPES = dict(impostor=float, person=int, genuine=float, place=int, pairs=float, found=int)
@@ -203,7 +204,7 @@ def card(self:Calibration):
 def __repr__(self:Calibration):
     rows = self.card()['']
     width = max(map(len, rows.index))
-    return '\n'.join(f'{k:<{width}}  {v}' for k,v in rows.items())
+    return '\n'.join(shown_text(f'{k:<{width}}  {v}') for k,v in rows.items())
 
 @patch
 def _repr_html_(self:Calibration): return self.card().to_html(header=False)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..core import show_once
 from ..data.loaders import open_image
 from .retrieval import shared_images
+from ..images import plot_text
 
 # %% ../../nbs/evaluation/09_plots.ipynb #abd708d9
 def _column(table, name): return torch.tensor(table[name].to_numpy(copy=True))
@@ -60,7 +61,8 @@ def _draw_person(ax, row, size, text, color):
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values(): spine.set(color=color, linewidth=3)
     camera = '' if row.camera<0 else f' · c{row.cam}'
-    ax.set_title(f'{text}\npid {row.pid}{camera}', fontsize=8, color=color)
+    caption = plot_text(f'pid {row.pid}{camera}')
+    ax.set_title(f'{plot_text(text, keep_lines=True)}\n{caption}', fontsize=8, color=color)
 
 def plot_ranking(
     queries,       # Encoded table of the queries

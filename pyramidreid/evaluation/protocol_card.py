@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import atomic_write
+from ..images import shown_text
 
 # %% ../../nbs/evaluation/02_protocol_card.ipynb #e1316704
 def _json_ready(o):
@@ -44,7 +45,7 @@ class Card:
     def __repr__(self):
         rows = self.card()['']
         width = max(map(len, rows.index))
-        return '\n'.join(f'{k:<{width}}  {v}' for k,v in rows.items())
+        return '\n'.join(shown_text(f'{k:<{width}}  {v}') for k,v in rows.items())
     def _repr_html_(self): return self.card().to_html(header=False)
 
 # %% ../../nbs/evaluation/02_protocol_card.ipynb #bba9a60f

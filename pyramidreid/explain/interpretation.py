@@ -23,6 +23,7 @@ from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocols import evaluate_cameras
 from ..evaluation.retrieval import Ranking, evaluate_distances, known_cams, shared_images
+from ..images import plot_text
 from ..models.fingerprints import inner_model
 from ..models.history import warn_if_untrained
 
@@ -249,7 +250,8 @@ def plot_camera_pairs(
         ax.text(cols.index(gallery_cam), rows.index(query_cam), f'{value:.0f}\nn={n:,}', ha='center', va='center',
                 fontsize=8, color='white' if value<50 else 'black')
     ranked = 'alone' if gallery=='camera' else 'among all images'
-    ax.set(xticks=range(len(cols)), xticklabels=cols, yticks=range(len(rows)), yticklabels=rows,
+    ax.set(xticks=range(len(cols)), xticklabels=map(plot_text, cols), yticks=range(len(rows)),
+           yticklabels=map(plot_text, rows),
            xlabel=f'camera of the gallery, {ranked}', ylabel='camera of the queries')
     ax.spines[:].set_visible(False)
     fig.colorbar(image, ax=ax, label=f'{metric}, %')

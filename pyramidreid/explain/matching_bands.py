@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
 from ..core import show_once
-from ..images import read_rgb
+from ..images import plot_text, read_rgb
 from ..models.fingerprints import inner_model, input_range
 from ..models.history import warn_if_untrained
 from ..models.pyramid import pyramid_windows
@@ -159,7 +159,7 @@ def _check_one_pyramid(tables):
 def _draw_explanation(axs, explanation, levels, color):
     "A row of axes: both people, then each level with its mean similarity"
     _draw_pair(axs[0], explanation, None, color)
-    axs[0].set_title(', '.join(explanation.names), fontsize=9)
+    axs[0].set_title(plot_text(', '.join(explanation.names)), fontsize=9)
     axs[0].set_xlabel(f'cosine {explanation.cosine:.2f}', fontsize=9, fontweight='bold')
     means = explanation.levels.similarity
     for ax,level in zip(axs[1:], levels):

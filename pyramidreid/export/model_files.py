@@ -10,6 +10,8 @@ __all__ = ['PixelNet', 'describe_model', 'read_description', 'Embedder', 'load_e
 import copy
 import io
 import re
+import threading
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,8 +20,10 @@ import torch
 import torchvision
 from fastai.vision.learner import Normalize, TimmBody, no_random
 from fastcore.basics import patch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.modules import module as registration
 
 from ..core import atomic_write, require_extra
 from pyramidreid.export.onnx_runtime import (
@@ -153,6 +157,7 @@ def _portable(learn, card):
     shareable_weights(model.state_dict(), 'The model')
     with no_random():
         about = describe_model(learn, card)
+        parse_description(description_json(about), 'This learner') # what cannot be read must not be written
         net = PixelNet(copy.deepcopy(model).cpu().float(), input_stats(learn))
         _check_pipeline(learn, net, tuple(about['size']))
     warn_if_untrained(about['history'])
@@ -202,6 +207,15 @@ def save_model(self:ReIDLearner,
     return folder
 
 # %% ../../nbs/export/02_model_files.ipynb #a77fd641
+_MOST_TEXT = 2**24 # Bytes of a description: 16 MiB; descriptions have a few thousand
+
+def _read_text(file):
+    "The bytes of a description. Raises `ValueError` if there are more than a description has"
+    size = file.stat().st_size
+    if size<=_MOST_TEXT: return file.read_bytes()
+    raise ValueError(f"{file} does not describe a model of pyramidreid: it has {size:,} bytes, "
+                     f"and a description at most {_MOST_TEXT:,}")
+
 def read_description(
     folder # As given to `save_model`
 )->dict:
@@ -210,7 +224,7 @@ def read_description(
     if not file.is_file():
         raise FileNotFoundError(f"There is no model in {folder}: it has no model.json. "
                                 "learn.save_model(folder) writes one")
-    about = parse_description(file.read_bytes(), file, more=['weights'])
+    about = parse_description(_read_text(file), file, more=['weights'])
     weights = about['weights']
     if not isinstance(weights, str) or not _WEIGHTS_NAME.fullmatch(weights):
         raise ValueError(f"{file} does not describe a model of pyramidreid: 'weights' is {weights!r:.60}")
@@ -218,7 +232,7 @@ def read_description(
 
 # %% ../../nbs/export/02_model_files.ipynb #8e856039
 def _check_head(about, weights, where):
-    "Raise a `ValueError` unless the head is as large as described, which may be larger than memory"
+    "Raise a `ValueError` unless the head is as large as described"
     n_branches = len(pyramid_windows(about['n_parts'], about['levels']))
     found = tuple(weights['head.reduce.weight'].shape) if 'head.reduce.weight' in weights else ()
     if len(found)==3 and found[::2]==(n_branches, about['emb_sz']): return
@@ -234,14 +248,59 @@ def _misfits(own, weights):
         for name,tensor in own.items() if name in weights and
         (weights[name].shape!=tensor.shape or weights[name].dtype!=tensor.dtype))]
 
-def _load_weights(model, weights, where):
-    "Load all but the classifiers into `model`, or raise a `ValueError` that names what does not fit"
+def _check_fit(model, weights, where):
+    "Raise a `ValueError` that names what does not fit, unless `weights` are all of `model` but the classifiers"
     own = {name: tensor for name,tensor in model.state_dict().items() if not name.startswith('head.classify.')}
     wrong = _misfits(own, weights)
     if wrong:
         raise ValueError(f"{where} does not fit the model that model.json describes, in {len(wrong)} weights: "
                          f"{'; '.join(wrong[:3])}")
+
+def _load_weights(model, weights, where):
+    "Load all but the classifiers into `model`, or raise a `ValueError` that names what does not fit"
+    _check_fit(model, weights, where)
     model.load_state_dict(shareable_weights(weights, where), strict=False)
+
+# %% ../../nbs/export/02_model_files.ipynb #a3242702
+@contextmanager
+def _without_memory():
+    "Modules made in this thread have their weights on the device `meta`"
+    thread = threading.get_ident()
+    def on_meta(module, name, tensor):
+        if tensor is None or threading.get_ident()!=thread: return None
+        if not isinstance(tensor, nn.Parameter): return tensor.to('meta')
+        return nn.Parameter(tensor.detach().to('meta'), tensor.requires_grad)
+    hooks = [registration.register_module_parameter_registration_hook(on_meta),
+             registration.register_module_buffer_registration_hook(on_meta)]
+    try: yield
+    finally:
+        for hook in hooks: hook.remove()
+
+def _weights_in_header(file):
+    "What `read_weights` would return, on the device `meta`: names, shapes and types. Errors are left to `read_weights`"
+    if not file.is_file(): return read_weights(file)
+    try:
+        with safe_open(file, 'pt') as f:
+            return {name: _shape_in_header(f.get_slice(name)) for name in f.keys()} # noqa: SIM118
+    except (SafetensorError, OSError, KeyError): return read_weights(file)
+
+def _shape_in_header(entry):
+    dtype = _HEADER_TYPES[entry.get_dtype()]
+    return torch.empty(entry.get_shape(), dtype=dtype, device='meta')
+
+_HEADER_TYPES = dict(
+    BOOL=torch.bool, U8=torch.uint8, I8=torch.int8, I16=torch.int16, I32=torch.int32, I64=torch.int64,
+    F16=torch.float16, BF16=torch.bfloat16, F32=torch.float32, F64=torch.float64)
+
+def _check_file(about, file):
+    "Raise a `ValueError` unless a file of weights fits its description; neither weights nor model need memory for it"
+    weights = _weights_in_header(file)
+    _check_head(about, weights, file)
+    if about['arch_from']=='own': return # a function of the user's own, which may do anything
+    try:
+        with _without_memory(): model = _build_model(about)
+    except RuntimeError: return # it needs values while it is built
+    _check_fit(model, weights, file)
 
 # %% ../../nbs/export/02_model_files.ipynb #8e856040
 class Embedder(BaseEmbedder):
@@ -264,10 +323,10 @@ class Embedder(BaseEmbedder):
 
 def _load_embedder(about, file, device='cpu', arch=None, model=None):
     "The `Embedder` of a description and a file of weights, which `model` is given, or a new model"
-    weights = read_weights(file)
-    _check_head(about, weights, file)
-    if model is None: model = _build_model(about, arch)
-    _load_weights(model, weights, file)
+    if model is None:
+        _check_file(about, file)
+        model = _build_model(about, arch)
+    _load_weights(model, read_weights(file), file)
     model.history = described_history(about)
     embedder = Embedder(model, about, device)
     if fingerprint(model, embedder.size, embedder.stats, embedder.pixel_range)!=embedder.fingerprint:

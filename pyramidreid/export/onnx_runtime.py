@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..images import load_pixels
+from ..images import load_pixels, shown_text
 from ..models.history import described_history, is_history, trained_on
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #7df0ed7f
@@ -45,7 +45,7 @@ class BaseEmbedder:
         h,w = self.size
         network = f"{self.about['arch']} at {h}×{w}, {self.emb_sz} dimensions"
         trained = trained_on(described_history(self.about))
-        return f"{type(self).__name__}: {network}, trained on {trained}, fingerprint {self.fingerprint}"
+        return shown_text(f"{type(self).__name__}: {network}, trained on {trained}, fingerprint {self.fingerprint}")
 
     def embed(self,
         items, # Paths of files, PIL images or uint8 RGB arrays (H, W, 3); or a single one
@@ -118,12 +118,23 @@ def _valid_levels(levels, n_parts):
 
 def _valid_stats(mean, std):
     if mean is None or std is None: return mean is std
-    return _numbers(mean, 3, (int, float), -1e6, 1e6) and _numbers(std, 3, (int, float), 0, 1e6)
+    return _numbers(mean, 3, (int, float), -1e6, 1e6) and _numbers(std, 3, (int, float), 1e-6, 1e6)
 
 def _valid_range(values):
     return values is None or _numbers(values, 2, (int, float), -1e12, 1e12) and values[0]<values[1]
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #1a6e0009
+_MOST_PIXELS = 2**22 # Of an image: 2048×2048
+_MOST_DIMENSIONS = 2**20 # Of an embedding, all branches together: 4 MiB for each image
+
+def _valid_size(size): return _numbers(size, 2, int, 0, 8193) and size[0]*size[1]<=_MOST_PIXELS
+
+def _valid_emb_sz(about):
+    n_parts,levels,emb_sz = about['n_parts'],about['levels'],about['emb_sz']
+    if not 1<=emb_sz<=16384: return False
+    if not (1<=n_parts<=96 and _valid_levels(levels, n_parts)): return True # these are named themselves
+    return emb_sz*sum(n_parts-level+1 for level in levels)<=_MOST_DIMENSIONS
+
 def _bad_values(about):
     "Names of entries of the right type whose values no model has"
     mean,std = about['mean'],about['std']
@@ -131,11 +142,11 @@ def _bad_values(about):
     valid = dict(
         last_stride = about['last_stride'] in (1, 2),
         n_parts = 1<=about['n_parts']<=96,
-        emb_sz = 1<=about['emb_sz']<=16384,
+        emb_sz = _valid_emb_sz(about),
         drop = 0<=about['drop']<1,
         levels = _valid_levels(about['levels'], about['n_parts']),
         norm = about['norm'] in ('branch', 'whole', None),
-        size = _numbers(about['size'], 2, int, 0, 8193),
+        size = _valid_size(about['size']),
         resize = about['resize']=='PIL bicubic',
         mean = mean_ok,
         std = not mean_ok or _valid_stats(mean, std),
@@ -213,6 +224,20 @@ def _new_session(ort, data, threads, providers):
     if threads: options.intra_op_num_threads = threads
     return ort.InferenceSession(data, options, providers=providers)
 
+# The name of an entry that says where weights outside the file are, as protobuf has it; lengths may be padded
+_OUTSIDE = re.compile(rb'(?:\x0a|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location')
+_MOST_BYTES = 2**31 # Of an ONNX file, since protobuf allows no more
+
+def _read_model(file):
+    "The bytes of an ONNX file. Raises `ValueError` if they are too many, or weights are in other files"
+    size = file.stat().st_size
+    if size>_MOST_BYTES:
+        raise ValueError(f"{file} is not an ONNX model: it has {size:,} bytes, and ONNX allows {_MOST_BYTES:,}")
+    data = file.read_bytes()
+    if not _OUTSIDE.search(data): return data
+    raise ValueError(f"{file} has weights outside the file (external data), which no checksum covers and which "
+                     "onnxruntime could look for anywhere on the disk. Export it again with learn.to_onnx")
+
 def _interface(session):
     "Name, type and shape of all inputs and outputs, without the number of images"
     ports = (*session.get_inputs(), *session.get_outputs())
@@ -225,7 +250,7 @@ def _open_session(
     providers # Names of providers, or pairs of a name and its options
 ):
     "An onnxruntime session for a file of this library. Raises `ValueError` if it is damaged or of another library"
-    ort,data = _import_onnxruntime(),file.read_bytes()
+    ort,data = _import_onnxruntime(),_read_model(file)
     intact = checksum_ok(data)
     if intact is False: raise ValueError(f"{file} is damaged: its checksum is wrong. Copy or export it again")
     names = _provider_names(ort, providers)

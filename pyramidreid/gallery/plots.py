@@ -14,14 +14,15 @@ import pandas as pd
 
 from ..core import show_once
 from .entries import open_picture
+from ..images import plot_text, shown_text
 
 # %% ../../nbs/gallery/04_plots.ipynb #91c4e006
 def _draw_tile(ax, image, lines, color):
     "Draw an image, or a text in its place, in a frame with lines of text above"
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values(): spine.set(color=color, linewidth=3)
-    lines = [o if len(o)<17 else o[:15]+'…' for o in lines]
-    ax.set_title('\n'.join(lines), fontsize=8, color=color)
+    lines = [o if len(o)<17 else o[:15]+'…' for o in map(shown_text, lines)]
+    ax.set_title('\n'.join(map(plot_text, lines)), fontsize=8, color=color)
     if not isinstance(image, str):
         ax.imshow(image)
         return

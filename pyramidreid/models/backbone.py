@@ -124,9 +124,9 @@ def _watched_run(model):
     def after(m, inputs, output): steps.append((m, *starts[m], output, getattr(output, '_version', None)))
     hooks = [o for m in model.children()
              for o in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
-    training = model.training
+    device,training = next((p.device for p in model.parameters()), None),model.training
     try:
-        with torch.no_grad(): model.eval()(torch.zeros(1, 3, 256, 128))
+        with torch.no_grad(): model.eval()(torch.zeros(1, 3, 256, 128, device=device))
     except Exception: pass # the classifier may not fit an image of this size
     finally:
         for hook in hooks: hook.remove()
@@ -135,12 +135,16 @@ def _watched_run(model):
 
 def _is_map(x): return isinstance(x, torch.Tensor) and x.ndim==4 and max(x.shape[-2:])>1
 
+def _is_blank(x):
+    "Is this the image of `_watched_run`? On the device `meta`, where nothing has values, only its shape is compared"
+    return x.shape[1:]==(3,256,128) and (x.is_meta or not x.any())
+
 def _chain_of_maps(steps):
     "The children that pass a feature map from one to the next, and whether it was changed before the next one"
     chain,last = [],None
     for m,x,x_version,output,version in steps:
         if last and (x is not last[0] or x_version!=last[1]): return chain,_is_map(x)
-        if not last and (x.shape[1:]!=(3,256,128) or x.any()): return chain,True
+        if not last and not _is_blank(x): return chain,True
         if not _is_map(output): break
         chain.append(m)
         last = output,version

@@ -10,8 +10,8 @@ __all__ = ['SCENE_WIDTH', 'SCENE_HEIGHT', 'SYNTH_VERSION', 'make_camera', 'draw_
 import hashlib
 import json
 import shutil
-import uuid
 from functools import lru_cache
+from glob import escape
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -21,7 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from ..core import show_once
+from ..core import partial_folder, show_once
+from ..images import read_rgb
 from pyramidreid.synth.people import (
     BODY_HEIGHT,
     CLOTH_COLOURS,
@@ -324,20 +325,23 @@ def _cache_folder(args):
     digest = hashlib.sha1(json.dumps(args).encode()).hexdigest()[:10]
     return Path.home()/'.cache'/'pyramidreid'/f"synth-{args['n_train']}-{args['n_test']}-{digest}"
 
+def _draw_set(folder, args, shots):
+    drawing = {name: args[name] for name in ('size', 'misalign', 'occlude', 'seed')}
+    for split in ('bounding_box_train', 'query', 'bounding_box_test'): (folder/split).mkdir(parents=True)
+    for shot in shots:
+        im,name = _draw_shot(shot, **drawing)
+        im.save(folder/shot.folder/name, quality=90)
+    (folder/'synth.json').write_text(json.dumps(args))
+
 def _write_set(path, args, shots):
     "Draw the set into a temporary folder and rename it to `path`, or to nothing if another process was first"
-    tmp = path.absolute().with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')
-    drawing = {name: args[name] for name in ('size', 'misalign', 'occlude', 'seed')}
+    path = path.absolute()
     try:
-        for folder in ('bounding_box_train', 'query', 'bounding_box_test'): (tmp/folder).mkdir(parents=True)
-        for shot in shots:
-            im,name = _draw_shot(shot, **drawing)
-            im.save(tmp/shot.folder/name, quality=90)
-        (tmp/'synth.json').write_text(json.dumps(args))
-        if path.exists(): path.rmdir() # empty, unless another process was quicker
-        tmp.rename(path)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
+        with partial_folder(path.parent, f'.{escape(path.name)}.????????.tmp') as partial:
+            _draw_set(partial/path.name, args, shots)
+            if path.exists(): path.rmdir() # empty, unless another process was quicker
+            (partial/path.name).rename(path)
+    except Exception:
         if not _is_complete(path, args, len(shots)): raise
 
 # %% ../../nbs/synth/02_dataset.ipynb #b33b7bad
@@ -401,7 +405,7 @@ def contact_sheet(
         for col,ax in enumerate(row):
             cam,index = cams[col//per_cam],col%per_cam
             images = files[pid].get(cam, [])
-            if index<len(images): ax.imshow(Image.open(images[index]))
+            if index<len(images): ax.imshow(read_rgb(images[index]))
             if pid==pids[0] and index==0: ax.set_title(f'camera {cam}', loc='left', fontsize=9)
             ax.set_xticks([])
             ax.set_yticks([])

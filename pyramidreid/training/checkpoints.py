@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import pickle
 import random
-import shutil
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -21,8 +20,9 @@ from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 
-from ..core import atomic_write
+from ..core import atomic_write, remove_leftovers
 from ..data.sampler import PKDataLoader, SingleModeDataLoader
+from ..models.fingerprints import inner_model
 from .dynamic_losses import is_fitting, stop_fit
 from .learner_files import load_opt_state
 
@@ -74,7 +74,7 @@ def _has_state(cb):
 
 # %% ../../nbs/training/10_checkpoints.ipynb #22796761
 def _model_config(learn):
-    weights = get_model(learn.model).state_dict()
+    weights = inner_model(learn.model).state_dict()
     n_weights = sum(v.numel() for v in weights.values())
     shapes = _digest(f'{k} {tuple(v.shape)}' for k,v in weights.items())
     return {'weights':f"{n_weights:,} numbers in {len(weights)} tensors, {shapes}"}
@@ -173,7 +173,7 @@ def run_state(
     cbs    # Callbacks whose state is kept
 )->dict:
     "Return all that is needed to resume a run, as plain values and tensors"
-    recorder,train,model = learn.recorder,learn.dls.train,get_model(learn.model)
+    recorder,train,model = learn.recorder,learn.dls.train,inner_model(learn.model)
     cb_states = _get_cb_states(cbs)
     cb_states['recorder']['values']['losses'] = [float(loss) for loss in recorder.losses]
     smooth_loss = recorder.smooth_loss
@@ -196,7 +196,7 @@ def set_run_state(
     state  # From `run_state`
 ):
     "Restore a run to the point at which `state` was taken"
-    train,model = learn.dls.train,get_model(learn.model)
+    train,model = learn.dls.train,inner_model(learn.model)
     model.load_state_dict(state['model'])
     load_opt_state(learn.opt, to_device(state['opt'], learn.dls.device))
     for p,grad in zip(model.parameters(), state['grads']): _set_grad(p, grad)
@@ -313,7 +313,7 @@ def _find(self:Checkpoints):
             f"{folder} holds checkpoints of an earlier run, the newest is {earlier[-1].name}. "
             "Pass resume=True to resume that run, choose another folder, or remove them")
         return None
-    for partial_file in folder.glob('.partial-*'): shutil.rmtree(partial_file, ignore_errors=True)
+    remove_leftovers(folder)
     for file in reversed(files):
         try: state = _read(file)
         except ValueError as e: print(f"{e}: trying an older one")

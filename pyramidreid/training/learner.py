@@ -10,6 +10,7 @@ from fastai.vision.all import *
 
 import pyramidreid.training.learner_files  # adds save and load # noqa: F401
 from ..models.backbone import arch_name, arch_source, backbone_stats, create_backbone, start_words
+from ..models.fingerprints import inner_model
 from ..models.history import new_history
 from ..models.losses import PyramidLoss
 from ..models.pyramid import PyramidNet, pyramid_split
@@ -58,7 +59,7 @@ def _totals(model):
 @patch
 def summary(self:ReIDLearner):
     "Return a table of all layers with the shapes for one image, then optimizer, loss and callbacks, as text"
-    model = get_model(self.model)
+    model = inner_model(self.model)
     image = torch.zeros(1, 3, *loader_image_size(self.dls.valid), device=next(model.parameters()).device)
     rows = _layer_rows(model, image)
     lines = [f"{type(model).__name__} (Input shape: {_shape_text(image)})",
@@ -77,7 +78,7 @@ def summary(self:ReIDLearner):
 @patch
 def gather_args(self:ReIDLearner):
     "Return the settings of model, loaders, loss, optimizer and callbacks, for a tracker"
-    model,train,loss = get_model(self.model),self.dls.train,self.loss_func
+    model,train,loss = inner_model(self.model),self.dls.train,self.loss_func
     plain = {name:value for name,value in vars(loss).items() if isinstance(value, (int,float,str)) and name[0]!='_'}
     settings = self.about(self.dls.valid) | dict(
         p=getattr(train, 'p', None), k=getattr(train, 'k', None), bs=train.bs, batches_per_epoch=len(train),

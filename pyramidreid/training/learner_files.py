@@ -42,7 +42,7 @@ def save(self:ReIDLearner,
     "Save weights, optimizer and the state of dynamic training; return the path"
     file = join_path_file(file, self.path/self.model_dir, ext='.pth')
     if rank_distrib(): return file
-    state = dict(model=get_model(self.model).state_dict())
+    state = dict(model=inner_model(self.model).state_dict())
     if with_opt and self.opt is not None: state['opt'] = _to_builtin(self.opt.state_dict())
     if hasattr(self, 'dynamic_loss_weights'): state['dynamic'] = self.dynamic_loss_weights.state_dict()
     with atomic_write(file) as partial_file: torch.save(state, partial_file, **kwargs)
@@ -66,9 +66,19 @@ def _check_classifiers(saved, own, file):
         f"{own_bias.shape[-1]:,}, so the identity classifiers do not fit. Use load(…, classifier=False) to load "
         "backbone and head without classifiers")
 
+def _uncompiled(weights):
+    "Saved weights by the model's own names, which earlier versions saved with a prefix if the model was compiled"
+    prefix = '_orig_mod.'
+    if not all(name.startswith(prefix) for name in weights): return weights
+    res = OrderedDict((name.removeprefix(prefix), v) for name,v in weights.items())
+    notes = getattr(weights, '_metadata', {})
+    res._metadata = OrderedDict((f'{name}.'.removeprefix(prefix)[:-1], o) for name,o in notes.items() if name)
+    return res
+
 def _saved_parts(state, model, classifier, file):
     "What to load of a file: weights, optimizer and dynamic training; without `classifier` weights alone, which all fit"
     if 'model' not in state: return state
+    state['model'] = _uncompiled(state['model'])
     own = {name:v for name,v in model.state_dict().items() if name.startswith('head.classify.')}
     if not classifier:
         state['model'].update(own)
@@ -94,13 +104,14 @@ def load(self:ReIDLearner,
     distrib_barrier()
     if not Path(file).exists(): raise FileNotFoundError(f"There is no saved learner at {file}")
     state = torch.load(file, map_location=ifnone(device, self.dls.device), weights_only=weights_only, **kwargs)
-    state = _saved_parts(state, get_model(self.model), classifier, file)
+    state = _saved_parts(state, inner_model(self.model), classifier, file)
     if 'model' not in state: raise ValueError(
         f"{file} was not written by `save`. Load backbone weights with pyramid_learner(weights=…), "
         "and released checkpoints with released_state_dict")
-    get_model(self.model).load_state_dict(state['model'], strict=strict)
+    inner_model(self.model).load_state_dict(state['model'], strict=strict)
     inner_model(self.model).history = _history_in(state['model'], file)
     if with_opt and 'opt' in state:
+        self.model.to(self.dls.device) # An optimizer's state lies where the weights are
         if self.opt is None: self.create_opt()
         load_opt_state(self.opt, state['opt'])
     if 'dynamic' in state and hasattr(self, 'dynamic_loss_weights'):

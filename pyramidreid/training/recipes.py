@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from fastai.vision.all import *
 
+from ..models.fingerprints import inner_model
 from .dynamic_losses import is_fitting
 from .learner import ReIDLearner
 
@@ -119,7 +120,7 @@ class EMA(Callback):
         self.active = False    # Is a fit running?
         self.cancelled = False # Was the current step of the optimizer cancelled?
 
-    def _params(self): return dict(get_model(self.learn.model).named_parameters())
+    def _params(self): return dict(inner_model(self.learn.model).named_parameters())
 
     def _copy_to_model(self, weights):
         with torch.no_grad():
