@@ -101,6 +101,7 @@ def _last_write(folder):
     "When something was last written in a folder, in seconds since 1970"
     return max(path.lstat().st_mtime for path in (folder, *folder.rglob('*')))
 
+# %% ../nbs/00_core.ipynb #afd37552
 def _remove_unless_in_use(folder):
     "Remove a partial folder whose writer has ended"
     lock = _new_lock(folder)
@@ -121,6 +122,7 @@ def remove_leftovers(
             if path.is_symlink() or not path.is_dir(): continue
             with suppress(OSError): _remove_unless_in_use(path) # another process may be removing it
 
+# %% ../nbs/00_core.ipynb #e3e5dbdd
 def _new_partial(folder):
     "A new folder in `folder`, and the lock in it"
     while True:

@@ -201,3 +201,21 @@ def test_no_images_of_a_dataset_are_tracked():
     if not (root/'.git').exists(): pytest.skip('no git checkout')
     files = subprocess.run(['git', 'ls-files'], cwd=root, capture_output=True, text=True, check=True).stdout.split()
     assert not [f for f in files if re.search(r'(^|/)-?\d{1,4}_c\d.*\.(jpg|png)$', f)]
+
+@pytest.mark.parametrize('extra,name,python,floor', [
+    ('onnx','onnxruntime','3.11','1.24.4'), ('onnx','onnxruntime','3.10','1.23'),
+    ('gallery','faiss-cpu','3.10','1.15.1')])
+def test_no_version_that_files_of_strangers_can_crash_is_allowed(extra, name, python, floor):
+    """onnxruntime below 1.24.4 follows absolute paths of weights, faiss below 1.15.1 crashes on a bad HNSW file. No
+    onnxruntime 1.24 runs on Python 3.10: there, `Runtime` refuses such files by itself"""
+    from packaging.requirements import Requirement
+    cfg = ConfigParser(delimiters=['='])
+    cfg.read(root/'settings.ini', encoding='utf-8')
+    needed = [Requirement(o) for o in cfg['DEFAULT'][f'{extra}_requirements'].split()]
+    found, = [o for o in needed if o.name==name and (o.marker is None or o.marker.evaluate({'python_version':python}))]
+    assert str(found.specifier)==f'>={floor}'
+
+def test_the_lowest_allowed_versions_are_tested():
+    "Every night, on the lowest Python and on the lowest that has every floor"
+    text = (root/'.github/workflows/nightly.yml').read_text(encoding='utf-8')
+    assert "--resolution lowest-direct --editable '.[dev]'" in text and "python: ['3.10', '3.11']" in text

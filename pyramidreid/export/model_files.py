@@ -276,6 +276,7 @@ def _without_memory():
     finally:
         for hook in hooks: hook.remove()
 
+# %% ../../nbs/export/02_model_files.ipynb #d744b775
 def _weights_in_header(file):
     "What `read_weights` would return, on the device `meta`: names, shapes and types. Errors are left to `read_weights`"
     if not file.is_file(): return read_weights(file)

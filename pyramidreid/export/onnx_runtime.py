@@ -135,6 +135,7 @@ def _valid_emb_sz(about):
     if not (1<=n_parts<=96 and _valid_levels(levels, n_parts)): return True # these are named themselves
     return emb_sz*sum(n_parts-level+1 for level in levels)<=_MOST_DIMENSIONS
 
+# %% ../../nbs/export/01_onnx_runtime.ipynb #5acdf828
 def _bad_values(about):
     "Names of entries of the right type whose values no model has"
     mean,std = about['mean'],about['std']
@@ -224,6 +225,7 @@ def _new_session(ort, data, threads, providers):
     if threads: options.intra_op_num_threads = threads
     return ort.InferenceSession(data, options, providers=providers)
 
+# %% ../../nbs/export/01_onnx_runtime.ipynb #9448594e
 # The name of an entry that says where weights outside the file are, as protobuf has it; lengths may be padded
 _OUTSIDE = re.compile(rb'(?:\x0a|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location')
 _MOST_BYTES = 2**31 # Of an ONNX file, since protobuf allows no more
