@@ -35,8 +35,18 @@ def new_store(keys='', **kwargs):
 def numbered(prefix, n): return [f'{prefix}{i}' for i in range(n)]
 def disk_full(*args): raise OSError(28, 'No space left on device')
 
+def listed_files(store):
+    "Names of the files that a saved gallery consists of"
+    index = [store.index['file'][0]] if store.index else []
+    return {record[0] for s in store.segments for record in s.files} | {'gallery.json','gallery.lock',*index}
+
 @pytest.fixture
 def path(tmp_path): return tmp_path/'people'
+
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch):
+    "A save removes stale files at once, and not the first save after a minute"
+    monkeypatch.setattr(module, '_STALE_SECONDS', 0)
 
 @pytest.fixture
 def store(path):
@@ -85,8 +95,7 @@ def check_next_save(path, before):
     again.add(embs(1, 3), frame('z'))
     again.save(path)
     assert content_of(path)=={**before, 'z':embs(1, 3)[0].tolist()}
-    listed = {record[0] for s in again.segments for record in s.files}
-    assert {o.name for o in path.iterdir()}==listed | {'gallery.json'}
+    assert {o.name for o in path.iterdir()}==listed_files(again)
 
 @pytest.mark.parametrize('first', [True,False])
 def test_a_crash_at_every_step(path, tmp_path, monkeypatch, first):
@@ -131,8 +140,8 @@ def test_a_failed_save_leaves_nothing(store, path, monkeypatch, victim, error):
     store.save()
     again = Store.load(path)
     assert set(content(again))==set('acdefxy')
-    assert again.index['file'][0]=='000004.faiss'
-    assert (path/'000004.faiss').read_bytes()==b'an index'
+    assert again.index['file'][0].startswith('000004-')
+    assert (path/again.index['file'][0]).read_bytes()==b'an index'
 
 def test_interrupted_after_the_manifest(store, path, monkeypatch):
     "Then the save is complete, and the next one goes through"
@@ -154,13 +163,13 @@ def test_a_first_save_that_died(path, monkeypatch):
     def die(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(module, '_write_table', die)
-        m.setattr(module, '_remove_stale', lambda *args: None) # A killed process removes nothing
+        m.setattr(module, '_remove_named', lambda *args: None) # A killed process removes nothing
         with pytest.raises(KeyboardInterrupt): new_store('abc').save(path)
     assert len(Store.load(path))==0
-    assert (path/'000001.safetensors').exists()
+    assert len(list(path.glob('000001-*.safetensors')))==1
     new_store('abc').save(path)
     assert list(content_of(path))==list('abc')
-    assert len(list(path.iterdir()))==3
+    assert len(list(path.iterdir()))==4
 
 def test_a_full_disk(store, path, monkeypatch):
     before,files = content_of(path),sorted(path.iterdir())
@@ -304,7 +313,7 @@ def test_many_small_saves_make_few_segments(path):
         s.add(embs(1, i), frame([f'k{i}']))
         s.save(path)
     assert len(s.segments)<=7
-    assert len(list(path.iterdir()))==2*len(s.segments)+1
+    assert len(list(path.iterdir()))==2*len(s.segments)+2
     assert content_of(path)=={f'k{i}':embs(1, i)[0].tolist() for i in range(70)}
 
 def test_entries_one_by_one_are_one_segment_in_memory(path):
@@ -413,7 +422,7 @@ def test_everything_removed(store, path):
     store.save()
     again = Store.load(path)
     assert len(again)==len(again.table)==0
-    assert [o.name for o in path.iterdir()]==['gallery.json']
+    assert {o.name for o in path.iterdir()}=={'gallery.json','gallery.lock'}
     assert again.add(embs(1), frame('a')).tolist()==[6]
 
 def test_emptied_and_filled_again(store, path):
@@ -519,7 +528,7 @@ def check_damage_is_noticed(path, file, bad, expected):
 def test_every_damage_is_noticed(store, path, damage):
     "Files truncated at any length, and a flipped bit in any byte; large files at every 29th"
     expected = content_of(path)
-    for file in sorted(path.iterdir()):
+    for file in sorted(path.iterdir()): # The lock is empty
         data = file.read_bytes()
         for i in range(0, len(data), 1 if len(data)<600 else 29):
             if damage=='truncate': bad = data[:i]
@@ -679,7 +688,7 @@ def test_other_files_stay(path):
     s.add(embs(3), frame('def'))
     s.save()
     assert [file.read_text() for file in others]==['mine']*4
-    assert len(list(path.glob('00000[0-8].*')))==2
+    assert len(list(path.glob('00000[0-8]-*')))==2
 
 def test_a_folder_behind_links(store, path, tmp_path):
     link = tmp_path/'link'
