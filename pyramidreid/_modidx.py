@@ -1919,6 +1919,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'pyramidreid/gallery/store.py'),
                                            'pyramidreid.gallery.store._make_folder': ( 'gallery/store.html#_make_folder',
                                                                                        'pyramidreid/gallery/store.py'),
+                                           'pyramidreid.gallery.store._new_thread_lock': ( 'gallery/store.html#_new_thread_lock',
+                                                                                           'pyramidreid/gallery/store.py'),
                                            'pyramidreid.gallery.store._open_lock': ( 'gallery/store.html#_open_lock',
                                                                                      'pyramidreid/gallery/store.py'),
                                            'pyramidreid.gallery.store._plain_texts': ( 'gallery/store.html#_plain_texts',

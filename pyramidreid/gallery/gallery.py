@@ -307,7 +307,9 @@ def save(self:Gallery,
     self._rows = None
     return self.store.path
 
-# %% ../../nbs/gallery/05_gallery.ipynb #47acb8ba
+# %% ../../nbs/gallery/05_gallery.ipynb #04d61ec9
+_CALIBRATION_TYPES = dict(n_gallery=int, n_ids=int, unknown=str, cameras=bool, distance=str, about=dict)
+
 def stored_calibration(
     text # What a gallery holds; None: no calibration
 ):
@@ -316,8 +318,11 @@ def stored_calibration(
     try:
         # Any other text would be the name of a file
         if not isinstance(text, str) or not text.lstrip().startswith('{'): raise ValueError(f"it is {text!r:.80}")
-        return Calibration.from_json(text)
-    except (ValueError,TypeError,KeyError,OverflowError,RecursionError) as e: raise ValueError(
+        res = Calibration.from_json(text)
+        wrong = [name for name,types in _CALIBRATION_TYPES.items() if not isinstance(getattr(res, name), types)]
+        if wrong: raise ValueError(f"its {wrong[0]!r} is {getattr(res, wrong[0])!r:.80}")
+        return res
+    except (ValueError,TypeError,KeyError,AttributeError,OverflowError,RecursionError) as e: raise ValueError(
         f"The gallery's calibration is damaged ({type(e).__name__}: {e}). Restore the gallery from a copy") from e
 
 def _check_lengths(path, segment):
@@ -330,7 +335,7 @@ def _check_lengths(path, segment):
             f"{path/segment.files[0][0]} is damaged: the embedding in row {i+bad[0]} has the length "
             f"{math.sqrt(squares[bad[0]]):.3g} and should have 1. Restore it from a copy")
 
-# %% ../../nbs/gallery/05_gallery.ipynb #89530dcc
+# %% ../../nbs/gallery/05_gallery.ipynb #ee82c84a
 @patch(cls_method=True)
 def load(cls:Gallery,
     path,          # Folder

@@ -78,7 +78,7 @@ def write_embeddings(
         for block in blocks: yield np.asarray(block, dtype)
     return _write_file(Path(file), parts())
 
-# %% ../../nbs/gallery/03_store.ipynb #bb8390c0
+# %% ../../nbs/gallery/03_store.ipynb #6d899ef9
 def _is_count(value): return type(value) is int and 0<=value<1<<62
 
 def _read_header(file, limit=1<<20):
@@ -134,7 +134,7 @@ def _concat_tables(tables):
         res = pd.concat(filled or tables[:1], ignore_index=True)
     return res.assign(**{c:res[c].convert_dtypes() for c in res if res[c].dtype in (object,float)})
 
-# %% ../../nbs/gallery/03_store.ipynb #9610433b
+# %% ../../nbs/gallery/03_store.ipynb #2e7807c6
 def _arrow_kind(types, t):
     "The kind of a column by its type in Arrow; None for a type that `_write_table` does not write"
     if types.is_string(t) or types.is_large_string(t): return 'text'
@@ -163,7 +163,7 @@ def _check_table_head(parquet, kinds, n):
     if size>_ROOM+100*sum(o.total_compressed_size for o in columns):
         raise ValueError(f"it would grow to {size:,} bytes")
 
-# %% ../../nbs/gallery/03_store.ipynb #4d509de9
+# %% ../../nbs/gallery/03_store.ipynb #1c08fc24
 _ROOM = 1<<26 # Bytes that any table may take
 
 def _plain_texts(pa, table, fields, n):
@@ -391,7 +391,7 @@ def _write_segments(self:Store, path, name):
         res.append(self._write_group(path, f'{name}-{i}' if i else name, group))
     return res[::-1]
 
-# %% ../../nbs/gallery/03_store.ipynb #438ced7a
+# %% ../../nbs/gallery/03_store.ipynb #f616d9e6
 _FILE_NAME = re.compile(r'([0-9]{6,18})(-[0-9a-f]{16})?(-[0-9]+)?\.(safetensors|parquet|faiss)')
 
 def _is_text(value): return isinstance(value, str)
@@ -419,7 +419,7 @@ def _is_stale(value):
     "Is it a dict of times, in seconds?"
     return isinstance(value, dict) and set(map(type, value.values()))<={int,float}
 
-# %% ../../nbs/gallery/03_store.ipynb #5c157b79
+# %% ../../nbs/gallery/03_store.ipynb #f0814ad2
 _KINDS = {'number','time','time with zone','text','truth'}
 
 _FIELDS = dict(
@@ -525,9 +525,16 @@ def _make_folder(path):
     if not os.access(path, os.W_OK):
         raise PermissionError(f"{path} cannot be written: get write permission, or save to another folder")
 
-# %% ../../nbs/gallery/03_store.ipynb #0d1c6465
+# %% ../../nbs/gallery/03_store.ipynb #e7e53286
 _LOCK = 'gallery.lock'
-_thread_lock = threading.Lock() # `lockf` excludes other processes, and not other threads
+_thread_lock = threading.RLock() # `lockf` excludes other processes, and not other threads
+
+def _new_thread_lock():
+    global _thread_lock
+    _thread_lock = threading.RLock()
+
+# Another thread may hold the lock while this process forks
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_new_thread_lock)
 
 @contextmanager
 def _locked(path):
@@ -634,7 +641,7 @@ def _commit(self:Store, path, generation):
         elif on_disk and on_disk['stamp']==old['stamp']: _remove_named(path, name)
     if not done: raise RuntimeError(_changed(path))
 
-# %% ../../nbs/gallery/03_store.ipynb #ee03ac8b
+# %% ../../nbs/gallery/03_store.ipynb #02261587
 _STALE_SECONDS = 60 # So long may a reader or a writer without a lock still need a file
 
 def _stale_files(path, content, old):
@@ -696,21 +703,22 @@ def _load_segment(path, entry, content, check):
     gone[entry['gone']] = True
     return Segment(ids, embs, table, gone, entry['files'])
 
-# %% ../../nbs/gallery/03_store.ipynb #e3d842bd
+# %% ../../nbs/gallery/03_store.ipynb #6e156179
 def _check_entries(path, store):
     "Raise `ValueError` if row ids do not ascend over all segments up to the next one, or if two entries share a key"
-    damaged,after = f"{Path(path)/_MANIFEST} is damaged",0
-    for s in store.segments:
-        if s.ids[0]<after: raise ValueError(f"{damaged}: row {s.ids[0]} follows row {after-1}. Restore it from a copy")
-        after = int(s.ids[-1])+1
-    if store.next_id<after: raise ValueError(
-        f"{damaged}: its next row is {store.next_id}, and row {after-1} exists. Restore it from a copy")
+    ranges = [(s.ids[0],s.ids[-1],path/s.files[0][0]) for s in store.segments]
+    for (_,last,before),(first,_,file) in zip(ranges, ranges[1:]):
+        if first<=last: raise ValueError(f"{before} is damaged, or {file.name} is: row {first} comes after row {last}. "
+                                         "Restore them from a copy")
+    if ranges and store.next_id<=ranges[-1][1]: raise ValueError(
+        f"{path/_MANIFEST} is damaged: its next row is {store.next_id}, and {ranges[-1][2].name} has "
+        f"row {ranges[-1][1]}. Restore it from a copy")
     repeated = store.table.key[store.table.key.duplicated()]
     if len(repeated): raise ValueError(
-        f"{damaged}: {len(repeated)} entries have the key of another, the first is {repeated.iloc[0]!r}. "
-        "Restore the gallery from a copy")
+        f"{path} is damaged: {len(repeated)} entries have the key of another, the first is {repeated.iloc[0]!r}. "
+        "Restore it from a copy")
 
-# %% ../../nbs/gallery/03_store.ipynb #a23c1e2b
+# %% ../../nbs/gallery/03_store.ipynb #a98e94e4
 def warn_without_index(
     problem # What is wrong with the index
 ):
