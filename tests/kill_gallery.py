@@ -80,7 +80,7 @@ def unlisted_files(path):
     "Files that the manifest does not list"
     if not path.exists(): return set()
     segments = (read_manifest(path) or dict(segments=[]))['segments']
-    listed = {name for s in segments for name,_,_ in s['files']} | {'gallery.json'}
+    listed = {name for s in segments for name,_,_ in s['files']} | {'gallery.json','gallery.lock'}
     return {o.name for o in path.iterdir()}-listed
 
 def main(path, kills):

@@ -28,10 +28,19 @@ from PIL import Image
 pytest.importorskip('faiss', reason='needs the extra gallery')
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 
+from pyramidreid.core import ReIDWarning
 from pyramidreid.evaluation.openset import Calibration
+from pyramidreid.gallery import store
 from pyramidreid.gallery.entries import Embeddings
 from pyramidreid.gallery.gallery import Gallery
-from pyramidreid.gallery.nearest import RowBlocks, normalize_rows, train_index
+from pyramidreid.gallery.nearest import (
+    RowBlocks,
+    exact_search,
+    nearest_rows,
+    normalize_rows,
+    read_index,
+    train_index,
+)
 
 
 @pytest.fixture
@@ -546,6 +555,7 @@ def test_damage(gallery, tmp_path, damage):
     gallery.save(tmp_path/'g')
     for file in sorted((tmp_path/'g').iterdir()):
         data = file.read_bytes()
+        if file.name=='gallery.lock': continue # Empty
         file.write_bytes(damage(data))
         with pytest.raises(ValueError, match=f'{file.name} is damaged'): Gallery.load(tmp_path/'g')
         file.write_bytes(data)
@@ -673,7 +683,7 @@ def large():
     embs = Embeddings(normalize_rows(embeddings(25_000, dim=8).values), 'a model')
     return Gallery(BandModel(dim=8)).add(numbered(25_000, cam=np.arange(25_000)%5), embs=embs),embs
 
-def test_an_index_is_saved_and_loaded(large, tmp_path):
+def test_an_index_is_saved_and_loaded(large, tmp_path, monkeypatch):
     "Entries added and removed after it was built are respected"
     g,embs = large
     g.build_index('ivf')
@@ -689,9 +699,93 @@ def test_an_index_is_saved_and_loaded(large, tmp_path):
         assert gallery.search(embs[8], 1).key.tolist()==['8']
         assert gallery.search(embs[8], 5, exclude_cam=[0,1,2,3,4]).key.tolist()==['late']
         assert set(gallery.search(embs[8], 20, exclude_cam=3).cam)<={0,1,2,4,9}
+    monkeypatch.setattr(store, '_STALE_SECONDS', 0)
     gallery.build_index('exact').save()
     assert not list((tmp_path/'g').glob('*.faiss'))
     assert Gallery.load(tmp_path/'g').index is None
+
+def other_index(file):
+    import faiss
+    index = faiss.IndexFlatIP(8)
+    index.add(np.eye(8, dtype=np.float32))
+    faiss.write_index(index, str(file))
+
+def smaller_index(file):
+    import faiss
+    index = faiss.read_index(str(file))
+    index.remove_ids(np.arange(100))
+    faiss.write_index(index, str(file))
+
+def flip(file, i):
+    data = bytearray(file.read_bytes())
+    data[i] ^= 0x55
+    file.write_bytes(data)
+
+@pytest.mark.parametrize('check', [True,False])
+@pytest.mark.parametrize('damage,message', [
+    (Path.unlink, 'is missing'),
+    (lambda f: f.write_bytes(b''), 'has 0 bytes'),
+    (lambda f: f.write_bytes(f.read_bytes()[:-5]), 'is damaged'),
+    (lambda f: flip(f, 1), 'is damaged'),
+    (other_index, 'is damaged'),
+    (smaller_index, 'is damaged'),
+    (lambda f: (f.unlink(), f.mkdir()), 'not a regular file')],
+    ids=['lost','empty','cut','flipped','another kind','fewer rows','folder'])
+def test_a_lost_or_damaged_index(large, tmp_path, damage, message, check):
+    "Everybody is found, exactly, and a new index can be built and saved"
+    g,embs = large
+    path = g.build_index('ivf').save(tmp_path/'g')
+    damage(next(path.glob('*.faiss')))
+    with pytest.warns(ReIDWarning, match=rf"index .*{message}.*searched exactly.*gallery\.build_index\(\)"):
+        again = Gallery.load(path, BandModel(dim=8), check=check)
+    assert again.index is None and 'searched exactly' in repr(again)
+    expected = Gallery(BandModel(dim=8)).add(again.table, embs=embs).search(embs[:5], 10)
+    pd.testing.assert_frame_equal(again.search(embs[:5], 10), expected)
+    again.build_index('hnsw').save()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert Gallery.load(path, BandModel(dim=8)).index.kind=='hnsw'
+
+NOTES = [('kind','lsh'), ('kind',['ivf']), ('kind','hnsw'), ('upto','x'), ('upto',10**15), ('rows',7), ('effort',0),
+         ('effort',-1), ('effort',2.5), ('recall','high'), ('ms',float('nan')), ('bytes',None), ('asked',True)]
+
+@pytest.fixture(scope='module')
+def small_index(tmp_path_factory):
+    "A file with an index, its measurements, and the gallery's next row id"
+    import faiss
+    rows = RowBlocks([(np.arange(300),normalize_rows(embeddings(300, dim=8).values))])
+    index = train_index(rows, few=100)
+    file = tmp_path_factory.mktemp('index')/'i.faiss'
+    faiss.write_index(index.index, str(file))
+    return file,index.note,300
+
+@pytest.mark.parametrize('name,value', NOTES)
+def test_measurements_of_an_index_that_do_not_fit(small_index, name, value):
+    file,note,next_id = small_index
+    assert read_index(file, note, 8, next_id).note==note
+    with pytest.raises(ValueError, match='is damaged'): read_index(file, {**note, name:value}, 8, next_id)
+    note = {k:v for k,v in note.items() if k!=name}
+    with pytest.raises(ValueError, match='is damaged'): read_index(file, note, 8, next_id)
+
+def test_a_damaged_index_is_not_saved_again(large, tmp_path):
+    g,_ = large
+    path = g.build_index('ivf').save(tmp_path/'g')
+    next(path.glob('*.faiss')).unlink()
+    with pytest.warns(ReIDWarning, match='is missing'): Gallery.load(path, BandModel(dim=8)).save()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert len(Gallery.load(path, BandModel(dim=8)))==25_000
+
+def test_a_filter_over_few_of_very_many_ids():
+    "Row ids are never reused, so they may be far larger than the number of rows"
+    rng = np.random.default_rng(0)
+    embs = normalize_rows(rng.standard_normal((300,8)))
+    rows = RowBlocks([(np.arange(300)*10**10,embs)])
+    index = train_index(rows, few=100)
+    allowed = rng.random(300)<.7
+    found = nearest_rows(embs[:20], rows, 3, allowed, index, few=100)[1]
+    assert allowed[found].all()
+    assert np.array_equal(found[:,0], exact_search(embs[:20], rows, 3, allowed)[1][:,0])
 
 def test_an_index_that_cannot_be_built(large, tmp_path):
     "The gallery keeps the index it has, and can be saved"

@@ -4,6 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 
+from pyramidreid.core import ReIDWarning
 from pyramidreid.gallery import store as module
 from pyramidreid.gallery.store import Store, file_record, read_embeddings, read_manifest, write_embeddings
 
@@ -35,8 +39,18 @@ def new_store(keys='', **kwargs):
 def numbered(prefix, n): return [f'{prefix}{i}' for i in range(n)]
 def disk_full(*args): raise OSError(28, 'No space left on device')
 
+def listed_files(store):
+    "Names of the files that a saved gallery consists of"
+    index = [store.index['file'][0]] if store.index else []
+    return {record[0] for s in store.segments for record in s.files} | {'gallery.json','gallery.lock',*index}
+
 @pytest.fixture
 def path(tmp_path): return tmp_path/'people'
+
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch):
+    "A save removes stale files at once, and not the first save after a minute"
+    monkeypatch.setattr(module, '_STALE_SECONDS', 0)
 
 @pytest.fixture
 def store(path):
@@ -85,8 +99,7 @@ def check_next_save(path, before):
     again.add(embs(1, 3), frame('z'))
     again.save(path)
     assert content_of(path)=={**before, 'z':embs(1, 3)[0].tolist()}
-    listed = {record[0] for s in again.segments for record in s.files}
-    assert {o.name for o in path.iterdir()}==listed | {'gallery.json'}
+    assert {o.name for o in path.iterdir()}==listed_files(again)
 
 @pytest.mark.parametrize('first', [True,False])
 def test_a_crash_at_every_step(path, tmp_path, monkeypatch, first):
@@ -131,8 +144,8 @@ def test_a_failed_save_leaves_nothing(store, path, monkeypatch, victim, error):
     store.save()
     again = Store.load(path)
     assert set(content(again))==set('acdefxy')
-    assert again.index['file'][0]=='000004.faiss'
-    assert (path/'000004.faiss').read_bytes()==b'an index'
+    assert again.index['file'][0].startswith('000004-')
+    assert (path/again.index['file'][0]).read_bytes()==b'an index'
 
 def test_interrupted_after_the_manifest(store, path, monkeypatch):
     "Then the save is complete, and the next one goes through"
@@ -154,13 +167,13 @@ def test_a_first_save_that_died(path, monkeypatch):
     def die(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(module, '_write_table', die)
-        m.setattr(module, '_remove_stale', lambda *args: None) # A killed process removes nothing
+        m.setattr(module, '_remove_named', lambda *args: None) # A killed process removes nothing
         with pytest.raises(KeyboardInterrupt): new_store('abc').save(path)
     assert len(Store.load(path))==0
-    assert (path/'000001.safetensors').exists()
+    assert len(list(path.glob('000001-*.safetensors')))==1
     new_store('abc').save(path)
     assert list(content_of(path))==list('abc')
-    assert len(list(path.iterdir()))==3
+    assert len(list(path.iterdir()))==4
 
 def test_a_full_disk(store, path, monkeypatch):
     before,files = content_of(path),sorted(path.iterdir())
@@ -304,7 +317,7 @@ def test_many_small_saves_make_few_segments(path):
         s.add(embs(1, i), frame([f'k{i}']))
         s.save(path)
     assert len(s.segments)<=7
-    assert len(list(path.iterdir()))==2*len(s.segments)+1
+    assert len(list(path.iterdir()))==2*len(s.segments)+2
     assert content_of(path)=={f'k{i}':embs(1, i)[0].tolist() for i in range(70)}
 
 def test_entries_one_by_one_are_one_segment_in_memory(path):
@@ -413,7 +426,7 @@ def test_everything_removed(store, path):
     store.save()
     again = Store.load(path)
     assert len(again)==len(again.table)==0
-    assert [o.name for o in path.iterdir()]==['gallery.json']
+    assert {o.name for o in path.iterdir()}=={'gallery.json','gallery.lock'}
     assert again.add(embs(1), frame('a')).tolist()==[6]
 
 def test_emptied_and_filled_again(store, path):
@@ -519,7 +532,7 @@ def check_damage_is_noticed(path, file, bad, expected):
 def test_every_damage_is_noticed(store, path, damage):
     "Files truncated at any length, and a flipped bit in any byte; large files at every 29th"
     expected = content_of(path)
-    for file in sorted(path.iterdir()):
+    for file in sorted(path.iterdir()): # The lock is empty
         data = file.read_bytes()
         for i in range(0, len(data), 1 if len(data)<600 else 29):
             if damage=='truncate': bad = data[:i]
@@ -616,6 +629,165 @@ def test_three_writers_and_two_readers(path):
         for job in jobs: job.kill()
     assert set(content_of(path))=={'first'} | {f'{i}-{n}' for i in range(3) for n in range(6)}
 
+# Several processes without a working lock
+
+UNLOCKED = """
+import sys,time
+import numpy as np, pandas as pd
+from pyramidreid.gallery import store as module
+from pyramidreid.gallery.store import Store
+
+path,name,start = sys.argv[1:]
+module._wait_for_lock = lambda *args: None
+while time.time()<float(start): time.sleep(.001)
+for i in range(15):
+    for _ in range(100):
+        store = Store.load(path)
+        store.add(np.ones((1,6), np.float32), pd.DataFrame(dict(key=[f'{name}-{i}'])))
+        try: store.save()
+        except RuntimeError as e: assert 'changed by another process' in str(e)
+        else: break
+    else: raise SystemExit('never saved')
+    print(f'{name}-{i}')
+"""
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_two_writers_without_a_lock(path):
+    "As where locks do not work: nothing saved before is lost, and hardly anything of what they add"
+    new_store(numbered('old', 20)).save(path)
+    start = str(time.time()+3)
+    jobs = [subprocess.Popen([sys.executable, '-c', UNLOCKED, path, name, start], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True) for name in 'ab']
+    try: outputs = [job.communicate(timeout=120) for job in jobs]
+    finally:
+        for job in jobs: job.kill()
+    assert [job.returncode for job in jobs]==[0,0], outputs
+    saved,found = [name for out,_ in outputs for name in out.split()],set(content_of(path))
+    assert len(saved)==30
+    assert set(numbered('old', 20))<=found<=set(numbered('old', 20)+saved)
+    assert len(found)>=40
+
+@pytest.fixture
+def unlocked(monkeypatch):
+    monkeypatch.setattr(module, '_locked', lambda path: nullcontext())
+    monkeypatch.setattr(module, '_STALE_SECONDS', 60)
+
+def between(monkeypatch, victim, other):
+    "Call `other` once, just before the next call of the module's `victim`"
+    real = getattr(module, victim)
+    def call(*args, **kwargs):
+        monkeypatch.setattr(module, victim, real)
+        other()
+        return real(*args, **kwargs)
+    monkeypatch.setattr(module, victim, call)
+
+@pytest.mark.parametrize('n', [1,30])
+@pytest.mark.parametrize('victim', ['_write_table','_stale_files','_write_manifest','flush_to_disk'])
+def test_another_writer_in_the_middle_of_a_save(store, path, unlocked, monkeypatch, victim, n):
+    "Without a lock. The first notices, and nothing of the second is lost, whether or not segments were merged"
+    other = Store.load(path)
+    other.add(embs(n, 5), frame(numbered('other', n)))
+    store.add(embs(n, 6), frame(numbered('mine', n)))
+    between(monkeypatch, victim, other.save)
+    with pytest.raises(RuntimeError, match='changed by another process'): store.save()
+    assert list(content_of(path))==[*'acdef',*numbered('other', n)]
+    again = Store.load(path)
+    again.add(embs(1, 7), frame('z'))
+    again.save()
+    assert list(content_of(path))==[*'acdef',*numbered('other', n),'z']
+
+@pytest.mark.parametrize('n', [1,30])
+def test_two_writers_at_the_last_moment(store, path, unlocked, monkeypatch, n):
+    "The worst case: the second manifest replaces the first, one add is lost, and the first writer is told"
+    other,before = Store.load(path),read_manifest(path)
+    other.add(embs(n, 5), frame(numbered('other', n)))
+    store.add(embs(n, 6), frame(numbered('mine', n)))
+    real,replaced = os.replace,[]
+    def replace(src, dest):
+        real(src, dest)
+        if Path(dest).name!='gallery.json': return
+        replaced.append(dest)
+        if len(replaced)==1: other.save()
+    def read(folder): return before if len(replaced)==1 else read_manifest(folder)
+    monkeypatch.setattr(os, 'replace', replace)
+    monkeypatch.setattr(module, 'read_manifest', read)
+    with pytest.raises(RuntimeError, match='changed by another process'): store.save()
+    assert len(replaced)==2
+    assert list(content_of(path))==[*'acdef',*numbered('other', n)]
+
+def test_another_writer_goes_on_from_a_save_under_way(store, path, unlocked, monkeypatch):
+    "Nothing is lost, and the first save is complete"
+    store.add(embs(30, 5), frame(numbered('mine', 30)))
+    real = os.replace
+    def replace_and_go_on(src, dest):
+        real(src, dest)
+        if Path(dest).name!='gallery.json': return
+        monkeypatch.setattr(os, 'replace', real)
+        other = Store.load(path)
+        other.add(embs(1, 6), frame('x'))
+        other.save()
+    monkeypatch.setattr(os, 'replace', replace_and_go_on)
+    store.save()
+    assert list(content_of(path))==[*'acdef',*numbered('mine', 30),'x']
+    store.add(embs(1, 7), frame('y'))
+    with pytest.raises(RuntimeError, match='changed by another process'): store.save()
+
+def test_stale_files_are_removed_after_a_minute(store, path, monkeypatch):
+    "Another writer without a lock, or a reader, may still need them"
+    monkeypatch.setattr(module, '_STALE_SECONDS', 60)
+    now = time.time()
+    monkeypatch.setattr(module.time, 'time', lambda: now)
+    old = listed_files(store)-{'gallery.json','gallery.lock'}
+    store.add(embs(30), frame(numbered('n', 30)))
+    store.save()
+    assert set(read_manifest(path)['stale'])==old
+    for seconds,left in ((30,old),(29,old),(2,set())):
+        now += seconds
+        store.add(embs(1), frame([f'{now}']))
+        store.save()
+        assert {o.name for o in path.iterdir()} & old==left
+
+def test_a_folder_that_cannot_be_locked(store, path, monkeypatch):
+    "A warning, and the save goes on"
+    if module.fcntl is None: pytest.skip('needs Unix')
+    def refuse(*args): raise OSError(37, 'No locks available')
+    monkeypatch.setattr(module.fcntl, 'lockf', refuse)
+    store.add(embs(1), frame('x'))
+    with pytest.warns(ReIDWarning, match='cannot be locked .*No locks available'): store.save()
+    assert 'x' in content_of(path)
+
+def test_threads_wait_for_each_other(path):
+    new_store(['first']).save(path)
+    def writer(name):
+        n = 0
+        while n<5:
+            s = Store.load(path)
+            s.add(embs(1), frame([f'{name}-{n}']))
+            with suppress(RuntimeError):
+                s.save()
+                n += 1
+    with ThreadPoolExecutor(3) as pool: list(pool.map(writer, range(3)))
+    assert set(content_of(path))=={'first'} | {f'{i}-{n}' for i in range(3) for n in range(5)}
+
+def test_a_gallery_of_an_earlier_version(store, path):
+    "Files named by number only, and no note of stale ones"
+    expected,manifest = content_of(path),read_manifest(path)
+    del manifest['stale']
+    for i,segment in enumerate(manifest['segments']):
+        for record in segment['files']:
+            new = f'00000{i+1}'+('-1' if i else '')+Path(record[0]).suffix
+            (path/record[0]).rename(path/new)
+            record[0] = new
+    (path/'gallery.lock').unlink()
+    checksum = module._content_checksum(manifest)
+    (path/'gallery.json').write_text(json.dumps({**manifest, 'checksum':checksum}))
+    again = Store.load(path)
+    assert content(again)==expected
+    again.add(embs(30), frame(numbered('n', 30)))
+    again.save()
+    assert list(content_of(path))==[*'acdef',*numbered('n', 30)]
+    assert {o.name for o in path.iterdir()}==listed_files(again)
+
 def test_a_reader_while_another_process_saves(store, path, monkeypatch):
     "The old segments disappear after the manifest was read: the new manifest is read"
     real,saved = module.read_manifest,False
@@ -679,7 +851,7 @@ def test_other_files_stay(path):
     s.add(embs(3), frame('def'))
     s.save()
     assert [file.read_text() for file in others]==['mine']*4
-    assert len(list(path.glob('00000[0-8].*')))==2
+    assert len(list(path.glob('00000[0-8]-*')))==2
 
 def test_a_folder_behind_links(store, path, tmp_path):
     link = tmp_path/'link'
