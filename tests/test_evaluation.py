@@ -1,5 +1,6 @@
 "`evaluate` and `evaluate_distances` against plain scores written to be read, kinds of input, errors, and memory"
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -18,8 +19,10 @@ from torch import nn, tensor
 
 from pyramidreid.core import ReIDWarning
 from pyramidreid.evaluation.protocol_card import *
+from pyramidreid.evaluation.protocols import evaluate_cameras, evaluate_single_shot
 from pyramidreid.evaluation.ranking import *
 from pyramidreid.evaluation.retrieval import *
+from pyramidreid.training.threshold_calibration import calibrate_distances
 
 
 def assert_scores(card, scores, ranks=50):
@@ -136,6 +139,21 @@ def test_junk_pid():
     assert renamed.to_json()==evaluate(q, g, query_pids, gallery_pids, *cams).to_json()
     with pytest.raises(NoMatchError, match='junk'): evaluate(q, g, query_pids, np.full(len(g), -1))
     with pytest.raises(NoMatchError): evaluate(q, g, np.full(len(q), -1), gallery_pids)
+
+def test_junk_pid_of_another_type():
+    "'-1' and -1.0 mean -1 whatever the ids are; what can equal no id is an error, not the absence of junk"
+    ids = ([1,2],[1,2,-1,-1])
+    for pids in (ids,[list(map(str, o)) for o in ids],[np.array(o, np.int8) for o in ids]):
+        for junk in (-1,'-1',-1.,np.int64(-1),np.array(-1),torch.tensor(-1),np.str_('-1')):
+            assert evaluate_distances([[.1,.2,.3,.4]]*2, *pids, junk_pid=junk).n_junk==2, (pids,junk)
+        for junk in (-1.5,[-1],[1,2,-1],True,math.nan,b'-1',np.array([1,2])):
+            for f in (evaluate_distances,evaluate_single_shot,evaluate_cameras,calibrate_distances):
+                with pytest.raises(ValueError, match='junk_pid='):
+                    f([[.1,.2,.3,.4]]*2, *pids, [1,1], [2]*4, junk_pid=junk)
+    with pytest.raises(ValueError, match="junk_pid='junk'.*whole numbers"):
+        evaluate_distances([[.1,.2,.3,.4]]*2, *ids, junk_pid='junk')
+    named = ['1','2'],['1','2','junk','-1']
+    assert evaluate_distances([[.1,.2,.3,.4]]*2, *named, junk_pid='junk').n_junk==1
 
 def test_embeddings_are_left_alone():
     q,g,*ids = (torch.from_numpy(o) for o in clustered())

@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -230,6 +231,34 @@ def test_interval_is_scipys(n, fraction, level):
     k = round(fraction*n)
     expected = stats.binomtest(k, n).proportion_ci(level, 'exact')
     assert binomial_interval(k, n, level)==pytest.approx((expected.low,expected.high), rel=1e-7, abs=1e-12)
+
+def assert_crosses(function, x, value, rel=1e-8):
+    "The function reaches the value within `rel` of x and of 1-x, and the roundings of x and of scipy"
+    gap = rel*min(x, 1-x)+2.3e-16
+    before,after = sorted([function(x-gap),function(x+gap)])
+    assert before*(1-1e-6)<=value<=after*(1+1e-6), (before,value,after)
+
+@pytest.mark.parametrize('n', [20_001,10**6,10**9])
+def test_interval_of_many_searches(n):
+    """By scipy's beta distribution, the bounds have the tails that they should have (its quantiles are wrong for
+    1000 of 10^9). In milliseconds: the continued fraction took seconds"""
+    for k in (0,1,2,7,1000,n//3,n//2+.5,n-1000.25,n-2,n-1,n):
+        for level in (.5,.95,.999999):
+            tail = (1-level)/2
+            low,high = binomial_interval(k, n, level)
+            if k:   assert_crosses(stats.beta(k, n-k+1).cdf, low, tail)
+            if k<n: assert_crosses(stats.beta(k+1, n-k).sf, high, tail)
+    start = time.process_time()
+    for _ in range(5): binomial_interval(n//3, n)
+    assert time.process_time()-start<.25
+
+def test_almost_all_of_many_searches():
+    "With effective numbers, less than one search may have found nobody"
+    for k,n in ((10**9-.01,10**9),(10**6-.3,10**6),(.2,10**9)):
+        low,high = binomial_interval(k, n)
+        assert 0<=low<=k/n<=high<=1
+        assert high==pytest.approx(stats.beta.ppf(.975, k+1, n-k), rel=1e-9, abs=1e-12)
+        assert low==pytest.approx(stats.beta.ppf(.025, k, n-k+1), rel=1e-4, abs=1e-12)
 
 def test_beta_cdf_is_scipys():
     rng = np.random.default_rng(0)

@@ -253,8 +253,7 @@ def _matches_text(found):
 @click.option('--exclude-cam', multiple=True, metavar='CAM', help='Leave out entries of this camera. Repeatable.')
 @click.option('--since', metavar='TIME', help='Leave out entries before this date and time.')
 @click.option('--where', metavar='EXPRESSION',
-              help='Only entries that satisfy this expression of the columns. It is executed as code: '
-                   'do not use expressions from others.')
+              help='Only entries that satisfy this expression of the columns, such as cam!=3.')
 @click.option('--threshold', type=Number(-1), help='Only entries of at least this similarity; identical images have 1.')
 @click.option('--far', type=fraction_type, metavar='FRACTION',
               help='Maximum false alarm rate: the fraction of searches for unknown people that return somebody. '

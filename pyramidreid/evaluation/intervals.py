@@ -12,11 +12,13 @@ from functools import lru_cache
 import numpy as np
 
 # %% ../../nbs/evaluation/07_intervals.ipynb #93d02963
+_MANY = 20_000 # Trials above which the quantile is integrated
+
 def _beta_cdf(x, a, b):
     "Regularised incomplete beta function, by its continued fraction (DLMF 8.17.22)"
     if x>(a+1)/(a+b+2): return 1-_beta_cdf(1-x, b, a)
     if x<=0: return 0.
-    n_terms = 50+int(3*math.sqrt(a+b))
+    n_terms = 50+int(3*math.sqrt(min(a+b, _MANY)))
     fraction = 1.
     for m in range(n_terms, -1, -1):
         even = (m+1)*(b-m-1)/((a+2*m+1)*(a+2*m+2))
@@ -27,12 +29,40 @@ def _beta_cdf(x, a, b):
 
 def _beta_quantile(p, a, b):
     "The point where `_beta_cdf` reaches `p`, by bisection"
+    if a+b>_MANY and min(a, b)>=.5: return _integrated_quantile(p, a, b)
     low,high = 0.,1.
     for _ in range(60):
         mid = (low+high)/2
         if _beta_cdf(mid, a, b)<p: low = mid
         else:                      high = mid
     return high
+
+# %% ../../nbs/evaluation/07_intervals.ipynb #2e609709
+@lru_cache
+def _gauss_legendre(): return np.polynomial.legendre.leggauss(32)
+
+def _integrated_quantile(p, a, b):
+    "The quantile of the beta distribution by integrating its density, for large `a+b`"
+    nodes,weights = _gauss_legendre()
+    def log_density(x): return a*x-(a+b)*np.log1p(a/(a+b)*np.expm1(x)) # x: log of the odds, 0 at the peak a/b
+    def integral(low, high):
+        half = (high-low)/2
+        return half*(np.exp(log_density(low+half + half*nodes))*weights).sum()
+    high = math.sqrt(1/a+1/b)
+    low = -high
+    while log_density(low)>-45:  low *= 1.5
+    while log_density(high)>-45: high *= 1.5
+    edges = np.linspace(low, high, 17)
+    below = np.cumsum([0, *map(integral, edges[:-1], edges[1:])])
+    wanted = p*below[-1]
+    i = min(int(np.searchsorted(below, wanted, side='right'))-1, 15)
+    start,low,high = edges[i],edges[i],edges[i+1]
+    for _ in range(60):
+        mid = (low+high)/2
+        if below[i]+integral(start, mid)<wanted: low = mid
+        else:                                    high = mid
+    odds = a/b*math.exp(high)
+    return odds/(1+odds)
 
 # %% ../../nbs/evaluation/07_intervals.ipynb #d244cd9c
 def binomial_interval(

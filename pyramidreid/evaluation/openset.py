@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from ..core import atomic_write
 from .intervals import binomial_interval, effective_searches
+from .protocol_card import check_entry, is_fraction, is_whole, json_from
 from ..images import shown_text
 
 # %% ../../nbs/evaluation/08_openset.ipynb #c7205c5d
@@ -223,19 +224,41 @@ def to_json(
         with atomic_write(path) as partial_file: partial_file.write_text(text, encoding='utf-8')
     return text
 
+def _is_score(v): return isinstance(v, (int,float)) and not isinstance(v, bool) and abs(v)<=1e300
+def _is_pair(v): return isinstance(v, list) and len(v)==3 and _is_score(v[0]) and all(map(is_fraction, v[1:]))
+def _is_id(v): return is_whole(v, -1<<63)
+def _is_count(v): return is_whole(v, 1)
+
+# What the entries of a calibration, or the items of its lists, must be
+_LISTS = dict(impostor=('scores',_is_score), person=('whole numbers',_is_id), genuine=('scores',_is_score),
+              place=('whole numbers from 1',_is_count), found=('whole numbers',_is_id),
+              pairs=('a score and two fractions each',_is_pair))
+_ENTRIES = dict(n_gallery=('a whole number from 1',_is_count), n_ids=('a whole number from 1',_is_count),
+                unknown=("'hide' or 'absent'",lambda v: v in ('hide','absent')), far=('a fraction',is_fraction),
+                cameras=('true or false',lambda v: isinstance(v, bool)), level=('a fraction',is_fraction),
+                distance=('text',lambda v: isinstance(v, str)), about=('an object',lambda v: isinstance(v, dict)))
+
+def _check_entries(values):
+    "Raise `ValueError` that names the entry of a calibration from JSON that is not of its type or range"
+    for name in values.keys() & _ENTRIES.keys(): check_entry(name, values[name], *_ENTRIES[name])
+    for name in values.keys() & _LISTS.keys():
+        what,suits = _LISTS[name]
+        check_entry(name, values[name], 'a list', lambda v: isinstance(v, list))
+        for value in values[name]: check_entry(name, value, f'a list of {what}', suits)
+
 @patch(cls_method=True)
 def from_json(
     cls:Calibration,
     src # JSON text from `to_json`, or the path of a file with it
 ):
     "Read a calibration back from JSON. Raises `ValueError` if `src` does not hold one"
-    is_path = isinstance(src, Path) or not src.lstrip().startswith('{')
     try:
-        values = json.loads(Path(src).read_text(encoding='utf-8') if is_path else src)
+        values = json_from(src)
         if values.pop('card', None)!='Calibration': raise ValueError("'card' is not 'Calibration'")
+        _check_entries(values)
         return cls(**values)
     except (TypeError,ValueError,AttributeError) as e:
-        where = src if is_path else 'The text'
+        where = src if isinstance(src, Path) or not src.lstrip().startswith('{') else 'The text'
         raise ValueError(f"{where} is not a valid calibration: {e}. Give what `to_json` wrote") from e
 
 # %% ../../nbs/evaluation/08_openset.ipynb #37c23cf8

@@ -41,9 +41,21 @@ def is_junk_id(
     ids,     # Array of ids, whole numbers or strings
     junk_pid # The id of junk images; None: there is no junk
 ):
-    "Return which of `ids` are junk"
+    "Return which of `ids` are junk. Raises `ValueError` if no id can equal `junk_pid`"
     if junk_pid is None: return np.zeros(len(ids), bool)
-    return ids==(str(junk_pid) if ids.dtype.kind=='U' else junk_pid)
+    return ids==_as_kind(junk_pid, ids.dtype.kind)
+
+def _as_kind(junk_pid, kind):
+    "`junk_pid` as text, or as a whole number if the ids are no text: '-1' and -1.0 are -1"
+    if hasattr(junk_pid, 'item') and np.size(junk_pid)==1: junk_pid = junk_pid.item()
+    is_text = isinstance(junk_pid, str)
+    if is_text and kind=='U': return junk_pid
+    try: number = int(junk_pid) if is_text or junk_pid==int(junk_pid) else None
+    except (TypeError,ValueError,OverflowError): number = None
+    if number is None or isinstance(junk_pid, bool): raise ValueError(
+        f"junk_pid={junk_pid!r}: give one id, such as -1, or None if there is no junk. "
+        f"The person ids are {'text' if kind=='U' else 'whole numbers'}")
+    return str(number) if kind=='U' else number
 
 def _check_lengths(shape, pairs):
     "Raise `ValueError` unless there is one id per row, or none at all; `pairs` are the ids of queries and of gallery"

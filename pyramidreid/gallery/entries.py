@@ -8,13 +8,13 @@ __all__ = ['LearnerEmbedder', 'as_embedder', 'Embeddings', 'open_picture', 'pars
 
 # %% ../../nbs/gallery/01_entries.ipynb #9a2d470a
 import os
-import re
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from ..evaluation.openset import Calibration
+from .filters import table_filter
 from ..images import read_rgb
 
 # %% ../../nbs/gallery/01_entries.ipynb #88dec083
@@ -290,22 +290,13 @@ def _not_before(table, since):
         "such as 2026-11-23 08:00, with a time zone if and only if the entries have one") from e
 
 # %% ../../nbs/gallery/01_entries.ipynb #9007e459
-def _compares_as_text(where, column):
-    "Does `where` compare a column of times with text by ==, != or in?"
-    c = re.escape(column)
-    column_first = rf"""\b{c}\b\s*(?:[!=]=\s*["']|(?:not\s+)?in\b)"""
-    text_first = rf"""["']\s*[!=]=\s*{c}\b"""
-    return re.search(f"{column_first}|{text_first}", where)
-
 def _where_holds(table, where):
     "For which entries `where` holds"
-    times = [c for c in table if pd.api.types.is_datetime64_any_dtype(table[c])]
-    if isinstance(where, str) and any(_compares_as_text(where, c) for c in times): raise ValueError(
-        f"where={where!r}: pandas does not compare times with text by ==, != or in: "
-        "use >= and <, or a function of the table")
-    try: res = where(table.copy(deep=False)) if callable(where) else table.eval(where, engine='python')
-    except Exception as e: raise ValueError(
-        f"where={where!r} fails on the columns {', '.join(table.columns)}: {type(e).__name__}: {e}") from e
+    if not callable(where): res = table_filter(table, where)
+    else:
+        try: res = where(table.copy(deep=False))
+        except Exception as e: raise ValueError(
+            f"where={where!r} fails on the columns {', '.join(table.columns)}: {type(e).__name__}: {e}") from e
     res = pd.Series(res, index=table.index) if np.shape(res)==(len(table),) else None
     if res is None or not pd.api.types.is_bool_dtype(res.dropna().convert_dtypes()):
         raise ValueError(

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from ..core import require_extra
 from ..evaluation.openset import Calibration
 from .entries import Embeddings, as_embedder, known_cameras, parse_time, typed_table
+from .filters import MIRRORED, FilterReader
 from .gallery import Gallery
 
 # %% ../../nbs/gallery/06_milvus.ipynb #be38ce1d
@@ -205,9 +206,6 @@ def _delete(self:MilvusGallery, keys, size=1000): # Keys sent at a time
     for i in range(0, len(keys), size): self.client.delete(self.name, filter=_key_filter(keys[i:i+size]))
 
 # %% ../../nbs/gallery/06_milvus.ipynb #4ddecc74
-_QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
-_KEYWORDS = set('and or not in like is null exists true false'.split())
-
 def _time_number(text, kind, source):
     "A time as Milvus stores it; `source` is what an error quotes"
     try: time = parse_time(text)
@@ -217,26 +215,82 @@ def _time_number(text, kind, source):
         f"{source} cannot be compared with the times of the entries: give a time zone if and only if they have one")
     return _to_milvus(time)
 
-def _check_names(where, kinds):
-    "Raise `ValueError` if `where` names a column that no entry has"
-    names = re.findall(r'(?<![\w$.])[A-Za-z_]\w*(?!\w|\s*\()', re.sub(_QUOTED, '""', where))
-    for name in names:
-        if name not in kinds and name.lower() not in _KEYWORDS: raise ValueError(
-            f"where={where!r}: no entry has a column {name!r}; the columns are {', '.join(kinds)}")
+# %% ../../nbs/gallery/06_milvus.ipynb #ce7c0057
+_MILVUS_WORDS = set('and or not in like is null exists true false'.split())
+_MILVUS_SIGNS = {'==','!=','<','<=','>','>=','in','not in','and','or','+','-','*','/','%','**'}
 
-def _replace_times(where, kinds):
-    "`where` with quoted times as numbers, where they are compared with a column of times"
-    times = [name for name,kind in kinds.items() if kind.startswith('time')]
-    if not times: return where
-    column,comparison = '|'.join(map(re.escape, times)),r'\s*(?:[<>=!]=|[<>])\s*'
-    column_first = rf"\b(?P<column>{column})\b{comparison}(?P<right>{_QUOTED})"
-    text_first = rf"(?P<left>{_QUOTED}){comparison}\b(?P<column2>{column})\b"
-    def replace(match):
-        text = match['right'] or match['left']
-        if not text: return match[0] # Quoted, and not beside a column of times
-        kind = kinds[match['column'] or match['column2']]
-        return match[0].replace(text, str(_time_number(text[1:-1], kind, f'where={where!r}')))
-    return re.sub(f"{column_first}|{text_first}|{_QUOTED}", replace, where)
+def _is_code(value): return isinstance(value, _Code)
+
+class _Code(str):
+    "A piece of an expression of Milvus; `column` is the column's name if it is one"
+    column = None
+
+class _MilvusWhere(FilterReader):
+    "Translates an expression into Milvus' language"
+    def __init__(self, where, kinds):
+        super().__init__(where, kinds)
+        self.kinds = kinds
+
+    def column(self, name, node):
+        plain = re.fullmatch(r'[A-Za-z_]\w*', name, re.ASCII) and name.lower() not in _MILVUS_WORDS
+        res = _Code(name if plain else f'$meta[{json.dumps(name, ensure_ascii=False)}]')
+        res.column = name
+        return res
+
+    def negate(self, value, node): return _Code(f'(not {self.value(value)})')
+    def minus(self, value, node): return _Code(f'(-{self.value(value)})')
+    def combine(self, sign, values, node): return _Code('(' + f' {sign} '.join(map(self.value, values)) + ')')
+
+    def value(self, value):
+        "A literal, or a list of them, in Milvus' language"
+        return value if _is_code(value) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    def arithmetic(self, left, sign, right, node):
+        if sign not in _MILVUS_SIGNS or not all(_is_code(o) or isinstance(o, (int,float)) for o in (left,right)):
+            raise self.error(node, 'cannot be sent to Milvus')
+        return _Code(f'({self.value(left)} {sign} {self.value(right)})')
+
+# %% ../../nbs/gallery/06_milvus.ipynb #00727d68
+@patch
+def compare(self:_MilvusWhere, left, sign, right, node):
+    if not _is_code(left) and not _is_code(right): raise self.error(node, 'compares no column')
+    if isinstance(left, list): left,sign,right = right,MIRRORED.get(sign, sign),left
+    if isinstance(right, str) and not _is_code(right) and sign.endswith('in'): right = [right]
+    if isinstance(right, list):
+        sign = {'==':'in', '!=':'not in'}.get(sign, sign)
+        if not _is_code(left) or not sign.endswith('in'): raise self.error(node, 'cannot be sent to Milvus')
+    elif sign.endswith('in'): raise self.error(node, 'cannot be sent to Milvus')
+    left,right = self._as_stored(left, right),self._as_stored(right, left)
+    gap = ' ' if sign.endswith('in') else ''
+    return _Code(f'({self.value(left)}{gap}{sign}{gap}{self.value(right)})')
+
+@patch
+def _as_stored(self:_MilvusWhere, value, other):
+    "A text as Milvus stores it in the column that it is compared with"
+    if isinstance(value, list): return [self._as_stored(o, other) for o in value]
+    column = getattr(other, 'column', None)
+    if column is None or _is_code(value) or not isinstance(value, str): return value
+    kind = self.kinds[column]
+    if kind.startswith('time'): return _time_number(value, kind, f'where={self.text.where!r}')
+    return _encode_key(value) if column=='key' else value
+
+@patch
+def method(self:_MilvusWhere, value, name, args, options, node):
+    column = getattr(value, 'column', None)
+    if column is None or options or column=='key' and name.endswith(('na','null')):
+        raise self.error(node, 'cannot be sent to Milvus')
+    if name in ('isna','isnull'):   return _Code(f'(not exists {value})')
+    if name in ('notna','notnull'): return _Code(f'(exists {value})')
+    if name=='isin': return self.compare(value, 'in', args[0], node)
+    if name!='between': raise self.error(node, 'cannot be sent to Milvus')
+    return self.combine('and', [self.compare(value, sign, o, node) for sign,o in zip(('>=','<='), args)], node)
+
+def _milvus_where(where, kinds):
+    "`where` in Milvus' language"
+    reader = _MilvusWhere(where, kinds)
+    res = reader.result()
+    if not _is_code(res): raise reader.text.error('it must be a condition, such as cam==1')
+    return res if res.startswith('(') else f'({res})'
 
 # %% ../../nbs/gallery/06_milvus.ipynb #e52737e2
 def _camera_filter(kinds, exclude_cam):
@@ -262,10 +316,9 @@ def milvus_filter(
         if not kind.startswith('time'): raise ValueError("since needs a column 'time', and no entry has one")
         filters.append(f"time >= {_time_number(since, kind, f'since={since!r}')}")
     if where is not None:
-        if not isinstance(where, str):
+        if callable(where):
             raise ValueError("where must be an expression here: a function cannot be sent to Milvus")
-        _check_names(where, kinds)
-        filters.append(f'({_replace_times(where, kinds)})')
+        filters.append(_milvus_where(where, kinds))
     return ' and '.join(o for o in filters if o)
 
 # %% ../../nbs/gallery/06_milvus.ipynb #443097f0
