@@ -31,6 +31,7 @@ from pyramidreid.evaluation.ranking import (
     count_same,
     id_codes,
     match_ranks,
+    ranking_device,
     ranking_scores,
 )
 
@@ -185,6 +186,7 @@ def add(self:Ranking,
     i     # (n,) positions of valid queries
 ):
     "Score some queries by their distances; one whose matches are all at infinity or masked has no match"
+    dist = dist.to(ranking_device(dist.device))
     same,match = [o.to(dist.device) for o in self.index[i]]
     self.n_unreachable += int((match & (dist.gather(1, same.clamp(min=0))==torch.inf)).sum())
     try: ranks,n_tied = match_ranks(self.candidates(dist, i), same, match, self.junk.to(dist.device))
@@ -251,7 +253,7 @@ def _is_one_set(dist):
     "Are these the distances of a set to itself, as far as the first rows tell?"
     if isinstance(dist, Distances): return _equal_rows(dist.q, dist.g)
     n = min(8, dist.shape[0])
-    x = distance_rows(dist, torch.arange(n))[:,:n].double().cpu()
+    x = distance_rows(dist, torch.arange(n))[:,:n].cpu().double()
     if n<3 or not x.isfinite().all(): return False
     own,other = x.diag(),x[~torch.eye(n, dtype=torch.bool)]
     close = .01*(x.max()-x.min()) # rounding: `cdist` is far from 0 on its diagonal
