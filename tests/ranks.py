@@ -215,13 +215,18 @@ class StopBoth(Callback):
     def after_epoch(self):
         if self.epoch==1: raise RuntimeError('stopped')
 
+def error_of(f):
+    "Message of what `f` raises; None if nothing"
+    try: f()
+    except Exception as e: return str(e)
+
 def run_with_checkpoints(people, path, stop=False, delta=.16, **kwargs):
     "A run of three epochs, or what ended it"
     learn = small_learner(people, path, 2, 7, dynamic=DynamicLossWeights(delta=delta))
     cb = Checkpoints(**kwargs)
     with learn.distrib_ctx(**TOGETHER):
-        res = dict(error=message(lambda: learn.fit_one_cycle(3, 3e-3, cbs=[cb, *[StopBoth()]*stop])))
-    return res | dict(weights=state(learn), done=cb.done, is_plain=is_plain(learn), n_fits=cb.n_fits)
+        res = dict(error=error_of(lambda: learn.fit_one_cycle(3, 3e-3, cbs=[cb, *[StopBoth()]*stop])))
+    return res | dict(weights=state(learn), done=getattr(cb, 'done', None), is_plain=is_plain(learn), n_fits=cb.n_fits)
 
 def resumed(people, path):
     "Runs whose ranks have folders of their own, so that the first rank alone finds checkpoints"

@@ -153,8 +153,9 @@ def test_what_stops_one_rank_stops_both(both):
         assert 'holds checkpoints of an earlier run' in o['not asked']['error']
         assert 'could not be written' in o['not written']['error']
         for name in ('not asked','other settings','not written'): assert o[name]['is_plain'] and not o[name]['n_fits']
-    assert 'delta=0.66 in this run' in second['other settings']['error'] and 'another run' in second['other settings']['error']
-    assert 'rank 1: ValueError' in first['other settings']['error'] and 'delta=0.66' in first['other settings']['error']
+    own,others = second['other settings']['error'],first['other settings']['error']
+    assert 'checkpoint of another run' in own and 'delta=0.66 in this run' in own
+    assert 'Another process cannot follow' in others and f'rank 1: ValueError: {own}' in others
 
 @pytest.mark.slow # Starts the launcher and two processes that import everything
 def test_the_script_runs(people, tmp_path):

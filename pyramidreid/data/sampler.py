@@ -119,10 +119,6 @@ class SingleModeDataLoader(TfmdDL):
         if self.share[1]==1: return super().__len__()
         return self.n//self.global_bs if self.drop_last else -(-self.n//self.global_bs)
 
-    def __iter__(self):
-        batches = self._pinned_batches() if self._pins() else super().__iter__()
-        for self.step,batch in enumerate(batches): yield batch
-
 # %% ../../nbs/data/07_sampler.ipynb #3e1c7edb
 @patch
 def _pins(self:SingleModeDataLoader):
@@ -142,6 +138,11 @@ def _pinned_batches(self:SingleModeDataLoader):
         yield self.after_batch(torch_core.to_device(batch, self.device, non_blocking=True))
     self.after_iter()
     vars(self).pop('it', None)
+
+@patch
+def __iter__(self:SingleModeDataLoader):
+    batches = self._pinned_batches() if self._pins() else super(SingleModeDataLoader, self).__iter__()
+    for self.step,batch in enumerate(batches): yield batch
 
 # %% ../../nbs/data/07_sampler.ipynb #9e4793a9
 @patch

@@ -179,7 +179,8 @@ def _block_ranks(dist, same, match, excluded):
     match = match & (same_dist!=torch.inf)
     targets,order = same_dist.masked_fill(~match, torch.inf).sort(dim=1, stable=True)
     columns,is_match = same.gather(1, order),match.gather(1, order)
-    below,twice,extremes = (_count_below_threaded if dist.device.type=='cpu' else _count_below_on_gpu)(dist, targets, excluded)
+    count_below = _count_below_threaded if dist.device.type=='cpu' else _count_below_on_gpu
+    below,twice,extremes = count_below(dist, targets, excluded)
     if not (extremes[:,0]>-torch.inf).all() or extremes[:,1].isnan().any() or targets[is_match].isnan().any():
         raise ValueError("the distances must be finite, or inf for images that are not to be ranked")
     skipped_dist = same_dist.masked_fill(~skipped, torch.inf).sort(dim=1).values

@@ -31,7 +31,6 @@ from pyramidreid.evaluation.ranking import (
     count_same,
     id_codes,
     match_ranks,
-    ranking_device,
     ranking_scores,
 )
 
@@ -186,7 +185,6 @@ def add(self:Ranking,
     i     # (n,) positions of valid queries
 ):
     "Score some queries by their distances; one whose matches are all at infinity or masked has no match"
-    dist = dist.to(ranking_device(dist.device))
     same,match = [o.to(dist.device) for o in self.index[i]]
     self.n_unreachable += int((match & (dist.gather(1, same.clamp(min=0))==torch.inf)).sum())
     try: ranks,n_tied = match_ranks(self.candidates(dist, i), same, match, self.junk.to(dist.device))

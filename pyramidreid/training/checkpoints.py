@@ -27,7 +27,7 @@ from ..data.sampler import PKDataLoader, SingleModeDataLoader
 from .dynamic_losses import is_fitting, read_losses, set_loss, stop_fit
 from .learner_files import load_opt_state
 
-# %% ../../nbs/training/10_checkpoints.ipynb #24abcb9c
+# %% ../../nbs/training/10_checkpoints.ipynb #fa6317ad
 def _accelerator():
     "Kind of the GPU, or another accelerator, and PyTorch's module for it; twice None where there is none"
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -46,6 +46,7 @@ def _set_device_states(saved_kind, states):
     if hasattr(module, 'set_rng_state_all'): module.set_rng_state_all(states)
     else: module.set_rng_state(states[0])
 
+# %% ../../nbs/training/10_checkpoints.ipynb #24abcb9c
 def get_rng_state(
     dl=None # A loader with its own `rng`
 )->dict:
@@ -397,6 +398,7 @@ def _cbs_to_mute(self:Checkpoints):
     "Callbacks that have nothing to do in the epochs that are skipped"
     return [cb for cb in self.learn.cbs if cb.run and cb is not self and not isinstance(cb, ProgressCallback)]
 
+# %% ../../nbs/training/10_checkpoints.ipynb #32cdc343
 @patch
 def _epochs_done(self:Checkpoints):
     "Number of epochs of this fit that need not be trained again"

@@ -45,6 +45,7 @@ def _embed_batch(model, images, flip):
     mean = (model(images) + model(images.flip(-1)))/2
     return join_branches(mean.view(len(images), len(model.head.windows), -1), model.norm)
 
+# %% ../../nbs/training/06_learner_evaluation.ipynb #17259783
 @patch
 def _move_model(self:ReIDLearner):
     "Move the model to the device of the loaders, as a fit does; return that device"
@@ -52,6 +53,7 @@ def _move_model(self:ReIDLearner):
     if device is not None and next(model.parameters()).device!=torch.device(device): model.to(device)
     return next(model.parameters()).device
 
+# %% ../../nbs/training/06_learner_evaluation.ipynb #6254c718
 @patch
 def embed(self:ReIDLearner,
     dl=None,   # A loader, or images as `test_dl` takes them; None: queries and gallery of the validation loader

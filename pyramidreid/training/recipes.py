@@ -245,7 +245,7 @@ class FrozenFirst(Callback):
 
     def before_train(self): self.opt.freeze_to(-1 if self.epoch<self.n_frozen else 0)
 
-# %% ../../nbs/training/09_recipes.ipynb #7b4578f2
+# %% ../../nbs/training/09_recipes.ipynb #92545ac7
 class _BFloat16(MixedPrecision):
     "fastai's `MixedPrecision` in bfloat16, on the device of the loaders; fastai's own casts on CUDA alone"
     name = 'mixed_precision'
@@ -260,6 +260,7 @@ def _has_bf16(device):
     is_supported = getattr(torch.get_device_module(device), 'is_bf16_supported', None)
     return is_supported is not None and is_supported()
 
+# %% ../../nbs/training/09_recipes.ipynb #7b4578f2
 def _have(cbs, cls):
     "Is a callback of this class, or the class itself, among `cbs`?"
     return any(isinstance(cb, cls) or cb is cls for cb in cbs)
