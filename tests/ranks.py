@@ -15,6 +15,7 @@ from toys import quiet
 from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.training.checkpoints import Checkpoints, FiniteLoss
 from pyramidreid.training.distributed import Ranks  # noqa: F401, the module adds distrib_ctx to learners
+from pyramidreid.training.dynamic_losses import DynamicLossWeights
 from pyramidreid.training.learner import pyramid_learner
 from pyramidreid.training.recipes import *
 
@@ -200,12 +201,53 @@ def one_bad(people, path):
         learn.fit(1)
     return res | dict(weights=state(learn), steps=str(learn.dynamic_loss_weights.steps))
 
+def weightings(people, path):
+    "Each weighting, some of whose steps give a loss the weight 0"
+    res = {}
+    for weighting in ('normalized','paper','released'):
+        learn = small_learner(people, path, 2, 7, dynamic=DynamicLossWeights(weighting=weighting, delta=0.))
+        with learn.distrib_ctx(**TOGETHER): learn.fit(3, 3e-2)
+        res[weighting] = dict(weights=state(learn), steps=learn.dynamic_loss_weights.steps)
+    return res
+
+class StopBoth(Callback):
+    order = 95
+    def after_epoch(self):
+        if self.epoch==1: raise RuntimeError('stopped')
+
+def error_of(f):
+    "Message of what `f` raises; None if nothing"
+    try: f()
+    except Exception as e: return str(e)
+
+def run_with_checkpoints(people, path, stop=False, delta=.16, **kwargs):
+    "A run of three epochs, or what ended it"
+    learn = small_learner(people, path, 2, 7, dynamic=DynamicLossWeights(delta=delta))
+    cb = Checkpoints(**kwargs)
+    with learn.distrib_ctx(**TOGETHER):
+        res = dict(error=error_of(lambda: learn.fit_one_cycle(3, 3e-3, cbs=[cb, *[StopBoth()]*stop])))
+    return res | dict(weights=state(learn), done=getattr(cb, 'done', None), is_plain=is_plain(learn), n_fits=cb.n_fits)
+
+def resumed(people, path):
+    "Runs whose ranks have folders of their own, so that the first rank alone finds checkpoints"
+    own,rank = path/f'own{rank_distrib()}',rank_distrib()
+    own.mkdir()
+    res = dict(whole=run_with_checkpoints(people, own/'whole'), stopped=run_with_checkpoints(people, own, stop=True))
+    res['not asked'] = run_with_checkpoints(people, own)
+    res['other settings'] = run_with_checkpoints(people, own, resume=True, delta=.16+.5*rank)
+    res['resumed'] = run_with_checkpoints(people, own, resume=True)
+    blocked = path/f'blocked{rank}'
+    if not rank: blocked.write_text('a file where the folder should be')
+    res['not written'] = run_with_checkpoints(people, own, folder=blocked)
+    return res
+
 def main(rank, ranks, port, out, people):
     "Run one rank, and save what it found in `out`"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                       MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     res = dict(curve=same_curve(people, out, together=True), norm=batch_norm(),
-               evaluations=evaluations(people, out), recipes=recipes(people, out), one_bad=one_bad(people, out))
+               evaluations=evaluations(people, out), recipes=recipes(people, out), one_bad=one_bad(people, out),
+               weightings=weightings(people, out), resumed=resumed(people, out))
     torch.save(res, out/f'rank{rank}.pt')
     torch.distributed.destroy_process_group()

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -423,3 +424,11 @@ def test_atomic_write_flushes_the_file_before_it_is_renamed(tmp_path, monkeypatc
     monkeypatch.setattr(os, 'replace', logged_replace)
     with atomic_write(tmp_path/'a') as file: file.write_text('all of it')
     assert log==['file','name','folder'] and (tmp_path/'a').read_text()=='all of it'
+
+def test_random_states_of_earlier_files_are_read():
+    "They have a key for CUDA, and none for other accelerators"
+    state = get_rng_state()
+    want = [random.random(), np.random.rand(), torch.rand(1).item()]
+    kind,states = state.pop('accelerator')
+    set_rng_state({**state, 'cuda':states if kind=='cuda' else []})
+    assert [random.random(), np.random.rand(), torch.rand(1).item()]==want

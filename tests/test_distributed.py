@@ -128,6 +128,35 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_the_fit_on_both(both):
     assert first['plain'] and second['plain']
     assert equal(first['weights'], second['weights']) and first['steps']==second['steps']!='[]'
 
+@pytest.mark.parametrize('weighting', ['normalized','paper','released'])
+def test_every_weighting_trains(both, weighting):
+    "Also the steps that give a measured loss the weight 0; both ranks end with the same weights"
+    first,second = (o['weightings'][weighting] for o in both)
+    assert equal(first['weights'], second['weights']) and all(v.isfinite().all() for v in first['weights'].values())
+    assert str(first['steps'])==str(second['steps']) and len(first['steps'])==27
+    zeros = {name for step in first['steps'] for name in ('id','triplet') if not step[f'weight_{name}']}
+    if weighting=='paper': assert 'id' in zeros
+
+def test_a_run_is_resumed_whose_checkpoints_only_the_first_rank_sees(both):
+    first,second = (o['resumed'] for o in both)
+    for o in (first,second):
+        assert o['stopped']['error']=='stopped' and o['resumed']['error'] is None and o['resumed']['done']==2
+        assert o['resumed']['is_plain'] and o['resumed']['n_fits']==1
+    assert equal(first['resumed']['weights'], second['resumed']['weights'])
+    assert equal(first['whole']['weights'], second['whole']['weights'])
+    assert not equal(first['stopped']['weights'], first['resumed']['weights'])
+
+def test_what_stops_one_rank_stops_both(both):
+    "Checkpoints of an earlier run, other settings on one rank, and a checkpoint that cannot be written"
+    first,second = (o['resumed'] for o in both)
+    for o in (first,second):
+        assert 'holds checkpoints of an earlier run' in o['not asked']['error']
+        assert 'could not be written' in o['not written']['error']
+        for name in ('not asked','other settings','not written'): assert o[name]['is_plain'] and not o[name]['n_fits']
+    own,others = second['other settings']['error'],first['other settings']['error']
+    assert 'checkpoint of another run' in own and 'delta=0.66 in this run' in own
+    assert 'Another process cannot follow' in others and f'rank 1: ValueError: {own}' in others
+
 @pytest.mark.slow # Starts the launcher and two processes that import everything
 def test_the_script_runs(people, tmp_path):
     "Started by `accelerate launch` as on two GPUs, but with --cpu"

@@ -22,7 +22,9 @@ from torch import nn
 from toys import Branches, Spy, Vectors, quiet, toy_learner
 
 from pyramidreid.models.losses import PyramidLoss
+from pyramidreid.training import dynamic_losses
 from pyramidreid.training.base_learner import ReIDLearner
+from pyramidreid.training.checkpoints import FiniteLoss
 from pyramidreid.training.dynamic_losses import *
 from pyramidreid.training.progress import LossParts
 
@@ -502,6 +504,58 @@ def test_a_loss_that_is_not_the_sum_of_its_parts_is_refused_at_the_first_batch(l
     learn.remove_cbs(DynamicLossWeights)
     learn.fit(1)
     assert len(spy.seen)==8
+
+def count_readings(monkeypatch):
+    "A list that gets an entry whenever losses are read from the device"
+    seen = []
+    class Counted(dynamic_losses.LossReading):
+        def __init__(self, learn):
+            super().__init__(learn)
+            seen.append(self)
+    monkeypatch.setattr(dynamic_losses, 'LossReading', Counted)
+    return seen
+
+@pytest.mark.parametrize('dynamic', [True,False])
+def test_the_losses_of_a_step_are_read_once_for_all_who_ask(monkeypatch, dynamic):
+    seen = count_readings(monkeypatch)
+    learn = toy_learner(cbs=[FiniteLoss()] + [DynamicLossWeights()]*dynamic)
+    learn.fit(1)
+    assert len(seen)==8 and len(learn.recorder.losses)==8
+    want = learn.dynamic_loss_weights.history.loss_id.tolist() if dynamic else [reading.returned for reading in seen]
+    assert [reading.parts['id'] if dynamic else reading.loss for reading in seen]==want
+
+class ScaleInPlace(Callback):
+    "Scales the loss between `FiniteLoss`, which reads it first, and the rule"
+    def after_loss(self): self.learn.loss_grad.mul_(2)
+
+@pytest.mark.parametrize('scale', [Scale,ScaleInPlace])
+def test_a_loss_that_was_changed_after_it_was_read_is_read_again(scale):
+    learn = toy_learner(cbs=[FiniteLoss(), DynamicLossWeights(), scale()])
+    with pytest.raises(ValueError, match="PyramidLoss returned .* parts 'id' sum to"): learn.fit(1)
+
+@pytest.mark.parametrize('ranks', [1,2])
+def test_a_loss_of_weight_zero_stays_in_the_graph_where_ddp_waits_for_it(monkeypatch, ranks):
+    "Its gradient is then zero, and not missing; in a single process it is missing, as ever"
+    monkeypatch.setattr(dynamic_losses, 'num_distrib', lambda: ranks)
+    model,x,labels = Branches(),torch.randn(8,6),torch.arange(8)//2
+    rule,loss = toy_learner(cbs=DynamicLossWeights(weighting='paper')).dynamic_loss_weights,PyramidLoss()
+    loss(model(x), labels)
+    parts = loss.parts
+    rule._weighted_sum({'id':0., 'triplet':.5}, dict.fromkeys(parts, 1.), parts).backward()
+    got = {name:p.grad for name,p in model.named_parameters()}
+    model.zero_grad()
+    loss(model(x), labels)
+    (.5*loss.parts['triplet']).backward()
+    assert torch.equal(got['body.weight'], model.body.weight.grad) and got['body.weight'].any()
+    if ranks==1: assert got['fc.weight'] is None
+    else: assert not got['fc.weight'].any()
+
+def test_a_part_that_means_nothing_stays_out_of_the_sum(monkeypatch):
+    "A triplet loss of a random batch, which may not be finite"
+    monkeypatch.setattr(dynamic_losses, 'num_distrib', lambda: 2)
+    rule = toy_learner(cbs=DynamicLossWeights()).dynamic_loss_weights
+    parts = dict(id=torch.tensor(2., requires_grad=True), triplet=torch.tensor(math.nan, requires_grad=True))
+    assert rule._weighted_sum({'id':1., 'triplet':0.}, {'id':2.}, parts).item()==2.
 
 def test_a_loss_may_be_scaled_after_the_rule():
     class Later(Scale): order = 6

@@ -142,7 +142,7 @@ def open_model(
     import torch
 
     from pyramidreid.export.model_files import load_embedder
-    return load_embedder(path, device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    return load_embedder(path, device or torch.accelerator.current_accelerator(check_available=True) or 'cpu')
 
 # %% ../../nbs/cli/03_inputs.ipynb #a08d2219
 def _embed_flipped(model, images):

@@ -10,6 +10,7 @@ import random
 
 from fastai import torch_core
 from fastai.data.core import TfmdDL
+from fastai.data.load import _loaders
 from fastcore.basics import merge, patch, store_attr
 
 # %% ../../nbs/data/07_sampler.ipynb #73532f1c
@@ -90,9 +91,10 @@ class SingleModeDataLoader(TfmdDL):
         bs:int=64,          # Batch size without shuffling, as in validation
         shuffle:bool=False, # Draw training batches? False: all images in order
         share=(0,1),        # Rank of this process and number of ranks; `p`, `k` and `bs` are per rank
+        pin_memory=None,    # Copy batches from pinned memory, without waiting? None: if they go to a GPU
         **kwargs):
         if p<1 or k<1: raise ValueError(f"p={p}, k={k}: a batch has at least one identity and one image of each")
-        super().__init__(dataset, bs=p*k if shuffle else bs, shuffle=shuffle, **kwargs)
+        super().__init__(dataset, bs=p*k if shuffle else bs, shuffle=shuffle, pin_memory=pin_memory, **kwargs)
         store_attr('p,k,mode,share')
         self.step = 0
 
@@ -117,8 +119,30 @@ class SingleModeDataLoader(TfmdDL):
         if self.share[1]==1: return super().__len__()
         return self.n//self.global_bs if self.drop_last else -(-self.n//self.global_bs)
 
-    def __iter__(self):
-        for self.step,batch in enumerate(super().__iter__()): yield batch
+# %% ../../nbs/data/07_sampler.ipynb #3e1c7edb
+@patch
+def _pins(self:SingleModeDataLoader):
+    "Do batches go through pinned memory? Only to a GPU, and not to Apple's, which has none"
+    if self.device is None or self.pin_memory is False: return False
+    return self.device.type not in ('cpu','mps')
+
+@patch
+def _pinned_batches(self:SingleModeDataLoader):
+    "What fastai's `__iter__` does, but batches are copied to the device without waiting"
+    self.randomize()
+    self.before_iter()
+    self._DataLoader__idxs = self.get_idxs() # `sample` reads it
+    self.fake_l.pin_memory = True
+    for batch in _loaders[self.fake_l.num_workers==0](self.fake_l):
+        if isinstance(batch, list): batch = tuple(batch) # PyTorch's pinning returns lists
+        yield self.after_batch(torch_core.to_device(batch, self.device, non_blocking=True))
+    self.after_iter()
+    vars(self).pop('it', None)
+
+@patch
+def __iter__(self:SingleModeDataLoader):
+    batches = self._pinned_batches() if self._pins() else super(SingleModeDataLoader, self).__iter__()
+    for self.step,batch in enumerate(batches): yield batch
 
 # %% ../../nbs/data/07_sampler.ipynb #9e4793a9
 @patch

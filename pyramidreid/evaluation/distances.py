@@ -12,6 +12,8 @@ import warnings
 import numpy as np
 import torch
 
+from .ranking import ranking_device
+
 # %% ../../nbs/evaluation/03_distances.ipynb #359eeb2f
 def number_tensor(
     x # Array of numbers, perhaps mapped from a file, or nested lists
@@ -114,7 +116,7 @@ def distance_rows(
     elif isinstance(dist, np.ndarray): rows = dist[i.numpy()]
     else: rows = dist[i]
     if not isinstance(rows, torch.Tensor): rows = number_tensor(rows)
-    if not rows.is_floating_point(): rows = rows.double()
+    if not rows.is_floating_point(): rows = rows.to(ranking_device(rows.device)).double()
     return rows.reshape(len(i), dist.shape[1])
 
 def distance_context(

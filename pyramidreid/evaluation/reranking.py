@@ -277,7 +277,7 @@ def _rerank(source, k1, k2, lambda_, chunk):
     k1,k2 = int(k1),int(k2)
     def rows(size):
         "Images per chunk, if a chunk has `size` numbers"
-        if source.device.type=='cuda': size = 2**26
+        if source.device.type!='cpu': size = 2**26
         return int(chunk or max(1, size//source.n))
     strip_size = max(2**23, 2**8*source.n) if source.symmetric else 2**19
     with torch.autocast(source.device.type, enabled=False):

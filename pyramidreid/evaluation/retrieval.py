@@ -263,7 +263,7 @@ def _is_one_set(dist):
     "Are these the distances of a set to itself, as far as the first rows tell?"
     if isinstance(dist, Distances): return _equal_rows(dist.q, dist.g)
     n = min(8, dist.shape[0])
-    x = distance_rows(dist, torch.arange(n))[:,:n].double().cpu()
+    x = distance_rows(dist, torch.arange(n))[:,:n].cpu().double()
     if n<3 or not x.isfinite().all(): return False
     own,other = x.diag(),x[~torch.eye(n, dtype=torch.bool)]
     close = .01*(x.max()-x.min()) # rounding: `cdist` is far from 0 on its diagonal

@@ -9,6 +9,7 @@ __all__ = ['get_rng_state', 'set_rng_state', 'run_config', 'run_state', 'set_run
 # %% ../../nbs/training/10_checkpoints.ipynb #2eb99650
 import hashlib
 import inspect
+import math
 import pickle
 import random
 from pathlib import Path
@@ -23,8 +24,27 @@ from fastai.callback.schedule import ParamScheduler
 from ..core import atomic_write, remove_leftovers
 from ..data.sampler import PKDataLoader, SingleModeDataLoader
 from ..models.fingerprints import inner_model
-from .dynamic_losses import is_fitting, stop_fit
+from .dynamic_losses import is_fitting, read_losses, set_loss, stop_fit
 from .learner_files import load_opt_state
+
+# %% ../../nbs/training/10_checkpoints.ipynb #fa6317ad
+def _accelerator():
+    "Kind of the GPU, or another accelerator, and PyTorch's module for it; twice None where there is none"
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return (None,None) if device is None else (device.type,torch.get_device_module(device))
+
+def _device_states():
+    "Kind of the accelerator, and the state of each one's random generator"
+    kind,module = _accelerator()
+    if hasattr(module, 'get_rng_state_all'): return [kind, module.get_rng_state_all()]
+    return [kind, [module.get_rng_state()] if hasattr(module, 'get_rng_state') else []]
+
+def _set_device_states(saved_kind, states):
+    "Restore the states of `_device_states`, if there are as many accelerators of the same kind"
+    kind,module = _accelerator()
+    if not states or kind!=saved_kind or torch.accelerator.device_count()!=len(states): return
+    if hasattr(module, 'set_rng_state_all'): module.set_rng_state_all(states)
+    else: module.set_rng_state(states[0])
 
 # %% ../../nbs/training/10_checkpoints.ipynb #24abcb9c
 def get_rng_state(
@@ -36,7 +56,7 @@ def get_rng_state(
         python=random.getstate(),
         numpy=[kind,keys.tolist(),*rest],
         torch=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        accelerator=_device_states(),
         loader=dl.rng.getstate() if hasattr(dl, 'rng') else None)
 
 def set_rng_state(
@@ -48,7 +68,7 @@ def set_rng_state(
     kind,keys,*rest = state['numpy']
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state['torch'])
-    if state['cuda'] and torch.cuda.device_count()==len(state['cuda']): torch.cuda.set_rng_state_all(state['cuda'])
+    _set_device_states(*state.get('accelerator', ['cuda', state.get('cuda')])) # Earlier files know CUDA only
     if state['loader']: dl.rng.setstate(state['loader'])
 
 # %% ../../nbs/training/10_checkpoints.ipynb #bed5b569
@@ -246,13 +266,11 @@ class FiniteLoss(Callback):
     def before_batch(self): self.modes.append(getattr(self.dls.train, 'mode', None))
 
     def after_loss(self):
-        if is_fitting(self.learn) and not self._is_finite_on_all_ranks(): # `lr_find` looks for losses that diverge
-            stop_fit(self.learn, FloatingPointError(self._message()))
-
-    def _is_finite_on_all_ranks(self):
-        n_bad = (~torch.isfinite(self.learn.loss.detach())).sum()
-        if num_distrib()>1: torch.distributed.all_reduce(n_bad)
-        return not n_bad
+        if not is_fitting(self.learn): return # `lr_find` looks for losses that diverge
+        read = read_losses(self.learn)
+        if not math.isfinite(read.mean_loss): stop_fit(self.learn, FloatingPointError(self._message()))
+        if not read.parts and not self.learn.loss.ndim: # Nobody will weight the loss
+            set_loss(self.learn, torch.tensor(read.loss, dtype=self.learn.loss.dtype))
 
     def _message(self):
         parts = ''.join(f', {name} {loss.item():.4g}' for name,loss in getattr(self.loss_func, 'parts', {}).items())
@@ -324,27 +342,67 @@ def _find(self:Checkpoints):
         f"None of the {len(files)} checkpoints in {folder} can be read. Remove them to start from the beginning")
     print(f"No checkpoint in {folder}: starting from the beginning")
 
+# %% ../../nbs/training/10_checkpoints.ipynb #2bac3530
+def _portable(error):
+    "`error`, or one of a plain type if it cannot be sent to another process"
+    try: return pickle.loads(pickle.dumps(error))
+    except Exception: return RuntimeError(f'{type(error).__name__}: {error}')
+
+def _from_first_rank(make):
+    "What `make()` returns on the first rank, on all ranks; if it fails there, all raise its exception"
+    if num_distrib()<2: return make()
+    box,error = [None],None
+    if not rank_distrib():
+        try: box = [(make(), None)]
+        except BaseException as e:
+            error = e
+            box = [(None, _portable(e))]
+    torch.distributed.broadcast_object_list(box, 0)
+    if error is not None: raise error
+    res,error = box[0]
+    if error is not None: raise error
+    return res
+
+def _on_all_ranks(make):
+    "What `make()` returns, on each rank its own; if it fails on one rank, all raise"
+    if num_distrib()<2: return make()
+    res,error,errors = None,None,[None]*num_distrib()
+    try: res = make()
+    except Exception as e: error = e
+    torch.distributed.all_gather_object(errors, error and f'{type(error).__name__}: {error}')
+    if error is not None: raise error
+    failed = [f'rank {rank}: {text}' for rank,text in enumerate(errors) if text]
+    if failed: raise RuntimeError(f"Another process cannot follow, so all of them stop here. {'; '.join(failed)}")
+    return res
+
 # %% ../../nbs/training/10_checkpoints.ipynb #8145624f
 @patch
 def before_fit(self:Checkpoints):
     if not is_fitting(self.learn): return
-    if not self.n_fits or self.interrupted: self.found = self._find()
+    self.n_fits,self.found,self.newest = _from_first_rank(self._start)
     self.n_fits += 1
-    self.begun,self.interrupted = True,False
-    self.rows,self.config = [],run_config(self.learn)
+    self.begun,self.interrupted,self.rows = True,False,[]
+    self.done = _on_all_ranks(self._epochs_done)
     if not self.learn._grab_cbs(FiniteLoss): self.learn.add_cb(self._finite_loss)
-    self.done = self._epochs_done()
     self.muted = self._cbs_to_mute() if self.done else []
     for cb in self.muted: cb.run = False
+
+@patch
+def _start(self:Checkpoints):
+    "Number of fits before this one, what to resume from, and the newest checkpoint"
+    if not self.n_fits or self.interrupted: self.found = self._find()
+    return self.n_fits,self.found,self.newest
 
 @patch
 def _cbs_to_mute(self:Checkpoints):
     "Callbacks that have nothing to do in the epochs that are skipped"
     return [cb for cb in self.learn.cbs if cb.run and cb is not self and not isinstance(cb, ProgressCallback)]
 
+# %% ../../nbs/training/10_checkpoints.ipynb #32cdc343
 @patch
 def _epochs_done(self:Checkpoints):
     "Number of epochs of this fit that need not be trained again"
+    self.config = run_config(self.learn)
     if not self.found or self.found['fit']<self.n_fits: return 0
     if self.found['fit']>self.n_fits: return self.n_epoch
     self._check_config(self.found['config'])
@@ -390,9 +448,13 @@ def _others(self:Checkpoints):
 # %% ../../nbs/training/10_checkpoints.ipynb #cd3c6a3e
 @patch
 def _write(self:Checkpoints):
-    "Write a checkpoint, then remove those that are no longer kept"
+    "Write a checkpoint on the first rank, then remove those that are no longer kept"
     self.rows.append(_to_plain(self.recorder.log))
-    if rank_distrib(): return
+    self.newest = _from_first_rank(self._write_file)
+
+@patch
+def _write_file(self:Checkpoints):
+    "Write the checkpoint of this epoch and return its name"
     last_good = f"The last good checkpoint is {self.newest or 'none'}"
     self._check_weights(last_good)
     file = self.learn.path/self.folder/f'{self.n_fits}-{self.epoch+1:04d}.pth'
@@ -403,8 +465,8 @@ def _write(self:Checkpoints):
     except (OSError,RuntimeError) as e: raise OSError(
         f"The checkpoint of epoch {self.epoch} could not be written to {file}: {_first_line(e)}. {last_good}. "
         "Free some disk space, then resume from it with resume=True") from e
-    self.newest = file
     for old in self.files[:-self.keep]: old.unlink()
+    return file
 
 @patch
 def _check_weights(self:Checkpoints, last_good):

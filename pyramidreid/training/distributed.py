@@ -95,7 +95,7 @@ class Ranks(Callback):
     def _wrap(self):
         "Wrap the model in DDP"
         self._wrapped = self._trainable()
-        device_ids = [self.device] if self.device.type=='cuda' else None
+        device_ids = None if self.device.type=='cpu' else [self.device]
         model = get_model(self.learn.model)
         self.learn.model = DistributedDataParallel(model, device_ids=device_ids, **self._ddp_kwargs)
 

@@ -19,6 +19,7 @@ from ..data.tables import rows_to_evaluate
 from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocol_card import compare_cards
+from ..evaluation.ranking import ranking_device
 from ..evaluation.reranking import rerank as k_reciprocal
 from ..evaluation.retrieval import evaluate_distances, known_cams, shared_images
 from ..models.fingerprints import inner_model
@@ -44,6 +45,15 @@ def _embed_batch(model, images, flip):
     mean = (model(images) + model(images.flip(-1)))/2
     return join_branches(mean.view(len(images), len(model.head.windows), -1), model.norm)
 
+# %% ../../nbs/training/06_learner_evaluation.ipynb #17259783
+@patch
+def _move_model(self:ReIDLearner):
+    "Move the model to the device of the loaders, as a fit does; return that device"
+    model,device = get_model(self.model),self.dls.device
+    if device is not None and next(model.parameters()).device!=torch.device(device): model.to(device)
+    return next(model.parameters()).device
+
+# %% ../../nbs/training/06_learner_evaluation.ipynb #6254c718
 @patch
 def embed(self:ReIDLearner,
     dl=None,   # A loader, or images as `test_dl` takes them; None: queries and gallery of the validation loader
@@ -57,7 +67,7 @@ def embed(self:ReIDLearner,
     dl = dl.new(shuffle=False, drop_last=False)
     if hasattr(self, 'ranks') and hasattr(dl, 'share'): dl.share = self.ranks.share
     gather = getattr(dl, 'to_detach', partial(to_detach, gather=False))
-    device = next(model.parameters()).device
+    device = self._move_model()
     with in_eval_mode(model),torch.no_grad():
         return torch.cat([gather(_embed_batch(model, *to_device(batch[:1], device), flip))
                           for batch in with_progress(dl, hasattr(self, 'progress'))])
@@ -170,11 +180,12 @@ def evaluate(self:ReIDLearner,
     flip=False,        # Average each image's embedding with that of its mirror image?
     distance='cosine', # Or 'euclidean'
     rerank=False,      # k-reciprocal re-ranking: True, or a dict of arguments for `rerank`; the card says so
-    device=None,       # Device for the distances; None: the CPU
+    device=None,       # Device for the distances; None: that of the loaders, or the CPU in place of MPS
     key=None,          # Column such as 'clothes': images of the query's person with the query's own value are left out
     **kwargs           # Passed to `evaluate_distances`
 ):
     "Rank the gallery for each query and return the protocol card, a `ReIDResult`"
+    if device is None: device = ranking_device(self._move_model())
     ranking = self.to_rank(dl, flip=flip, distance=distance, rerank=rerank, device=device, key=key)
     return evaluate_distances(**(ranking | kwargs))
 

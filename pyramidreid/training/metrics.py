@@ -15,6 +15,7 @@ import torch
 from fastai.learner import Metric
 
 from ..core import ReIDWarning, Role
+from ..evaluation.ranking import ranking_device
 from ..evaluation.retrieval import NoMatchError, evaluate, known_cams, shared_images
 
 # %% ../../nbs/training/02_metrics.ipynb #054cbd4f
@@ -61,7 +62,7 @@ class _Pass:
         "The evaluation of the whole pass, None where it cannot be ranked; `kwargs` are passed to `evaluate`"
         if not self.done:
             query,gallery = self._take(Role.QUERY),self._take(Role.GALLERY)
-            kwargs |= dict(device=self.last.device, **_shared_files(self.items, torch.cat(self.targ)))
+            kwargs |= dict(device=ranking_device(self.last.device), **_shared_files(self.items, torch.cat(self.targ)))
             self.emb,self.targ,self.items,self.last = [],[],None,None
             self.done = True
             self._result = _evaluate_pass(query, gallery, **kwargs)

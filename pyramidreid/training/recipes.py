@@ -246,6 +246,21 @@ class FrozenFirst(Callback):
 
     def before_train(self): self.opt.freeze_to(-1 if self.epoch<self.n_frozen else 0)
 
+# %% ../../nbs/training/09_recipes.ipynb #92545ac7
+class _BFloat16(MixedPrecision):
+    "fastai's `MixedPrecision` in bfloat16, on the device of the loaders; fastai's own casts on CUDA alone"
+    name = 'mixed_precision'
+    def __init__(self): super().__init__(AMPMode.BF16)
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast(self.dls.device.type, dtype=torch.bfloat16)
+
+def _has_bf16(device):
+    "Can this device compute in bfloat16? PyTorch's module for the device says so, for a CPU it is not asked"
+    if device.type=='cpu': return False
+    is_supported = getattr(torch.get_device_module(device), 'is_bf16_supported', None)
+    return is_supported is not None and is_supported()
+
 # %% ../../nbs/training/09_recipes.ipynb #7b4578f2
 def _have(cbs, cls):
     "Is a callback of this class, or the class itself, among `cbs`?"
@@ -264,7 +279,7 @@ def fit_modern(self:ReIDLearner,
     wd=5e-4,        # Weight decay
     label_smoothing=None, # Label smoothing of the ID loss; None: as set on the loss
     ema=.99,        # Decay of the averaged weights; None: no average
-    mixed=True,     # Use bfloat16 on a CUDA device?
+    mixed=True,     # Use bfloat16 on a GPU that has it?
     opt_func=torch_opt(torch.optim.SGD, momentum=.9, nesterov=True), # Optimizer of this fit
     cbs=None        # More callbacks for this fit
 ):
@@ -276,6 +291,5 @@ def fit_modern(self:ReIDLearner,
     sched = modern_sched(lrs, frozen_epochs/n_epoch, pct_start=pct_start, div=div, div_final=div_final, moms=moms)
     more = L(ParamScheduler(sched), FrozenFirst(frozen_epochs))
     if ema is not None and not _have(given, EMA): more += EMA(ema)
-    has_bf16 = self.dls.device.type=='cuda' and torch.cuda.is_bf16_supported()
-    if mixed and has_bf16 and not _have(given, MixedPrecision): more += MixedPrecision(AMPMode.BF16)
+    if mixed and _has_bf16(self.dls.device) and not _have(given, MixedPrecision): more += _BFloat16()
     with _with_recipe(self, more+L(cbs), opt_func, label_smoothing): self.fit(n_epoch, wd=wd, reset_opt=True)

@@ -1,0 +1,200 @@
+"What `test_fakegpu.py` runs on the pretend GPU, a case in each process: `cases.py NAME PEOPLE FOLDER`"
+import sys
+from pathlib import Path
+
+import fakegpu  # First: the device must be known before the library is imported
+import torch
+
+sys.path.append(str(Path(__file__).parents[1])) # for toys
+
+import matplotlib  # noqa: E402
+
+matplotlib.use('Agg')
+
+from fastai.callback.core import Callback  # noqa: E402
+from fastai.vision.all import set_seed  # noqa: E402
+from toys import quiet  # noqa: E402
+
+from pyramidreid.data.loaders import ReIDDataLoaders  # noqa: E402
+from pyramidreid.evaluation import ranking  # noqa: E402
+from pyramidreid.evaluation.retrieval import evaluate, evaluate_distances  # noqa: E402
+from pyramidreid.models.backbone import resnet10  # noqa: E402
+from pyramidreid.training.checkpoints import Checkpoints, FiniteLoss  # noqa: E402
+from pyramidreid.training.learner import pyramid_learner  # noqa: E402
+from pyramidreid.training.recipes import *  # noqa: E402
+
+fakegpu.make_default()
+
+def learner(people, path, progress=False, num_workers=0, **kwargs):
+    "A small learner on the pretend GPU"
+    set_seed(0)
+    dls = ReIDDataLoaders.from_market(people, p=4, k=4, size=(48,24), num_workers=num_workers)
+    learn = pyramid_learner(dls, resnet10, pretrained=False, n_parts=3, emb_sz=8, lr=3e-3, path=path, **kwargs)
+    assert str(learn.dls.device)=='fakegpu:0'
+    return learn if progress else quiet(learn)
+
+def model_device(learn): return next(learn.model.parameters()).device.type
+
+def sorts_on_device(seen): return sum(n for name,n in seen.counts.items() if name.startswith('aten::sort'))
+
+def card(result): return str(result),result.ap.tolist(),result.cmc.tolist(),result.n_tied
+
+# Ranking
+
+def some_embeddings():
+    "Queries and gallery with many equal distances, and ids that leave out some of them"
+    g = torch.Generator().manual_seed(3)
+    query,gallery = [torch.randint(-2, 3, (n,4), generator=g).float()+.5 for n in (30,200)]
+    pids = [torch.randint(0, 12, (len(o),), generator=g) for o in (query,gallery)]
+    cams = [torch.randint(0, 3, (len(o),), generator=g) for o in (query,gallery)]
+    pids[1][::9] = -1
+    return query,gallery,*pids,*cams
+
+def ranks_on_the_device(people, path):
+    "The same card as on the CPU; of distances as they are, of whole numbers, and with images at infinity and masked"
+    query,gallery,*ids = some_embeddings()
+    want = evaluate(query, gallery, *ids, progress_bar=False)
+    with fakegpu.watch() as seen: got = evaluate(query, gallery, *ids, device='fakegpu', progress_bar=False)
+    assert card(got)==card(want) and sorts_on_device(seen) and want.n_tied
+    dist = (query[:,None]-gallery).square().sum(-1)
+    far = dist.masked_fill(torch.rand(dist.shape)<.1, torch.inf)
+    for given in (dist, dist.long(), far, dist.half()):
+        mask = torch.rand(dist.shape)<.1
+        got,want = (evaluate_distances(o, *ids, mask=mask) for o in (given.to('fakegpu'), given))
+        assert card(got)==card(want)
+
+def ranks_on_the_cpu_without_double_precision(people, path):
+    "As on MPS"
+    ranking._WITHOUT_DOUBLE = ('mps','fakegpu')
+    query,gallery,*ids = some_embeddings()
+    want = evaluate(query, gallery, *ids, progress_bar=False)
+    with fakegpu.watch() as seen: got = evaluate(query, gallery, *ids, device='fakegpu', progress_bar=False)
+    assert card(got)==card(want) and not sorts_on_device(seen)
+    dist = (query[:,None]-gallery).square().sum(-1).long()
+    assert card(evaluate_distances(dist.to('fakegpu'), *ids))==card(evaluate_distances(dist, *ids))
+    ranks = torch.tensor([[0,2,-1]])
+    for got,want in zip(ranking.ranking_scores(ranks.to('fakegpu')), ranking.ranking_scores(ranks)):
+        assert got.device.type=='cpu' and torch.equal(got, want)
+    learn = learner(people, path)
+    with fakegpu.watch() as seen:
+        learn.fit(1)
+        learn.evaluate()
+    assert 0<learn.recorder.values[-1][4]<=1 and not sorts_on_device(seen)
+
+# Before a fit
+
+def uses_the_device_before_any_fit(people, path):
+    "Each of these moves the model first; `evaluate` ranks on the device, too"
+    first = learner(people, path)
+    first.fit(1)
+    file,want = first.save('first'),first.embed()
+    image = first.dls.valid.items.fn.iloc[0]
+    uses = dict(embed=lambda o: o.embed(), predict=lambda o: o.predict(image), evaluate=lambda o: o.evaluate(),
+                show_results=lambda o: o.show_results(), to_rank=lambda o: o.to_rank(), summary=lambda o: o.summary(),
+                predict_in=lambda o: o.predict(image, o.dls.valid), rerank=lambda o: o.evaluate(rerank=True))
+    for name,use in uses.items():
+        learn = learner(people, path).load(file.stem, with_opt=False)
+        with fakegpu.watch() as seen: use(learn)
+        if name!='summary': assert model_device(learn)=='fakegpu' and seen.launches>50, name
+        if name=='evaluate': assert sorts_on_device(seen)
+        torch.testing.assert_close(learn.embed(), want)
+    on_cpu = first.evaluate(device='cpu')
+    assert card(first.evaluate())[1:]==card(on_cpu)[1:]
+
+# Waits
+
+class Watched(Callback):
+    "Watches the training steps of an epoch, from the second on; `kinds` are counts for each step"
+    order,run_valid = 99,False
+    def __init__(self, skip=1): self.skip,self.watch,self.n = skip,None,0
+    def after_batch(self):
+        if self.iter+1==self.skip: self.watch = fakegpu.watch().__enter__()
+        elif self.watch: self.n += 1
+        if self.iter+1==self.n_iter and self.watch: self.watch.__exit__()
+
+def waits_of_a_step(learn, **kwargs):
+    "Numbers of waits and of copies per step"
+    watched = Watched()
+    learn.fit(1, cbs=[watched, FiniteLoss()], **kwargs)
+    seen,n = watched.watch,watched.n
+    assert n>3
+    seen.show(per=n)
+    return seen.n('D2H','item','wait','H2D')/n,seen.n('H2D async')/n
+
+def waits_once_in_a_step(people, path):
+    "The losses are read once, with progress bar, `FiniteLoss` and dynamic training, and without"
+    for kwargs in ({}, dict(dynamic=False)):
+        for num_workers in (0,1):
+            waits,copies = waits_of_a_step(learner(people, path, progress=True, num_workers=num_workers, **kwargs))
+            assert waits==1 and copies>=2, (kwargs, num_workers, waits, copies)
+
+# Recipes
+
+def finite(learn): return all(v.isfinite().all() for v in learn.model.state_dict().values())
+
+RECIPES = dict(fit=lambda learn, **kwargs: learn.fit(2, **kwargs),
+               fit_one_cycle=lambda learn, **kwargs: learn.fit_one_cycle(2, 3e-3, **kwargs),
+               fine_tune=lambda learn, **kwargs: learn.fine_tune(1, 3e-3, **kwargs),
+               fit_paper=lambda learn, **kwargs: learn.fit_paper(2, .001, .01, **kwargs),
+               fit_modern=lambda learn, **kwargs: learn.fit_modern(2, .001, .01, **kwargs))
+
+def trains_by_every_recipe(people, path):
+    "A fit, an evaluation, `save`, `load` and `export` after it"
+    for name,fit in RECIPES.items():
+        learn = learner(people, path)
+        fit(learn)
+        result = learn.evaluate()
+        assert 0<result.mAP<=1 and finite(learn) and learn.recorder.values[-1][4]>0, name
+        emb = learn.embed()
+        again = learner(people, path).load(learn.save(name).stem)
+        torch.testing.assert_close(again.embed(), emb)
+        learn.export(f'{name}.pkl')
+
+class Stop(Callback):
+    "Ctrl-C in the second epoch, inside of autocast if there is one"
+    order = 9
+    def after_pred(self):
+        if self.training and self.epoch==1: raise KeyboardInterrupt
+
+def resumes(people, path):
+    "With every recipe: the same weights as without the interrupt"
+    for name in ('fit_one_cycle','fit_paper','fit_modern'):
+        whole,cut = learner(people, path),learner(people, path)
+        RECIPES[name](whole)
+        try: RECIPES[name](cut, cbs=[Checkpoints(name), Stop()])
+        except KeyboardInterrupt: pass
+        else: raise AssertionError('not interrupted')
+        again = learner(people, path)
+        RECIPES[name](again, cbs=Checkpoints(name, resume=True))
+        for key,v in whole.model.state_dict().items(): assert torch.equal(v, again.model.state_dict()[key]), (name, key)
+
+class Spoil(Callback):
+    "The loss is not finite at the third step"
+    order = -8
+    def after_loss(self):
+        if self.training and self.train_iter==2: self.learn.loss = self.loss*float('nan')
+
+def is_tidy(learn):
+    "Is neither autocast nor `FiniteLoss` left over?"
+    return not (torch.is_autocast_enabled('fakegpu') or learn._grab_cbs(FiniteLoss)) and model_device(learn)=='fakegpu'
+
+def leaves_autocast(people, path):
+    "After Ctrl-C, and after a loss that is not finite: later evaluations compute in single precision"
+    for i,(cb,error) in enumerate([(Stop(),KeyboardInterrupt), (Spoil(),FloatingPointError)]):
+        learn = learner(people, path)
+        try: RECIPES['fit_modern'](learn, cbs=[Checkpoints(f'tidy{i}'), cb])
+        except error: pass
+        else: raise AssertionError(f'no {error.__name__}')
+        assert is_tidy(learn)
+        emb = learn.embed()
+        learn.model.cpu()
+        learn.dls.to(torch.device('cpu'))
+        torch.testing.assert_close(learn.embed(), emb)
+
+CASES = [ranks_on_the_device, ranks_on_the_cpu_without_double_precision, uses_the_device_before_any_fit,
+         waits_once_in_a_step, trains_by_every_recipe, resumes, leaves_autocast]
+
+if __name__=='__main__':
+    name,people,folder = sys.argv[1:]
+    {case.__name__:case for case in CASES}[name](Path(people), Path(folder))
+    print(f'{name}: passed')
