@@ -391,6 +391,19 @@ def _write_segments(self:Store, path, name):
         res.append(self._write_group(path, f'{name}-{i}' if i else name, group))
     return res[::-1]
 
+# %% ../../nbs/gallery/03_store.ipynb #d4f7dc74
+def regular_size(
+    file # Path
+):
+    "Return the length of a regular file, or what a link leads to. Raises `ValueError` for a folder, a device or a pipe"
+    try: found = os.stat(file)
+    except (FileNotFoundError,NotADirectoryError,PermissionError): raise
+    except OSError as e: # A link to itself
+        raise ValueError(f"{file} cannot be opened ({e.strerror}): remove it") from e
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{file} is not a regular file, so it does not belong to a gallery: remove it")
+    return found.st_size
+
 # %% ../../nbs/gallery/03_store.ipynb #f616d9e6
 _FILE_NAME = re.compile(r'([0-9]{6,18})(-[0-9a-f]{16})?(-[0-9]+)?\.(safetensors|parquet|faiss)')
 
@@ -460,18 +473,7 @@ def _write_manifest(path, content, replaces=None):
 def _changed(path):
     return f"{path} was changed by another process since it was loaded: load it again, and add the new entries"
 
-def regular_size(
-    file # Path
-):
-    "Return the length of a regular file, or what a link leads to. Raises `ValueError` for a folder, a device or a pipe"
-    try: found = os.stat(file)
-    except (FileNotFoundError,NotADirectoryError,PermissionError): raise
-    except OSError as e: # A link to itself
-        raise ValueError(f"{file} cannot be opened ({e.strerror}): remove it") from e
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{file} is not a regular file, so it does not belong to a gallery: remove it")
-    return found.st_size
-
+# %% ../../nbs/gallery/03_store.ipynb #ddc32619
 def read_manifest(
     path # Folder of a gallery
 ):
@@ -546,6 +548,7 @@ def _locked(path):
             yield
         finally: os.close(fd)
 
+# %% ../../nbs/gallery/03_store.ipynb #61a80549
 def _open_lock(path):
     "Open the lock file for writing, create it if need be; return its descriptor"
     safely = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
