@@ -29,6 +29,7 @@ _PIECES = re.compile(r"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|`(?P<na
 
 def _shortened(text, n=80): return text if len(text)<=n else text[:n]+'…'
 
+# %% ../../nbs/gallery/07_filters.ipynb #2e32d3e2
 class _Text:
     "The text of a filter as Python's parser reads it"
     def __init__(self, where, columns):
@@ -58,20 +59,22 @@ class _Text:
         self.names[word] = column
         return f' {word} '
 
-    def tree(self):
-        "The expression as nodes of `ast`"
-        too_complex = self.error("it has too many operators or levels of brackets: use a function of the table")
-        if self.nesting>5*_MAX_NESTING: raise too_complex
-        try: res = ast.parse(self.code, mode='eval').body
-        except (RecursionError,MemoryError): raise too_complex from None
-        except (SyntaxError,ValueError) as e:
-            hint = ' (compare with ==)' if re.search('(?<![=!<>])=(?!=)', self.code) else ''
-            raise self.error(f"it is not a valid expression: {getattr(e, 'msg', e)}{hint}") from None
-        level = [res]
-        for _ in range(_MAX_NESTING):
-            level = [child for node in level for child in ast.iter_child_nodes(node)]
-            if not level: return res
-        raise too_complex
+# %% ../../nbs/gallery/07_filters.ipynb #2a69c787
+@patch
+def tree(self:_Text):
+    "The expression as nodes of `ast`"
+    too_complex = self.error("it has too many operators or levels of brackets: use a function of the table")
+    if self.nesting>5*_MAX_NESTING: raise too_complex
+    try: res = ast.parse(self.code, mode='eval').body
+    except (RecursionError,MemoryError): raise too_complex from None
+    except (SyntaxError,ValueError) as e:
+        hint = ' (compare with ==)' if re.search('(?<![=!<>])=(?!=)', self.code) else ''
+        raise self.error(f"it is not a valid expression: {getattr(e, 'msg', e)}{hint}") from None
+    level = [res]
+    for _ in range(_MAX_NESTING):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        if not level: return res
+    raise too_complex
 
 # %% ../../nbs/gallery/07_filters.ipynb #c94ae3fc
 COMPARISONS = {ast.Eq:'==', ast.NotEq:'!=', ast.Lt:'<', ast.LtE:'<=', ast.Gt:'>', ast.GtE:'>=', ast.In:'in',
@@ -84,8 +87,9 @@ METHODS = {'isna':(0,0), 'isnull':(0,0), 'notna':(0,0), 'notnull':(0,0), 'isin':
 _OPTIONS = {'str.contains':('case','regex'), 'between':('inclusive',)}
 TIME_PARTS = ('year','month','day','hour','minute','second','dayofweek','weekday')
 
+# %% ../../nbs/gallery/07_filters.ipynb #279dab14
 class FilterReader:
-    "Reads an expression; subclasses have `column`, `negate`, `minus`, `combine`, `compare`, `arithmetic` and `method`"
+    "Reads an expression; subclasses say what becomes of each kind of piece"
     def __init__(self,
         where,  # The expression
         columns # Names of the columns
@@ -120,7 +124,7 @@ class FilterReader:
 @patch
 def _read_Name(self:FilterReader, node):
     name = self.text.names.get(node.id, node.id)
-    if name in self.columns: return self.column(name, node)
+    if name in self.columns: return self._column(name, node)
     raise self.error(node, f"is not a column; the columns are {', '.join(self.columns)}")
 
 @patch
@@ -145,14 +149,14 @@ def _is_number(value): return isinstance(value, (int,float)) and not isinstance(
 @patch
 def _read_BoolOp(self:FilterReader, node):
     conditions = [self.read(o) for o in node.values]
-    return self.combine('and' if isinstance(node.op, ast.And) else 'or', conditions, node)
+    return self._combine('and' if isinstance(node.op, ast.And) else 'or', conditions, node)
 
 @patch
 def _read_UnaryOp(self:FilterReader, node):
     value = self.read(node.operand)
-    if isinstance(node.op, (ast.Not,ast.Invert)): return self.negate(value, node)
+    if isinstance(node.op, (ast.Not,ast.Invert)): return self._negate(value, node)
     if isinstance(node.op, ast.UAdd): raise self.error(node, 'is not allowed: leave out the +')
-    return -value if _is_number(value) else self.minus(value, node)
+    return -value if _is_number(value) else self._minus(value, node)
 
 @patch
 def _read_Compare(self:FilterReader, node):
@@ -162,14 +166,14 @@ def _read_Compare(self:FilterReader, node):
         sign = COMPARISONS.get(type(op))
         if sign is None: raise self.error(node, 'compares by `is`: use ==, .isna() or .notna()')
         if sign.endswith('in') and not isinstance(right, (str,list)): raise self.error(node, 'needs a list after `in`')
-        res.append(self.compare(left, sign, right, node))
-    return res[0] if len(res)==1 else self.combine('and', res, node)
+        res.append(self._compare(left, sign, right, node))
+    return res[0] if len(res)==1 else self._combine('and', res, node)
 
 @patch
 def _read_BinOp(self:FilterReader, node):
     sign = ARITHMETIC.get(type(node.op))
     if sign is None: raise self.error(node, 'is not allowed')
-    return self.arithmetic(self.read(node.left), sign, self.read(node.right), node)
+    return self._arithmetic(self.read(node.left), sign, self.read(node.right), node)
 
 # %% ../../nbs/gallery/07_filters.ipynb #8c512996
 def _dotted(node):
@@ -185,7 +189,7 @@ def _read_Attribute(self:FilterReader, node):
     value,before,name = _dotted(node)
     part = name.removeprefix('dt.')
     if before or part==name or part not in TIME_PARTS: raise self.error(node, 'is not allowed')
-    return self.method(self.read(value), name, [], {}, node)
+    return self._method(self.read(value), name, [], {}, node)
 
 @patch
 def _read_Call(self:FilterReader, node):
@@ -201,7 +205,7 @@ def _read_Call(self:FilterReader, node):
     if name=='str.contains': self._check_pattern(args[0], options, node)
     elif name.startswith('str.') and args and type(args[0]) is not str: raise self.error(node, 'needs a text')
     if name=='isin' and not isinstance(args[0], list): raise self.error(node, 'needs a list')
-    return self.method(self.read(value), name, args, options, node)
+    return self._method(self.read(value), name, args, options, node)
 
 @patch
 def _check_pattern(self:FilterReader, text, options, node):
@@ -226,13 +230,14 @@ def _is_condition(value):
     return isinstance(value, bool) or isinstance(value, pd.Series) and (
         pd.api.types.is_bool_dtype(value) or pd.api.types.is_bool_dtype(value.dropna().convert_dtypes()))
 
+# %% ../../nbs/gallery/07_filters.ipynb #0775782c
 class _TableFilter(FilterReader):
     "Computes an expression on a table"
     def __init__(self, table, where):
         super().__init__(where, table.columns)
         self.table = table
 
-    def column(self, name, node):
+    def _column(self, name, node):
         res = self.table[name]
         if isinstance(res, pd.Series): return res
         raise self.error(node, 'is the name of several columns')
@@ -241,21 +246,21 @@ class _TableFilter(FilterReader):
         for value in values:
             if not suits(value): raise self.error(node, f'needs {what}')
 
-    def negate(self, value, node):
+    def _negate(self, value, node):
         self.check([value], _is_condition, 'a condition, such as not (cam==1)', node)
         return not value if isinstance(value, bool) else ~value
 
-    def minus(self, value, node):
+    def _minus(self, value, node):
         self.check([value], _is_numeric, 'a number', node)
         return -value
 
-    def combine(self, sign, values, node):
+    def _combine(self, sign, values, node):
         self.check(values, _is_condition, 'conditions on both sides', node)
         res = values[0]
         for value in values[1:]: res = _OPERATORS[sign](res, value)
         return res
 
-    def arithmetic(self, left, sign, right, node):
+    def _arithmetic(self, left, sign, right, node):
         self.check([left,right], _is_numeric, 'numbers on both sides', node)
         if isinstance(left, pd.Series) or isinstance(right, pd.Series): return _OPERATORS[sign](left, right)
         if sign=='**' and abs(right)>64: raise self.error(node, 'is too large a power')
@@ -265,7 +270,7 @@ class _TableFilter(FilterReader):
 
 # %% ../../nbs/gallery/07_filters.ipynb #ac740ae1
 @patch
-def compare(self:_TableFilter, left, sign, right, node):
+def _compare(self:_TableFilter, left, sign, right, node):
     "Which rows satisfy the comparison"
     if _is_number(left) and _is_number(right) and sign in MIRRORED: return _OPERATORS[sign](left, right)
     if not isinstance(left, pd.Series):
@@ -295,8 +300,9 @@ def _as_times(self:_TableFilter, column, value, node):
         raise self.error(node, 'needs a time zone in the text if and only if the times in the column have one')
     return time if time.tz is None else time.tz_convert('UTC')
 
+# %% ../../nbs/gallery/07_filters.ipynb #e52ad127
 @patch
-def method(self:_TableFilter, value, name, args, options, node):
+def _method(self:_TableFilter, value, name, args, options, node):
     "What a method of the list gives"
     if not isinstance(value, pd.Series): raise self.error(node, 'is not called on a column')
     kind,_,part = name.rpartition('.')
@@ -304,13 +310,13 @@ def method(self:_TableFilter, value, name, args, options, node):
     if part=='contains': options = options | dict(regex=False)
     if kind=='str': return getattr(value.str, part)(*args, **options)
     if name=='isin' and not pd.api.types.is_datetime64_any_dtype(value): return value.isin(args[0])
-    if name=='isin': return self.compare(value, 'in', args[0], node)
+    if name=='isin': return self._compare(value, 'in', args[0], node)
     if name=='abs': self.check([value], _is_numeric, 'a number', node)
     if name!='between': return getattr(value, name)()
     inclusive = options.get('inclusive', 'both')
     if inclusive not in ('both','neither','left','right'): raise self.error(node, 'has the wrong arguments')
-    low = self.compare(value, '>=' if inclusive in ('both','left') else '>', args[0], node)
-    return low & self.compare(value, '<=' if inclusive in ('both','right') else '<', args[1], node)
+    low = self._compare(value, '>=' if inclusive in ('both','left') else '>', args[0], node)
+    return low & self._compare(value, '<=' if inclusive in ('both','right') else '<', args[1], node)
 
 def table_filter(
     table, # Of the entries

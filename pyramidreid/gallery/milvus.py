@@ -231,28 +231,28 @@ class _MilvusWhere(FilterReader):
         super().__init__(where, kinds)
         self.kinds = kinds
 
-    def column(self, name, node):
+    def _column(self, name, node):
         plain = re.fullmatch(r'[A-Za-z_]\w*', name, re.ASCII) and name.lower() not in _MILVUS_WORDS
         res = _Code(name if plain else f'$meta[{json.dumps(name, ensure_ascii=False)}]')
         res.column = name
         return res
 
-    def negate(self, value, node): return _Code(f'(not {self.value(value)})')
-    def minus(self, value, node): return _Code(f'(-{self.value(value)})')
-    def combine(self, sign, values, node): return _Code('(' + f' {sign} '.join(map(self.value, values)) + ')')
+    def _negate(self, value, node): return _Code(f'(not {self.value(value)})')
+    def _minus(self, value, node): return _Code(f'(-{self.value(value)})')
+    def _combine(self, sign, values, node): return _Code('(' + f' {sign} '.join(map(self.value, values)) + ')')
 
     def value(self, value):
         "A literal, or a list of them, in Milvus' language"
         return value if _is_code(value) else json.dumps(value, ensure_ascii=False, allow_nan=False)
 
-    def arithmetic(self, left, sign, right, node):
+    def _arithmetic(self, left, sign, right, node):
         if sign not in _MILVUS_SIGNS or not all(_is_code(o) or isinstance(o, (int,float)) for o in (left,right)):
             raise self.error(node, 'cannot be sent to Milvus')
         return _Code(f'({self.value(left)} {sign} {self.value(right)})')
 
 # %% ../../nbs/gallery/06_milvus.ipynb #00727d68
 @patch
-def compare(self:_MilvusWhere, left, sign, right, node):
+def _compare(self:_MilvusWhere, left, sign, right, node):
     if not _is_code(left) and not _is_code(right): raise self.error(node, 'compares no column')
     if isinstance(left, list): left,sign,right = right,MIRRORED.get(sign, sign),left
     if isinstance(right, str) and not _is_code(right) and sign.endswith('in'): right = [right]
@@ -274,16 +274,17 @@ def _as_stored(self:_MilvusWhere, value, other):
     if kind.startswith('time'): return _time_number(value, kind, f'where={self.text.where!r}')
     return _encode_key(value) if column=='key' else value
 
+# %% ../../nbs/gallery/06_milvus.ipynb #d0eb89b7
 @patch
-def method(self:_MilvusWhere, value, name, args, options, node):
+def _method(self:_MilvusWhere, value, name, args, options, node):
     column = getattr(value, 'column', None)
     if column is None or options or column=='key' and name.endswith(('na','null')):
         raise self.error(node, 'cannot be sent to Milvus')
     if name in ('isna','isnull'):   return _Code(f'(not exists {value})')
     if name in ('notna','notnull'): return _Code(f'(exists {value})')
-    if name=='isin': return self.compare(value, 'in', args[0], node)
+    if name=='isin': return self._compare(value, 'in', args[0], node)
     if name!='between': raise self.error(node, 'cannot be sent to Milvus')
-    return self.combine('and', [self.compare(value, sign, o, node) for sign,o in zip(('>=','<='), args)], node)
+    return self._combine('and', [self._compare(value, sign, o, node) for sign,o in zip(('>=','<='), args)], node)
 
 def _milvus_where(where, kinds):
     "`where` in Milvus' language"
