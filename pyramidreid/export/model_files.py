@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules import module as registration
 
+# %% ../../nbs/export/02_model_files.ipynb #8db1f6fa
 from ..core import atomic_write, require_extra
 from pyramidreid.export.onnx_runtime import (
     BLANK_CHECKSUM,
