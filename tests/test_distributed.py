@@ -140,7 +140,7 @@ def test_every_weighting_trains(both, weighting):
 def test_a_run_is_resumed_whose_checkpoints_only_the_first_rank_sees(both):
     first,second = (o['resumed'] for o in both)
     for o in (first,second):
-        assert o['stopped']['error']=='stopped' and o['resumed']['error'] is None and o['resumed']['done']==2
+        assert o['stopped']['error'].endswith('stopped') and o['resumed']['error'] is None and o['resumed']['done']==2
         assert o['resumed']['is_plain'] and o['resumed']['n_fits']==1
     assert equal(first['resumed']['weights'], second['resumed']['weights'])
     assert equal(first['whole']['weights'], second['whole']['weights'])
@@ -155,7 +155,7 @@ def test_what_stops_one_rank_stops_both(both):
         for name in ('not asked','other settings','not written'): assert o[name]['is_plain'] and not o[name]['n_fits']
     own,others = second['other settings']['error'],first['other settings']['error']
     assert 'checkpoint of another run' in own and 'delta=0.66 in this run' in own
-    assert 'Another process cannot follow' in others and f'rank 1: ValueError: {own}' in others
+    assert 'Another process cannot follow' in others and f"rank 1: ValueError: {own.split(chr(9))[-1]}" in others
 
 @pytest.mark.slow # Starts the launcher and two processes that import everything
 def test_the_script_runs(people, tmp_path):

@@ -186,10 +186,11 @@ def leaves_autocast(people, path):
         except error: pass
         else: raise AssertionError(f'no {error.__name__}')
         assert is_tidy(learn)
-        emb = learn.embed()
-        learn.model.cpu()
-        learn.dls.to(torch.device('cpu'))
-        torch.testing.assert_close(learn.embed(), emb)
+        on_cpu = learner(people, path)
+        on_cpu.dls.to(torch.device('cpu'))
+        on_cpu.model.load_state_dict({name:v.cpu() for name,v in learn.model.state_dict().items()})
+        torch.testing.assert_close(learn.embed(), on_cpu.embed())
+        assert model_device(on_cpu)=='cpu'
 
 CASES = [ranks_on_the_device, ranks_on_the_cpu_without_double_precision, uses_the_device_before_any_fit,
          waits_once_in_a_step, trains_by_every_recipe, resumes, leaves_autocast]
