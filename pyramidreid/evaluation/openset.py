@@ -224,6 +224,7 @@ def to_json(
         with atomic_write(path) as partial_file: partial_file.write_text(text, encoding='utf-8')
     return text
 
+# %% ../../nbs/evaluation/08_openset.ipynb #c60d6f5f
 def _is_score(v): return isinstance(v, (int,float)) and not isinstance(v, bool) and abs(v)<=1e300
 def _is_pair(v): return isinstance(v, list) and len(v)==3 and _is_score(v[0]) and all(map(is_fraction, v[1:]))
 def _is_id(v): return is_whole(v, -1<<63)
@@ -246,6 +247,7 @@ def _check_entries(values):
         check_entry(name, values[name], 'a list', lambda v: isinstance(v, list))
         for value in values[name]: check_entry(name, value, f'a list of {what}', suits)
 
+# %% ../../nbs/evaluation/08_openset.ipynb #ddba4247
 @patch(cls_method=True)
 def from_json(
     cls:Calibration,

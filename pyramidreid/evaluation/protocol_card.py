@@ -105,6 +105,7 @@ def check_entry(
     shown = repr(value)
     raise ValueError(f"{name} must be {what}, not {shown if len(shown)<80 else shown[:80]+'…'}")
 
+# %% ../../nbs/evaluation/02_protocol_card.ipynb #87cbebc7
 def _field_from_json(f, value):
     "Convert a value from JSON to the type of a card's field. Raises `ValueError` if it does not suit"
     if f.type is not torch.Tensor:

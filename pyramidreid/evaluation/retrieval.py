@@ -57,6 +57,7 @@ def _as_kind(junk_pid, kind):
         f"The person ids are {'text' if kind=='U' else 'whole numbers'}")
     return str(number) if kind=='U' else number
 
+# %% ../../nbs/evaluation/04_retrieval.ipynb #88795eef
 def _check_lengths(shape, pairs):
     "Raise `ValueError` unless there is one id per row, or none at all; `pairs` are the ids of queries and of gallery"
     for name,(query,gallery) in pairs.items():
