@@ -239,7 +239,7 @@ NUMBERS = list(range(N))
     dict(key=KEYS, cam=[str(i) for i in NUMBERS]),
     dict(key=KEYS, similarity=[2.]*N),
     dict(key=KEYS, query=NUMBERS),
-    dict(key=KEYS, other=NUMBERS)], ids=str)
+    dict(key=KEYS, other=NUMBERS)])
 def test_a_table_that_does_not_fit(path, columns):
     rewrite_table(path, **columns)
     check_refused(path, 'parquet is damaged')
