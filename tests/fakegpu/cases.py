@@ -159,8 +159,9 @@ class Stop(Callback):
 def resumes(people, path):
     "With every recipe: the same weights as without the interrupt"
     for name in ('fit_one_cycle','fit_paper','fit_modern'):
-        whole,cut = learner(people, path),learner(people, path)
-        RECIPES[name](whole)
+        whole = learner(people, path)
+        RECIPES[name](whole, cbs=Checkpoints(f'whole_{name}'))
+        cut = learner(people, path) # It sets the seed
         try: RECIPES[name](cut, cbs=[Checkpoints(name), Stop()])
         except KeyboardInterrupt: pass
         else: raise AssertionError('not interrupted')
