@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core import atomic_write
 from .intervals import binomial_interval, effective_searches
-from .protocol_card import check_entry, is_fraction, is_whole, json_from
+from .json_entries import check_entry, is_fraction, is_whole, json_from
 
 # %% ../../nbs/evaluation/08_openset.ipynb #c7205c5d
 _ARRAY_TYPES = dict(impostor=float, person=int, genuine=float, place=int, pairs=float, found=int)
