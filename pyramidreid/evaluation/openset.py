@@ -15,16 +15,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from pyramidreid.core import atomic_write
-from pyramidreid.evaluation.intervals import binomial_interval, effective_searches
-<<<<<<< OURS
-from pyramidreid.evaluation.protocol_card import check_entry, is_fraction, is_whole, json_from
-from pyramidreid.images import shown_text
-||||||| BASE
-from pyramidreid.evaluation.protocol_card import check_entry, is_fraction, is_whole, json_from
-=======
-from pyramidreid.evaluation.json_entries import check_entry, is_fraction, is_whole, json_from
->>>>>>> THEIRS
+from ..core import atomic_write
+from .intervals import binomial_interval, effective_searches
+from .json_entries import check_entry, is_fraction, is_whole, json_from
+from ..images import shown_text
 
 # %% ../../nbs/evaluation/08_openset.ipynb #c7205c5d
 _ARRAY_TYPES = dict(impostor=float, person=int, genuine=float, place=int, pairs=float, found=int)

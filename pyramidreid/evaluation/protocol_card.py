@@ -15,13 +15,9 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from pyramidreid.core import atomic_write
-<<<<<<< OURS
-from pyramidreid.images import shown_text
-||||||| BASE
-=======
-from pyramidreid.evaluation.json_entries import check_entry, is_fraction, is_whole, json_from
->>>>>>> THEIRS
+from ..core import atomic_write
+from .json_entries import check_entry, is_fraction, is_whole, json_from
+from ..images import shown_text
 
 # %% ../../nbs/evaluation/02_protocol_card.ipynb #e1316704
 def _json_ready(o):
