@@ -45,7 +45,8 @@ class ColourJitter(RandTransform):
 # %% ../../nbs/data/08_transforms.ipynb #68b15c20
 def _to_device(x, *draws):
     "Random numbers, on the device of the images `x`, without waiting for them"
-    if x.device.type not in ('cpu','mps'): draws = [draw.pin_memory() for draw in draws] # to copy without waiting
+    can_pin = x.device.type not in ('cpu','mps','meta')
+    if can_pin: draws = [draw.pin_memory() for draw in draws] # to copy without waiting
     return [draw.to(x.device, non_blocking=True) for draw in draws]
 
 # %% ../../nbs/data/08_transforms.ipynb #214332cc
