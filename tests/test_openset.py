@@ -1,4 +1,5 @@
 "Open-set searches against loops over images, intervals against scipy, and what a threshold promises"
+import decimal
 import json
 import math
 import subprocess
@@ -251,6 +252,20 @@ def test_interval_of_many_searches(n):
     start = time.process_time()
     for _ in range(5): binomial_interval(n//3, n)
     assert time.process_time()-start<.25
+
+@pytest.mark.parametrize('n', [10**6,10**9,10**12])
+@pytest.mark.parametrize('level', [.5,.95,.999999])
+def test_one_of_many_searches_in_sixty_digits(n, level):
+    "At the high end for 1 of n, (1-p)^n + n p (1-p)^(n-1) is the tail; for n-1 of n, the low end is 1 minus that"
+    with decimal.localcontext(decimal.Context(prec=60)):
+        tail = (1-decimal.Decimal(level))/2
+        below,above = decimal.Decimal(0),decimal.Decimal(100)/n
+        for _ in range(120):
+            p = (below+above)/2
+            if ((n-1)*(1-p).ln()).exp()*(1+(n-1)*p)>tail: below = p
+            else:                                          above = p
+    assert binomial_interval(1, n, level)[1]==pytest.approx(float(p), rel=1e-10)
+    assert binomial_interval(n-1, n, level)[0]==pytest.approx(float(1-p), abs=2e-15, rel=0)
 
 def test_almost_all_of_many_searches():
     "With effective numbers, less than one search may have found nobody"
