@@ -183,7 +183,7 @@ def stage(staged):
     shutil.copytree(root/'nbs'/'images', staged/'images')
     for folder in COPIED: shutil.copytree(root/folder, staged/folder, dirs_exist_ok=True)
     write_results_index(staged)
-    for page in ('CONTRIBUTING', 'CHANGELOG'): # their links are relative to the top folder
+    for page in ('CONTRIBUTING', 'CHANGELOG', 'SECURITY'): # their links are relative to the top folder
         text = (root/f'{page}.md').read_text(encoding='utf-8').replace('](nbs/', '](')
         (staged/f'{page}.md').write_text(text, encoding='utf-8')
     for room,title in ROOMS.items():
@@ -191,7 +191,7 @@ def stage(staged):
         (staged/room/'index.md').write_text(room_page(title, pages))
     guides = [o for o in GUIDES if (staged/'guides'/f'{o}.ipynb').exists()]
     (staged/'guides'/'index.md').write_text(room_page('Guides', guides))
-    ground = '## Basics\n\n' + toctree(GROUND) + '\n## Project\n\n' + toctree(['CONTRIBUTING', 'CHANGELOG'])
+    ground = '## Basics\n\n' + toctree(GROUND) + '\n## Project\n\n' + toctree(['CONTRIBUTING', 'CHANGELOG', 'SECURITY'])
     rooms = [f'{room}/index' for room in ('guides', *ROOMS, 'benchmarks')]
     (staged/'contents.md').write_text(f'# Contents\n\n{toctree(["index", *rooms], depth=2)}\n{ground}')
     (staged/'_static').mkdir()
