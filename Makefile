@@ -11,7 +11,7 @@ demo: $(VENV)/.ready       ## train on synthetic people, evaluate, save three pi
 test test-slow: export OMP_NUM_THREADS = 1
 test test-slow: export PYTHONWARNINGS = ignore
 
-test: lint                 ## all checks a change needs, in about seven minutes on two cores
+test: lint                 ## all checks a change needs
 	$(BIN)/python dev/notebooks.py --jobs $(JOBS)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow'
 
