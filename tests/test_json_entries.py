@@ -1,6 +1,7 @@
 "Cards and calibrations from strangers: each entry is checked, and an error names it"
 import copy
 import json
+import os
 import random
 
 import pytest
@@ -84,3 +85,10 @@ def test_mutated_files(kind):
         if kind=='evaluation': assert 0<=back.rank1<=1
         if kind=='calibration': assert len(back.table())==4
     assert 20<n_read<400
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
+@pytest.mark.parametrize('reader', [Card,Calibration])
+def test_a_pipe_is_not_waited_for(tmp_path, reader):
+    os.mkfifo(tmp_path/'card.json')
+    with pytest.raises(ValueError, match='card.json is not a regular file: give the path of a JSON file'):
+        reader.from_json(tmp_path/'card.json')

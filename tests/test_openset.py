@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from toys import random_exclusions
 
 from pyramidreid.evaluation.distances import Distances
 from pyramidreid.evaluation.intervals import _beta_cdf, _t_squared, binomial_interval
@@ -112,13 +113,7 @@ def test_searches_are_those_of_the_loops(ranking, unknown, kind, chunk):
 @given(rankings(), st.sampled_from(['hide','absent']), st.sampled_from(['mask','inf','images','keys']))
 def test_searches_with_images_left_out(ranking, unknown, by):
     dist,query_pids,gallery_pids,*cams = ranking
-    rng = np.random.default_rng(0)
-    query_keys,gallery_keys = rng.integers(0, 3, len(dist)),rng.integers(0, 3, dist.shape[1])
-    same_key = query_keys[:,None]==gallery_keys
-    mask = dict(mask=rng.random(dist.shape)<.3, inf=rng.random(dist.shape)<.3, images=same_key,
-                keys=same_key & (query_pids[:,None]==gallery_pids))[by]
-    options = dict(mask=dict(mask=mask), inf={}, images=dict(query_images=query_keys, gallery_images=gallery_keys),
-                   keys=dict(query_keys=query_keys, gallery_keys=gallery_keys))[by]
+    mask,options = random_exclusions(by, dist, query_pids, gallery_pids)
     impostor,genuine,different,same = loop_searches(*ranking, unknown, mask)
     if by=='inf': dist = np.where(mask, np.inf, dist).astype(np.float32)
     args = dist,query_pids,gallery_pids,*cams

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import plain_scores
 from torch import tensor
+from toys import random_exclusions
 
 from pyramidreid.evaluation.distances import Distances
 from pyramidreid.evaluation.protocols import *
@@ -188,13 +189,7 @@ def test_single_shot_is_the_mean_over_all_galleries(problem, with_cameras):
 def test_single_shot_with_images_left_out(problem, with_cameras, by):
     dist,query_pids,gallery_pids,*cams = problem
     ids = query_pids,gallery_pids,*(cams if with_cameras else ())
-    rng = np.random.default_rng(0)
-    query_keys,gallery_keys = rng.integers(0, 3, len(dist)),rng.integers(0, 3, dist.shape[1])
-    same_key = query_keys[:,None]==gallery_keys
-    left_out = dict(mask=rng.random(dist.shape)<.3, inf=rng.random(dist.shape)<.3, images=same_key,
-                    keys=same_key & (query_pids[:,None]==gallery_pids))[by]
-    options = dict(mask=dict(mask=left_out), inf={}, images=dict(query_images=query_keys, gallery_images=gallery_keys),
-                   keys=dict(query_keys=query_keys, gallery_keys=gallery_keys))[by]
+    left_out,options = random_exclusions(by, dist, query_pids, gallery_pids)
     want = [p for p in plain_single_shot(dist, *ids, *(() if with_cameras else (None,None)), left_out) if p]
     if by=='inf': dist = np.where(left_out, np.inf, dist)
     if not want:

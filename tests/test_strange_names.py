@@ -26,7 +26,8 @@ SHOWN = r'\x1b[2Jmine\n9 errors\x9b1m\u202egpj'
 # the two helpers
 
 @pytest.mark.parametrize('text,shown', [
-    ('plain', 'plain'), ('Zoë 李 🚶‍♀️ می‌خواهم', 'Zoë 李 🚶‍♀️ می‌خواهم'), (7, '7'), (EVIL, SHOWN), ('a\rb\tc', r'a\rb\tc'),
+    ('plain', 'plain'), ('Zoë 李 🚶‍♀️ می‌خواهم', 'Zoë 李 🚶‍♀️ می‌خواهم'),
+    (7, '7'), (EVIL, SHOWN), ('a\rb\tc', r'a\rb\tc'),
     ('\x00\x7f\u2028\u2066', r'\x00\x7f\u2028\u2066'), (b'\xff.jpg'.decode('utf-8', 'surrogateescape'), r'\udcff.jpg')])
 def test_what_a_terminal_would_obey_is_written_as_an_escape(text, shown):
     assert shown_text(text)==shown

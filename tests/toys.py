@@ -84,3 +84,14 @@ def scaled_to_rgb(file, low, high):
     "A picture of 16 bits as RGB, scaled plainly"
     levels = (np.asarray(Image.open(file), float)-low)/(high-low)*255
     return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8)).convert('RGB')
+
+def random_exclusions(by, dist, query_pids, gallery_pids):
+    "Images left out at random, (Q, G) bool, and the arguments that leave them out by 'mask', 'inf', 'images' or 'keys'"
+    rng = np.random.default_rng(0)
+    query_keys,gallery_keys = rng.integers(0, 3, len(dist)),rng.integers(0, 3, dist.shape[1])
+    same_key = query_keys[:,None]==gallery_keys
+    left_out = dict(mask=rng.random(dist.shape)<.3, inf=rng.random(dist.shape)<.3, images=same_key,
+                    keys=same_key & (query_pids[:,None]==gallery_pids))[by]
+    options = dict(mask=dict(mask=left_out), inf={}, images=dict(query_images=query_keys, gallery_images=gallery_keys),
+                   keys=dict(query_keys=query_keys, gallery_keys=gallery_keys))[by]
+    return left_out,options

@@ -13,9 +13,11 @@ from pathlib import Path
 def json_from(
     src # JSON text that starts with {, or the path of a file
 ):
-    "Return what the JSON in `src` holds. Raises `ValueError` if it is not JSON, or nested too deeply"
+    "Return what the JSON in `src` holds. Raises `ValueError` if it is not JSON or no regular file"
     is_path = isinstance(src, Path) or not src.lstrip().startswith('{')
     def no_constant(name): raise ValueError(f"{name} is not valid JSON")
+    if is_path and Path(src).exists() and not Path(src).is_file():
+        raise ValueError(f"{src} is not a regular file: give the path of a JSON file")
     text = Path(src).read_text(encoding='utf-8') if is_path else src
     try: return json.loads(text, parse_constant=no_constant)
     except RecursionError: raise ValueError("it is nested too deeply") from None

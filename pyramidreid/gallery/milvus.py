@@ -15,10 +15,9 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import require_extra
-from ..evaluation.openset import Calibration
 from .entries import Embeddings, as_embedder, known_cameras, parse_time, typed_table
 from .filters import MIRRORED, FilterReader
-from .gallery import Gallery
+from .gallery import Gallery, stored_calibration
 
 # %% ../../nbs/gallery/06_milvus.ipynb #be38ce1d
 class _CollectionInfo:
@@ -44,7 +43,7 @@ class MilvusGallery(Gallery):
         if info is None and self.embedder is None:
             raise ValueError(f"{uri} holds no gallery {name!r}, and a new one needs a model")
         self.store = _CollectionInfo(self.embedder.fingerprint) if info is None else _CollectionInfo(**info)
-        self.calibration = self.store.calibration and Calibration.from_json(self.store.calibration)
+        self.calibration = stored_calibration(self.store.calibration)
         self._check_model(self.embedder)
         if self.store.dim: self.client.load_collection(name)
 
