@@ -13,7 +13,7 @@ from pathlib import Path
 def json_from(
     src # JSON text that starts with {, or the path of a file
 ):
-    "Return what the JSON in `src` holds. Raises `ValueError` if it is not JSON or no regular file"
+    "Return what the JSON in `src` holds. Raises `ValueError` if that is not JSON, or not a regular file"
     is_path = isinstance(src, Path) or not src.lstrip().startswith('{')
     def no_constant(name): raise ValueError(f"{name} is not valid JSON")
     if is_path and Path(src).exists() and not Path(src).is_file():
