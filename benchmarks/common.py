@@ -98,9 +98,10 @@ def fit(learn, recipe, epochs, lr, pretrained):
 
 def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=None, recipe='one_cycle', epochs=12,
           steps=None, lr=3e-3, p=8, k=8, workers=0, cache=None, only=None, mode='pk', dynamic=True, shift=0,
-          **learner_args):
+          loss=None, change=None, **learner_args):
     """Train on the table `df` and evaluate once, at the end, on its queries and gallery or on people held out of its
-    training set; a dict of results"""
+    training set; a dict of results. `loss` and a callable `dynamic` make a loss and a rule; `change` gets the learner
+    before it is trained"""
     check_losses(only, dynamic, mode)
     gc.collect()
     torch.set_num_threads(1)
@@ -111,9 +112,11 @@ def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=
         df, p=p, k=k, size=size, mode=mode, valid_pct=hold_out, num_workers=workers, cache=cache, tfms=tfms)
     if steps: epochs = math.ceil(steps/len(dls.train))
     if isinstance(dynamic, str): dynamic = lib.DynamicLossWeights(weighting=dynamic)
+    elif callable(dynamic): dynamic = dynamic()
     learn = lib.pyramid_learner(
-        dls, getattr(lib, arch, arch), pretrained=False, weights=weights, loss_func=one_loss(only), dynamic=dynamic,
-        metrics=[], cbs=skip_validation(), **learner_args)
+        dls, getattr(lib, arch, arch), pretrained=False, weights=weights, loss_func=loss() if loss else one_loss(only),
+        dynamic=dynamic, metrics=[], cbs=skip_validation(), **learner_args)
+    if change: change(learn)
     cuda = dls.device.type=='cuda'
     if cuda: learn.to_channelslast(amp_mode='bf16')
     start = time.perf_counter()
@@ -126,7 +129,7 @@ def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=
         branches=len(learn.model.head.windows))
     if hasattr(learn, 'dynamic_loss_weights'):
         history = learn.dynamic_loss_weights.history
-        row['both'] = float((history.weight_triplet>0).mean())
+        if 'weight_triplet' in history: row['both'] = float((history.weight_triplet>0).mean())
         row['random'] = float((history['mode']=='random').mean())
     return row
 

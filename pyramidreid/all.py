@@ -48,6 +48,7 @@ from pyramidreid.training.checkpoints import Checkpoints, FiniteLoss
 from pyramidreid.training.dynamic_losses import DynamicLossWeights
 from pyramidreid.training.example import example_learner
 from pyramidreid.training.learner import ReIDLearner, pyramid_learner
+from pyramidreid.training.loss_rules import FixedWeights, LossRatioWeights, MixedBatches, UncertaintyWeights
 from pyramidreid.training.metrics import ReIDMetric, mAP, rank1, rank5
 from pyramidreid.training.recipes import EMA
 from pyramidreid.training.threshold_calibration import calibrate_distances

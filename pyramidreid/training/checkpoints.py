@@ -24,7 +24,7 @@ from fastai.callback.schedule import ParamScheduler
 from ..core import atomic_write, remove_leftovers
 from ..data.sampler import PKDataLoader, SingleModeDataLoader
 from ..models.fingerprints import inner_model
-from .dynamic_losses import is_fitting, read_losses, set_loss, stop_fit
+from .dynamic_losses import LossDynamics, is_fitting, read_losses, set_loss, stop_fit
 from .learner_files import load_opt_state
 
 # %% ../../nbs/training/10_checkpoints.ipynb #fa6317ad
@@ -109,10 +109,18 @@ def _data_config(learn):
     people = f'{items.pid.nunique():,}, {_digest(items.pid.unique())}'
     return {'people':people, 'images':f'{len(items):,}', 'batch':batch}
 
-def _loss_config(learn):
+# %% ../../nbs/training/10_checkpoints.ipynb #0071e933
+def _rule_text(learn):
+    "Settings of the rule of dynamic training"
     rule = getattr(getattr(learn, 'dynamic_loss_weights', None), 'dynamics', None)
-    settings = [f'{name}={getattr(rule, name)}' for name in ('weighting','alpha','gamma','delta')] if rule else ['off']
-    return {'loss':_settings_text(learn.loss_func), 'dynamic training':', '.join(settings)}
+    if rule is None: return 'off'
+    if type(rule) is LossDynamics:
+        return ', '.join(f'{name}={getattr(rule, name)}' for name in ('weighting','alpha','gamma','delta'))
+    given = [name for name in inspect.signature(type(rule).__init__).parameters if name in vars(rule)]
+    return ', '.join([type(rule).__name__, *(f'{name}={getattr(rule, name)}' for name in given)])
+
+def _loss_config(learn):
+    return {'loss':_settings_text(learn.loss_func), 'dynamic training':_rule_text(learn)}
 
 def _opt_config(learn):
     opt_func,hypers = getattr(learn.opt_func, 'func', learn.opt_func),learn.opt.hypers

@@ -100,6 +100,7 @@ def _check_loaders(dls):
 # %% ../../nbs/training/08_learner.ipynb #be9c5795
 def _dynamic_cbs(dynamic, cbs):
     "The callback for dynamic training, unless it is switched off or among `cbs` already"
+    if hasattr(dynamic, 'step') and not isinstance(dynamic, Callback): return L(DynamicLossWeights(rule=dynamic))
     if dynamic is not True: return L(dynamic or None)
     given = any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs))
     return L() if given else L(DynamicLossWeights())
@@ -118,7 +119,7 @@ def pyramid_learner(
     drop=0.2,               # Dropout before the identity classifiers
     norm='branch',          # Normalise the embedding per 'branch', as a 'whole', or not at all (None)
     loss_func=None,         # A loss with named `parts`; None: `PyramidLoss()`
-    dynamic=True,           # Dynamic training: True, False, or a `DynamicLossWeights`
+    dynamic=True,           # Dynamic training: True, False, a rule such as `MixedBatches`, or a `DynamicLossWeights`
     metrics=None,           # None: `mAP`, `rank1` and `rank5`
     normalize=True,         # Normalise the images as the backbone expects?
     splitter=pyramid_split, # Groups of weights with learning rates of their own

@@ -28,8 +28,6 @@ class LossParts(Callback):
 
     def before_train(self): self.batch_losses = {name:[] for name in self.names}
 
-    def before_batch(self): self.mode = getattr(self.dls.train, 'mode', 'pk')
-
     def after_loss(self):
         if not is_fitting(self.learn): return
         for name,loss in getattr(self.loss_func, 'parts', {}).items():
@@ -37,8 +35,7 @@ class LossParts(Callback):
 
     def _is_unmeasured(self, name):
         "Does this part mean nothing on the current batch? See `LossDynamics`"
-        if self.mode!='random' or not hasattr(self, 'dynamic_loss_weights'): return False
-        return name in self.dynamic_loss_weights.dynamics.parts[1:]
+        return hasattr(self, 'dynamic_loss_weights') and self.dynamic_loss_weights.leaves_out(name)
 
     def mean(self,
         name # Name of a part
