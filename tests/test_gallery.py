@@ -423,6 +423,19 @@ def test_times_with_and_without_a_zone(gallery, files):
         g.add(files[3:5][['fn']], seen=pd.Series(stamps, dtype=object))
     assert len(g)==1
 
+@pytest.mark.parametrize('text', [['2026-10-25T02:30Z','2026-10-25'], ['2026-10-25','2026-10-25 02:30+02'],
+                                  ['2026-10-25 02:30','2026-10-25 02:30:00.5-0200'], ['20261025T0230','20261025T0230Z']])
+def test_text_with_and_without_a_zone(files, text):
+    "pandas 2 takes the zone of the first for both, or returns objects"
+    with pytest.raises(ValueError, match='some have a time zone and some have none'):
+        Gallery(BandModel()).add(files[:2][['fn']], time=text)
+
+def test_times_of_two_zones_are_in_utc(files):
+    text = ['2026-10-25 02:30+02:00','2026-10-25 02:30Z','2026-10-25T02:30:00.500000-0300']
+    g = Gallery(BandModel()).add(files[:3][['fn']], time=text)
+    want = ['2026-10-25 00:30:00+00:00','2026-10-25 02:30:00+00:00','2026-10-25 05:30:00.500000+00:00']
+    assert [str(o) for o in g.table.time]==want
+
 def test_no_warnings(files, tmp_path, recwarn):
     "Not even from pandas about its future"
     warnings.simplefilter('always')

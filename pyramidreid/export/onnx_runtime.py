@@ -295,4 +295,5 @@ class Runtime(BaseEmbedder):
         x # Pixels, uint8, (N, H, W, 3), of the model's `size`
     ):
         "Return the embeddings of a batch, (N, D), float32"
+        if not len(x): return np.empty((0, self.emb_sz), np.float32) # Which onnxruntime 1.23 cannot compute
         return self.session.run(None, {'images': x})[0]

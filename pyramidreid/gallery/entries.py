@@ -8,6 +8,8 @@ __all__ = ['LearnerEmbedder', 'as_embedder', 'Embeddings', 'open_picture', 'pars
 
 # %% ../../nbs/gallery/01_entries.ipynb #9a2d470a
 import os
+import re
+from datetime import datetime
 
 import numpy as np
 import pandas as pd
@@ -122,15 +124,26 @@ def open_picture(
     return read_rgb(image, name, pixel_range)
 
 # %% ../../nbs/gallery/01_entries.ipynb #4cdec3bf
+_TEXT_ZONE = re.compile(r'[T ]\d.*?(Z|[+-]\d\d(?::?\d\d)?)\s*$') # In ISO 8601, after a time of day
+
+def _zone(value):
+    "The time zone of a datetime or of its text; None without one"
+    if isinstance(value, datetime): return None if value.tzinfo is None else str(value.tzinfo)
+    found = _TEXT_ZONE.search(value) if isinstance(value, str) else None
+    return found and found[1]
+
+def _zones(values):
+    "The different time zones of a column of datetimes or texts, None among them for values without one"
+    if not isinstance(values, pd.Series) or values.dtype.kind=='M': return set()
+    return {_zone(value) for value in values.dropna()}
+
 def _to_datetime(values, **kwargs):
     "Datetimes of one kind: all without a time zone, or all in UTC if their zones differ"
-    try: return pd.to_datetime(values, **kwargs)
-    except ValueError as e:
-        naive = {pd.Timestamp(v).tz is None for v in values.dropna()} if isinstance(values, pd.Series) else {True}
-        if len(naive)==2: raise ValueError("some have a time zone and some have none") from e
-        if naive!={False}: raise
-        return pd.to_datetime(values, utc=True, **kwargs)
+    zones = _zones(values)
+    if None in zones and len(zones)>1: raise ValueError("some have a time zone and some have none")
+    return pd.to_datetime(values, utc=len(zones)>1, **kwargs)
 
+# %% ../../nbs/gallery/01_entries.ipynb #51988afa
 def _is_numeric(values):
     "Is it a number, or a column of numbers?"
     if not isinstance(values, pd.Series): return isinstance(values, (int,float,np.number))

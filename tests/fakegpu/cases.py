@@ -18,10 +18,17 @@ from toys import quiet  # noqa: E402
 from pyramidreid.data.loaders import ReIDDataLoaders  # noqa: E402
 from pyramidreid.evaluation import ranking  # noqa: E402
 from pyramidreid.evaluation.retrieval import evaluate, evaluate_distances  # noqa: E402
+from pyramidreid.explain.interpretation import ReIDInterpretation  # noqa: E402
+from pyramidreid.explain.matching_bands import *  # noqa: E402
+from pyramidreid.explain.suspect_labels import *  # noqa: E402
+from pyramidreid.export.model_files import *  # noqa: E402
+from pyramidreid.export.onnx_runtime import Runtime  # noqa: E402
+from pyramidreid.gallery.gallery import Gallery  # noqa: E402
 from pyramidreid.models.backbone import resnet10  # noqa: E402
 from pyramidreid.training.checkpoints import Checkpoints, FiniteLoss  # noqa: E402
 from pyramidreid.training.learner import pyramid_learner  # noqa: E402
 from pyramidreid.training.recipes import *  # noqa: E402
+from pyramidreid.training.threshold_calibration import *  # noqa: E402
 
 fakegpu.make_default()
 
@@ -193,8 +200,43 @@ def leaves_autocast(people, path):
         torch.testing.assert_close(learn.embed(), on_cpu.embed())
         assert model_device(on_cpu)=='cpu'
 
+# After a fit
+
+def files_hold_the_model(people, path):
+    "ONNX, `.pt2` and a model folder of a model on the device give what it embeds; a gallery embeds on the device"
+    learn = learner(people, path)
+    learn.fit(1)
+    images = learn.dls.valid.items.iloc[:20]
+    want = learn.embed(learn.dls.test_dl(images))
+    learn.to_onnx(path/'m.onnx')
+    learn.to_exported(path/'m.pt2')
+    embedders = [Runtime(path/'m.onnx'), load_embedder(learn.save_model(path/'m'))]
+    for embedder in embedders:
+        torch.testing.assert_close(torch.tensor(embedder.embed(images.fn)), want, atol=2e-5, rtol=0)
+    assert model_device(learn)=='fakegpu'
+    with fakegpu.watch() as seen: gallery = Gallery.from_learner(learn, images[['fn']])
+    assert seen.launches>50
+    found = gallery.search(images.fn.iloc[3], k=5).similarity
+    nearest = (want @ want[3]).sort(descending=True)[0][:5]
+    torch.testing.assert_close(torch.tensor(found.tolist()), nearest, atol=2e-5, rtol=0)
+    gallery.save(path/'g')
+    assert len(Gallery.load(path/'g', learn))==20
+
+def explains_and_calibrates(people, path):
+    "What looks at single images, or at all of them"
+    learn = learner(people, path)
+    learn.fit_one_cycle(2, 3e-3)
+    learn.calibrate()
+    query,gallery = (learn.dls.valid.items.fn[learn.dls.valid.items.role==role].iloc[0] for role in (1,2))
+    learn.explain(query, gallery)
+    interp = ReIDInterpretation.from_learner(learn)
+    interp.plot_worst(n=2, k=3)
+    interp.label_errors()
+    assert model_device(learn)=='fakegpu'
+
 CASES = [ranks_on_the_device, ranks_on_the_cpu_without_double_precision, uses_the_device_before_any_fit,
-         waits_once_in_a_step, trains_by_every_recipe, resumes, leaves_autocast]
+         waits_once_in_a_step, trains_by_every_recipe, resumes, leaves_autocast, files_hold_the_model,
+         explains_and_calibrates]
 
 if __name__=='__main__':
     name,people,folder = sys.argv[1:]
