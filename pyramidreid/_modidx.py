@@ -2577,6 +2577,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                    'pyramidreid/training/base_learner.py'),
                                                    'pyramidreid.training.base_learner.ReIDLearner._close_autocast': ( 'training/base_learner.html#reidlearner._close_autocast',
                                                                                                                       'pyramidreid/training/base_learner.py'),
+                                                   'pyramidreid.training.base_learner.ReIDLearner._close_workers': ( 'training/base_learner.html#reidlearner._close_workers',
+                                                                                                                     'pyramidreid/training/base_learner.py'),
                                                    'pyramidreid.training.base_learner.ReIDLearner._do_epoch_train': ( 'training/base_learner.html#reidlearner._do_epoch_train',
                                                                                                                       'pyramidreid/training/base_learner.py'),
                                                    'pyramidreid.training.base_learner.ReIDLearner._drop_leftovers': ( 'training/base_learner.html#reidlearner._drop_leftovers',

@@ -7,10 +7,11 @@ __all__ = ['ShuffledDeck', 'pk_idxs', 'rank_share', 'SingleModeDataLoader', 'PKD
 
 # %% ../../nbs/data/07_sampler.ipynb #965c6b0e
 import heapq
+import os
 import random
 import warnings
 from itertools import count
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 from fastai import torch_core
@@ -325,7 +326,8 @@ def _copied_parts(dl):
 class _WorkerPool:
     "Worker processes that make the batches of all modes, epoch after epoch"
     def __init__(self,
-        dl # A `SingleModeDataLoader`, made for this
+        dl,   # A `SingleModeDataLoader`, made for this
+        owner # The processes end with this object, at the latest
     ):
         dl.drop_last = False # Where items are skipped, a batch is smaller
         self.objects,self.settings,self.others = _copied_parts(dl)
@@ -337,6 +339,7 @@ class _WorkerPool:
                 worker_init_fn=_start_worker, persistent_workers=True, prefetch_factor=2,
                 generator=torch.Generator(), **self.settings) # Else the workers' seeds come from the global generator
         self.batches,self.processes = None,[]
+        self.pid,self.at_end = os.getpid(),finalize(owner, self.close)
 
     def fits(self,
         dl # A `SingleModeDataLoader`
@@ -386,6 +389,8 @@ def _receive(self:_WorkerPool):
 @patch
 def close(self:_WorkerPool):
     "End the processes"
+    if os.getpid()!=self.pid: return # A copy in another process
+    self.at_end.detach()
     self.queue.start(0)
     if self.batches is not None: self.batches._shutdown_workers()
     self.loader = self.batches = None
@@ -422,7 +427,7 @@ def _take_pool(self:PKDataLoader, dl, n_steps):
         pool.close()
         pool = None
     if pool is None:
-        pool = _WorkerPool(dl)
+        pool = _WorkerPool(dl, owner=self)
         vars(self).setdefault('_pools', WeakSet()).add(pool)
     pool.start(n_steps)
     return pool
