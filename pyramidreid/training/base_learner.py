@@ -74,7 +74,7 @@ def _with_events(self:ReIDLearner, f, event_type, ex, final=noop):
 @patch
 def _close_workers(self:ReIDLearner):
     "End the worker processes that the loaders kept from epoch to epoch"
-    for dl in self.dls.loaders: getattr(dl, 'close_workers', noop)()
+    for dl in getattr(self.dls, 'loaders', []): getattr(dl, 'close_workers', noop)()
 
 @patch
 def _close_autocast(self:ReIDLearner, run):
