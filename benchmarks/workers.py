@@ -1,5 +1,5 @@
-"""What worker processes cost dynamic training: images decoded for each image used, and the seconds of short epochs where
-workers are started with *spawn*. The loader of before, with workers of their own for each mode and epoch, beside
+"""What worker processes cost dynamic training: images decoded for each image used, and the seconds of short epochs
+where workers are started with *spawn*. The loader of before, with workers of their own for each mode and epoch, beside
 today's, with new workers for each epoch (`persistent_workers=False`) or those of the epoch before.
 
 `python benchmarks/workers.py`; `--workers 0 2` gives the numbers of workers, `--json FILE` writes what was measured."""
@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import random
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -27,7 +26,7 @@ def parse():
     add('--steps', type=int, default=60, help='steps of an epoch where images are counted')
     add('--step', type=float, default=.1, help='seconds that a training step takes')
     add('--spawned-steps', type=int, default=12, help='steps of an epoch where workers are spawned')
-    add('--spawned-workers', type=int, default=2, help='workers that are spawned, for each mode in the loader of before')
+    add('--spawned-workers', type=int, default=2, help='workers that are spawned')
     add('--epochs', type=int, default=3, help='epochs')
     add('--json', type=Path, help='file to write the results to')
     return parser.parse_args()

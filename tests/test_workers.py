@@ -20,7 +20,7 @@ from fastai.data.load import SkipItemException
 from fastai.vision.all import DisplayedTransform, TensorImage, set_seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import Toy, Vectors, toy_learner
+from toys import Toy, toy_learner
 
 from pyramidreid.data.sampler import *
 from pyramidreid.data.sampler import _BatchMaker, _TaskQueue, _WorkerPool
@@ -102,6 +102,17 @@ def test_ranks_draw_different_random_numbers():
     by_rank = [epoch(loader(Noisy(LABELS), p=1, share=(rank,2), persistent_workers=False), PLAN) for rank in (0,1)]
     noise = [{tuple(row) for _,rows in drawn for row in rows} for drawn in by_rank]
     assert len(noise[0])==len(noise[1])==24*4 and not noise[0]&noise[1]
+
+class Whole(Toy):
+    "A dataset with a faster way to a batch"
+    def get_batch(self, idxs): return torch.tensor(idxs),torch.tensor(self.items.label[idxs].to_numpy())
+    def __getitem__(self, i): raise AssertionError('opened')
+
+def test_whole_batches():
+    dl,plain = loader(Whole(LABELS)),loader(Toy(LABELS), 0)
+    for o in (dl,plain): o._n_inp,o._types = 1,{}
+    assert epoch(dl, PLAN)==epoch(plain, PLAN)
+    dl.close_workers()
 
 # No more images than are needed
 
@@ -200,7 +211,7 @@ def test_workers_of_one_epoch():
     dl = loader(data, persistent_workers=False)
     seen = set()
     for _ in range(2):
-        for x,_ in dl: seen |= pids()
+        for _ in dl: seen |= pids()
         assert not pids()
     assert len(seen)==4
     data.items.label = 3-data.items.label%4
@@ -235,7 +246,6 @@ def test_the_rest_changes_with_the_same_workers():
     assert len(dl)==12
     plain = loader(Toy(LABELS), 0, seed=3, share=(1,2))
     plain.mode = 'random'
-    for _ in range(2): next(iter(loader(Toy(LABELS), 0)))
     assert [x for x,_ in epoch(dl, ['random']*12)]==[x for x,_ in epoch(plain, ['random']*12)]
     assert pids()==before
     dl.close_workers()
@@ -253,9 +263,11 @@ def test_copies_have_no_workers():
         other.close_workers()
     dl.close_workers()
 
-def test_new_keeps_and_replaces_what_becomes_of_workers():
+def test_new_keeps_and_replaces_what_becomes_of_workers(make_dls):
     dl = loader(Toy(LABELS), persistent_workers=False)
     assert not dl.new().persistent_workers and dl.new(persistent_workers=True).persistent_workers
+    dls = make_dls(persistent_workers=False)
+    assert not dls.train.persistent_workers and make_dls().train.persistent_workers
     assert type(dl.new(cls=SingleModeDataLoader)) is SingleModeDataLoader
 
 # How it ends

@@ -196,7 +196,7 @@ class PKDataLoader(SingleModeDataLoader):
         p:int=8,  # Identities in a training batch
         k:int=8,  # Images of each identity; a training batch has `p*k` images
         *,
-        persistent_workers:bool=True, # Keep the workers of training? They do not see changes inside dataset and transforms
+        persistent_workers:bool=True, # Keep workers from epoch to epoch? They miss changes inside dataset and transforms
         **kwargs):
         super().__init__(dataset, p=p, k=k, **kwargs)
         self.persistent_workers = persistent_workers
@@ -204,7 +204,8 @@ class PKDataLoader(SingleModeDataLoader):
     def new(self,
         dataset=None, cls=None, # None: the same
         **kwargs):
-        if cls is None or issubclass(cls, PKDataLoader): kwargs = {'persistent_workers':self.persistent_workers, **kwargs}
+        switches = cls is None or issubclass(cls, PKDataLoader)
+        if switches: kwargs = {'persistent_workers':self.persistent_workers, **kwargs}
         return super().new(dataset, cls, **kwargs)
 
     def __iter__(self):
@@ -352,13 +353,17 @@ class _WorkerPool:
 
 # %% ../../nbs/data/07_sampler.ipynb #2ea0f985
 @patch
-def start(self:_WorkerPool, n_steps):
+def start(self:_WorkerPool,
+    n_steps # Steps of the epoch
+):
     "Begin an epoch"
     self.queue.start(n_steps)
     self.begun = False
 
 @patch
-def batch(self:_WorkerPool, stream):
+def batch(self:_WorkerPool,
+    stream # A `_Stream` of this epoch
+):
     "The next batch of `stream`"
     if self.loader is None: raise RuntimeError("The workers were closed in the middle of this epoch: start a new one")
     i = self.queue.ask(stream)
@@ -386,6 +391,7 @@ def _receive(self:_WorkerPool):
     if batch is None: heapq.heappush(stream.todo, i)
     else: stream.ready[i] = batch
 
+# %% ../../nbs/data/07_sampler.ipynb #f277b2f6
 @patch
 def close(self:_WorkerPool):
     "End the processes"
@@ -412,6 +418,7 @@ def _from_workers(self:PKDataLoader):
     finally:
         if pool is not None: self._give_back(pool)
 
+# %% ../../nbs/data/07_sampler.ipynb #f8ad29c5
 @patch
 def _finished(self:SingleModeDataLoader, batch):
     "A batch of a worker, on the device and transformed"
