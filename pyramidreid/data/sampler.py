@@ -196,7 +196,7 @@ class PKDataLoader(SingleModeDataLoader):
         p:int=8,  # Identities in a training batch
         k:int=8,  # Images of each identity; a training batch has `p*k` images
         *,
-        persistent_workers:bool=True, # Keep workers from epoch to epoch? They miss changes inside dataset and transforms
+        persistent_workers:bool=True, # Keep workers for the next epoch? They miss changes inside dataset and transforms
         **kwargs):
         super().__init__(dataset, p=p, k=k, **kwargs)
         self.persistent_workers = persistent_workers
@@ -391,7 +391,7 @@ def _receive(self:_WorkerPool):
     if batch is None: heapq.heappush(stream.todo, i)
     else: stream.ready[i] = batch
 
-# %% ../../nbs/data/07_sampler.ipynb #f277b2f6
+# %% ../../nbs/data/07_sampler.ipynb #0db37a96
 @patch
 def close(self:_WorkerPool):
     "End the processes"
@@ -418,7 +418,7 @@ def _from_workers(self:PKDataLoader):
     finally:
         if pool is not None: self._give_back(pool)
 
-# %% ../../nbs/data/07_sampler.ipynb #f8ad29c5
+# %% ../../nbs/data/07_sampler.ipynb #c9fb92ec
 @patch
 def _finished(self:SingleModeDataLoader, batch):
     "A batch of a worker, on the device and transformed"
