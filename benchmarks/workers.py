@@ -85,7 +85,9 @@ def measure(kind, df, n_workers, args, seconds):
     dl = loader(kind, data, n_workers)
     times = epochs(dl, args.epochs, seconds)
     n_used = args.epochs*len(dl)*dl.bs
-    return dict(loader=kind, workers=n_workers, decoded=data.open.n.value/n_used, seconds=times)
+    row = dict(loader=kind, workers=n_workers, decoded=data.open.n.value/n_used, seconds=times)
+    print({**row, 'seconds':[round(t, 1) for t in times]}, file=sys.stderr, flush=True)
+    return row
 
 def shown(rows):
     table = [{'loader': row['loader'], 'workers': row['workers'], 'decoded/used': f"{row['decoded']:.2f}",
@@ -96,12 +98,11 @@ def main():
     args = parse()
     warnings.simplefilter('ignore')
     kinds,counted = ('before','new workers','kept'),[]
-    df = crops(args.steps)
+    df,few = crops(args.steps),crops(args.spawned_steps)
     for n in args.workers: counted += [measure(kind, df, n, args, args.step) for kind in kinds]
     print(f"{args.steps} steps of {P*K} images, {args.step} s each\n\n{shown(counted)}\n", flush=True)
     multiprocessing.set_start_method('spawn', force=True)
-    df = crops(args.spawned_steps)
-    spawned = [measure(kind, df, args.spawned_workers, args, 0.) for kind in kinds]
+    spawned = [measure(kind, few, args.spawned_workers, args, 0.) for kind in kinds]
     print(f"{args.spawned_steps} steps, workers are spawned\n\n{shown(spawned)}")
     if args.json: args.json.write_text(json.dumps(dict(circumstances(), counted=counted, spawned=spawned), indent=1))
 
