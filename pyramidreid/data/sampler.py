@@ -6,12 +6,21 @@
 __all__ = ['ShuffledDeck', 'pk_idxs', 'rank_share', 'SingleModeDataLoader', 'PKDataLoader']
 
 # %% ../../nbs/data/07_sampler.ipynb #965c6b0e
+import heapq
+import os
 import random
+import warnings
+from itertools import count
+from weakref import WeakSet, finalize
 
+import torch
 from fastai import torch_core
 from fastai.data.core import TfmdDL
 from fastai.data.load import _loaders
-from fastcore.basics import merge, patch, store_attr
+from fastcore.basics import merge, noop, patch, store_attr
+from fastcore.meta import delegates
+from torch.multiprocessing import Value, active_children, get_start_method
+from torch.utils.data import DataLoader, get_worker_info
 
 # %% ../../nbs/data/07_sampler.ipynb #73532f1c
 class ShuffledDeck:
@@ -181,22 +190,41 @@ def to_detach(self:SingleModeDataLoader,
 # %% ../../nbs/data/07_sampler.ipynb #a37ec741
 class PKDataLoader(SingleModeDataLoader):
     "P×K and random batches in one loader: `mode` is read before every batch and may change between two"
+    @delegates(SingleModeDataLoader.__init__)
+    def __init__(self,
+        dataset,  # Its `items` is a table with a `label` column
+        p:int=8,  # Identities in a training batch
+        k:int=8,  # Images of each identity; a training batch has `p*k` images
+        *,
+        persistent_workers:bool=True, # Keep workers for the next epoch? They miss changes inside dataset and transforms
+        **kwargs):
+        super().__init__(dataset, p=p, k=k, **kwargs)
+        self.persistent_workers = persistent_workers
+
+    def new(self,
+        dataset=None, cls=None, # None: the same
+        **kwargs):
+        switches = cls is None or issubclass(cls, PKDataLoader)
+        if switches: kwargs = {'persistent_workers':self.persistent_workers, **kwargs}
+        return super().new(dataset, cls, **kwargs)
+
     def __iter__(self):
-        if self.draws: yield from self._switching()
-        else: yield from super().__iter__()
+        if not self.draws: yield from super().__iter__()
+        elif self.fake_l.num_workers: yield from self._from_workers()
+        else: yield from self._switching()
 
     def _switching(self):
         "The batches of an epoch, each in the mode that is set when it is asked for"
         inner = {}
         for _ in range(len(self)):
-            if self.mode not in inner: inner[self.mode] = self._start_inner()
+            if self.mode not in inner: inner[self.mode] = iter(self._inner())
             yield next(inner[self.mode])
 
-    def _start_inner(self):
-        "An iterator over batches of the current mode"
+    def _inner(self):
+        "A loader of batches in the current mode"
         dl = self.new(cls=SingleModeDataLoader)
         dl.rng = random.Random(self.rng.randint(0,2**32-1))
-        return iter(dl)
+        return dl
 
 # %% ../../nbs/data/07_sampler.ipynb #2b3faf62
 @patch
@@ -207,3 +235,224 @@ def create_batches(self:SingleModeDataLoader,
     item_by_item = self.prebatched or not hasattr(self.dataset, 'get_batch')
     if item_by_item: return super(SingleModeDataLoader, self).create_batches(samps)
     return map(self.dataset.get_batch, self.chunkify(samps))
+
+# %% ../../nbs/data/07_sampler.ipynb #4fe85f8d
+class _Stream:
+    "The batches of an epoch in one mode: the task for each, and those that are ready"
+    _turns = count()
+    def __init__(self,
+        dl # A `SingleModeDataLoader`, made for this
+    ):
+        dl.randomize()
+        dl.before_iter()
+        rank,ranks = dl.share
+        idxs,bs,n = list(dl.get_idxs()),dl.bs,len(dl)
+        seeds = [dl.rng.getrandbits(32) for _ in range(n*ranks)][rank::ranks]
+        self.dl,self.turn = dl,next(self._turns) # `turn` is a number that no other stream has
+        self.tasks = [(self.turn, i, seed, idxs[i*bs:(i+1)*bs]) for i,seed in enumerate(seeds)]
+        self.todo = list(range(n)) # Numbers of the tasks that no worker has, a heap
+        self.n_asked = 0           # How many batches have been asked for
+        self.ready = {}            # Batches that have come back and were not asked for yet, by number
+
+# %% ../../nbs/data/07_sampler.ipynb #474a47f9
+class _TaskQueue:
+    "Tasks for the workers, asked for one by one; it may have none now and more later"
+    def __init__(self,
+        ahead # Most tasks that are given out ahead in one mode
+    ):
+        self.ahead = ahead
+        self.wanted = Value('q', -1, lock=False)
+        self.start(0)
+
+    def start(self,
+        n_steps # Steps of the new epoch
+    ):
+        self.streams,self.current,self.n_left = {},None,n_steps
+        self.wanted.value = -1
+
+    def ask(self, stream):
+        "Note that a step takes a batch of `stream`, and return the number of that batch"
+        self.streams[stream.turn] = self.current = stream
+        self.wanted.value = stream.turn
+        self.n_left -= 1
+        stream.n_asked += 1
+        return stream.n_asked-1
+
+    @property
+    def has_task(self):
+        "Is there a task whose batch may be needed in this epoch?"
+        stream = self.current
+        if stream is None or not stream.todo: return False
+        return stream.todo[0] < stream.n_asked+min(self.n_left, self.ahead)
+
+    def __iter__(self): return self
+
+    def __next__(self):
+        if not self.has_task: raise StopIteration
+        return self.current.tasks[heapq.heappop(self.current.todo)]
+
+# %% ../../nbs/data/07_sampler.ipynb #583f3f3e
+class _BatchMaker:
+    "What each worker has a copy of: makes the batch of a task, if it is wanted now"
+    def __init__(self,
+        dl,    # A `SingleModeDataLoader`
+        wanted # `turn` of the stream whose batches are wanted, shared by all processes
+    ): store_attr()
+
+    def __getitem__(self, task):
+        turn,i,seed,idxs = task
+        if self.wanted.value!=turn: return turn,i,None
+        torch_core.set_seed(seed)
+        for batch in self.dl.create_batches(idxs): return turn,i,batch
+        raise ValueError(f"All images of a batch were skipped, those with the indices {idxs}. "
+                         "Leave them out of the table")
+
+def _start_worker(worker_id):
+    info = get_worker_info()
+    dl = info.dataset.dl
+    torch.set_num_threads(1)
+    dl.num_workers,dl.offs = info.num_workers,info.id
+    dl.wif()
+
+# %% ../../nbs/data/07_sampler.ipynb #ca480e1d
+def _copied_parts(dl):
+    "Objects that workers have a copy of, and the settings of their work"
+    given = [vars(dl)[name] for name in dl._methods if name in vars(dl) and name!='after_batch']
+    objects = [dl.dataset, *(f for o in given for f in getattr(o, 'fs', [o]))]
+    pins = bool(dl._pins() or dl.pin_memory)
+    settings = dict(num_workers=dl.fake_l.num_workers, timeout=dl.timeout, pin_memory=pins,
+                    pin_memory_device=dl.fake_l.pin_memory_device)
+    return objects,settings,(dl.bs,get_start_method())
+
+class _WorkerPool:
+    "Worker processes that make the batches of all modes, epoch after epoch"
+    def __init__(self,
+        dl,   # A `SingleModeDataLoader`, made for this
+        owner # The processes end with this object, at the latest
+    ):
+        dl.drop_last = False # Where items are skipped, a batch is smaller
+        self.objects,self.settings,self.others = _copied_parts(dl)
+        self.queue = _TaskQueue(ahead=2*self.settings['num_workers'])
+        with warnings.catch_warnings(): # fastai does not warn of more workers than processors
+            warnings.filterwarnings('ignore', 'This DataLoader will create')
+            self.loader = DataLoader(
+                _BatchMaker(dl, self.queue.wanted), batch_size=None, sampler=self.queue, collate_fn=noop,
+                worker_init_fn=_start_worker, persistent_workers=True, prefetch_factor=2,
+                generator=torch.Generator(), **self.settings) # Else the workers' seeds come from the global generator
+        self.batches,self.processes = None,[]
+        self.pid,self.at_end = os.getpid(),finalize(owner, self.close)
+
+    def fits(self,
+        dl # A `SingleModeDataLoader`
+    ):
+        "Do the workers run, with just what `dl` has?"
+        objects,*settings = _copied_parts(dl)
+        same_objects = len(objects)==len(self.objects) and all(a is b for a,b in zip(objects, self.objects))
+        return (same_objects and settings==[self.settings, self.others] and self.loader is not None
+                and all(process.is_alive() for process in self.processes))
+
+# %% ../../nbs/data/07_sampler.ipynb #2ea0f985
+@patch
+def start(self:_WorkerPool,
+    n_steps # Steps of the epoch
+):
+    "Begin an epoch"
+    self.queue.start(n_steps)
+    self.begun = False
+
+@patch
+def batch(self:_WorkerPool,
+    stream # A `_Stream` of this epoch
+):
+    "The next batch of `stream`"
+    if self.loader is None: raise RuntimeError("The workers were closed in the middle of this epoch: start a new one")
+    i = self.queue.ask(stream)
+    if not self.begun: self._fill()
+    if i in stream.ready and self.queue.has_task: self._receive()
+    while i not in stream.ready: self._receive()
+    return stream.ready.pop(i)
+
+@patch
+def _fill(self:_WorkerPool):
+    "Give tasks to the workers, which are started if there are none"
+    before = active_children()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'This DataLoader will create')
+        self.batches = iter(self.loader)
+    self.processes += [process for process in active_children() if process not in before]
+    self.begun = True
+
+@patch
+def _receive(self:_WorkerPool):
+    "Sort in what comes back next: a batch, or a task that was given back"
+    try: turn,i,batch = next(self.batches)
+    except StopIteration: return self._fill()
+    stream = self.queue.streams[turn]
+    if batch is None: heapq.heappush(stream.todo, i)
+    else: stream.ready[i] = batch
+
+# %% ../../nbs/data/07_sampler.ipynb #0db37a96
+@patch
+def close(self:_WorkerPool):
+    "End the processes"
+    if os.getpid()!=self.pid: return # A copy in another process
+    self.at_end.detach()
+    self.queue.start(0)
+    if self.batches is not None: self.batches._shutdown_workers()
+    self.loader = self.batches = None
+
+# %% ../../nbs/data/07_sampler.ipynb #f6dda13b
+@patch
+def _from_workers(self:PKDataLoader):
+    "What `_switching` yields, made by workers"
+    streams,pool = {},None
+    try:
+        for _ in range(len(self)):
+            if self.mode not in streams: streams[self.mode] = _Stream(self._inner())
+            stream = streams[self.mode]
+            if pool is None: pool = self._take_pool(stream.dl, len(self))
+            yield stream.dl._finished(pool.batch(stream))
+    except BaseException as e:
+        if pool is not None and not isinstance(e, GeneratorExit): pool.close()
+        raise
+    finally:
+        if pool is not None: self._give_back(pool)
+
+# %% ../../nbs/data/07_sampler.ipynb #c9fb92ec
+@patch
+def _finished(self:SingleModeDataLoader, batch):
+    "A batch of a worker, on the device and transformed"
+    if isinstance(batch, list) and (self._pins() or self.pin_memory): batch = tuple(batch) # Pinning returns lists
+    if self.device is not None: batch = torch_core.to_device(batch, self.device, non_blocking=self._pins())
+    return self.after_batch(batch)
+
+@patch
+def _take_pool(self:PKDataLoader, dl, n_steps):
+    "The workers of the last epoch if they still fit `dl`, else new ones"
+    pool = vars(self).pop('_pool', None)
+    if pool is not None and not pool.fits(dl):
+        pool.close()
+        pool = None
+    if pool is None:
+        pool = _WorkerPool(dl, owner=self)
+        vars(self).setdefault('_pools', WeakSet()).add(pool)
+    pool.start(n_steps)
+    return pool
+
+@patch
+def _give_back(self:PKDataLoader, pool):
+    "Keep the workers for the next epoch, if that is wanted"
+    pool.queue.start(0)
+    if self.persistent_workers and '_pool' not in vars(self) and pool.loader is not None: self._pool = pool
+    else: pool.close()
+
+# %% ../../nbs/data/07_sampler.ipynb #e605e2c8
+@patch
+def close_workers(self:PKDataLoader):
+    "End the worker processes of training; the next epoch starts new ones"
+    vars(self).pop('_pool', None)
+    for pool in list(vars(self).get('_pools', ())): pool.close()
+
+@patch
+def __getstate__(self:PKDataLoader):
+    return {name:value for name,value in vars(self).items() if name not in ('_pool','_pools')}

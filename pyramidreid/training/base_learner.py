@@ -69,6 +69,12 @@ def _with_events(self:ReIDLearner, f, event_type, ex, final=noop):
         self.logger = logger
         self._tidy_up()
         raise
+    finally: self._close_workers()
+
+@patch
+def _close_workers(self:ReIDLearner):
+    "End the worker processes that the loaders kept from epoch to epoch"
+    for dl in getattr(self.dls, 'loaders', []): getattr(dl, 'close_workers', noop)()
 
 @patch
 def _close_autocast(self:ReIDLearner, run):

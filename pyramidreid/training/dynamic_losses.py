@@ -22,7 +22,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import *
 from fastai.torch_core import num_distrib
-from fastcore.basics import patch, store_attr
+from fastcore.basics import noop, patch, store_attr
 
 from ..core import ReIDWarning, show_once
 
@@ -279,8 +279,9 @@ class DynamicLossWeights(Callback):
         if not self.learn.lock.locked(): self.after_interrupt()
 
     def after_interrupt(self):
-        "Give the loader the mode it had before the fit, and let the loss compute all its parts again"
+        "Give the loader the mode it had before the fit and end its workers; let the loss compute all its parts again"
         train = self.dls.train
+        getattr(train, 'close_workers', noop)()
         if 'given_mode' in vars(train): train.mode = vars(train).pop('given_mode')
         getattr(self.loss_func, '__dict__', {}).pop('wanted', None)
 
