@@ -1,4 +1,5 @@
 "What `test_distributed.py` runs in each of two processes, and in its own to compare with"
+import multiprocessing
 import os
 import signal
 import threading
@@ -203,13 +204,17 @@ def one_bad(people, path):
         learn.fit(1)
     return res | dict(weights=state(learn), steps=str(learn.dynamic_loss_weights.steps))
 
+WEIGHTINGS = ('gate','normalized','paper','released',False) # False: without dynamic training
+
 def weightings(people, path):
     "Each weighting, some of whose steps give a loss the weight 0"
     res = {}
-    for weighting in ('normalized','paper','released'):
-        learn = small_learner(people, path, 2, 7, dynamic=DynamicLossWeights(weighting=weighting, delta=0.))
+    for weighting in WEIGHTINGS:
+        dynamic = weighting and DynamicLossWeights(weighting=weighting, delta=0.)
+        learn = small_learner(people, path, 2, 7, dynamic=dynamic)
         with learn.distrib_ctx(**TOGETHER): learn.fit(3, 3e-2)
-        res[weighting] = dict(weights=state(learn), steps=learn.dynamic_loss_weights.steps)
+        res[weighting] = dict(weights=state(learn), steps=learn.dynamic_loss_weights.steps if dynamic else [],
+                              losses=[loss.item() for loss in learn.recorder.losses])
     return res
 
 class StopBoth(Callback):
@@ -229,6 +234,25 @@ def run_with_checkpoints(people, path, stop=False, delta=.16, **kwargs):
     with learn.distrib_ctx(**TOGETHER):
         res = dict(error=error_of(lambda: learn.fit_one_cycle(3, 3e-3, cbs=[cb, *[StopBoth()]*stop])))
     return res | dict(weights=state(learn), done=getattr(cb, 'done', None), is_plain=is_plain(learn), n_fits=cb.n_fits)
+
+def files(people, path):
+    "`load` and `SaveModelCallback` where the first rank alone sees what is saved, and the other can make no folder"
+    own,rank = path/f'files{rank_distrib()}',rank_distrib()
+    own.mkdir()
+    (own/'models').write_text('') if rank else (own/'models').mkdir()
+    learn = small_learner(people, own, 2, 7)
+    best = SaveModelCallback(monitor='mAP', fname='best', with_opt=True)
+    with learn.distrib_ctx(**TOGETHER):
+        learn.fit(2, 3e-3, cbs=best)
+        res = dict(fitted=state(learn), history=learn.model.history)
+        path = learn.save('saved')
+        again = small_learner(people, own, 2, 7).load('saved')
+        res |= dict(loaded=state(again), opt=again.opt is not None, loaded_history=again.model.history)
+        res['no file'] = error_of(lambda: learn.load('nothing'))
+        other = small_learner(people, own, 2, 7, dynamic=False)
+        if rank: other.model.head.classify = nn.Identity() # Its weights do not fit
+        res['does not fit'] = error_of(lambda: other.load('saved'))
+    return res | dict(path=path.relative_to(own).as_posix())
 
 def resumed(people, path):
     "Runs whose ranks have folders of their own, so that the first rank alone finds checkpoints"
@@ -270,9 +294,9 @@ class BadWorker(Transform):
 
 def ended(people, folder, cbs=(), num_workers=0, resume=False, use=None):
     "How a fit of three epochs ended, and what the learner is like after it"
-    learn = small_learner(people, folder, 2, 7)
+    learn = small_learner(people, folder, 2, 7, plain=True)
     if num_workers:
-        for dl in learn.dls.loaders: dl.fake_l.num_workers = num_workers
+        learn.dls.train.fake_l.num_workers = num_workers
         learn.dls.train.after_item.add(BadWorker())
     res = dict(error=None)
     try:
@@ -280,7 +304,9 @@ def ended(people, folder, cbs=(), num_workers=0, resume=False, use=None):
             learn.fit_one_cycle(3, 3e-3, cbs=[Checkpoints(folder/f'checkpoints{num_workers}', resume=resume), *cbs])
             if use: use(learn)
     except BaseException as e: res['error'] = f'{type(e).__name__}: {e}'
-    return res | dict(weights=state(learn), is_plain=is_plain(learn), has_group=torch.distributed.is_initialized())
+    return res | dict(weights=state(learn), is_plain=is_plain(learn), has_group=torch.distributed.is_initialized(),
+                      rows=list(getattr(learn.recorder, 'values', ())), steps=learn.dynamic_loss_weights.steps,
+                      checkpoints=[file.name for file in sorted(folder.glob('checkpoints0/*.pth'))])
 
 def embeds_on_one_rank(learn):
     "One rank fails between two evaluations"
@@ -320,6 +346,8 @@ def ends_main(rank, ranks, port, out, people):
     torch.save(res, out/f'rank{rank}.pt')
 
 def start(rank, ranks, port):
+    if 'fork' in multiprocessing.get_all_start_methods(): # Workers then inherit the connections
+        multiprocessing.set_start_method('fork', force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                       MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
@@ -330,6 +358,6 @@ def main(rank, ranks, port, out, people):
     start(rank, ranks, port)
     res = dict(curve=same_curve(people, out, together=True), norm=batch_norm(),
                evaluations=evaluations(people, out), recipes=recipes(people, out), one_bad=one_bad(people, out),
-               weightings=weightings(people, out), resumed=resumed(people, out))
+               weightings=weightings(people, out), resumed=resumed(people, out), files=files(people, out))
     torch.save(res, out/f'rank{rank}.pt')
     torch.distributed.destroy_process_group()

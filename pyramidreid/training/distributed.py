@@ -9,11 +9,15 @@ __all__ = ['GRACE', 'CANCEL_GRACE', 'FAREWELL', 'gather_rows', 'sync_batchnorm',
 # %% ../../nbs/training/11_distributed.ipynb #32608d94
 import gc
 import json
+import os
+import socket
+import stat
 import sys
 import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 from fastai.callback.core import *
@@ -69,14 +73,16 @@ def restore_batchnorm(
         m.training = model.get_submodule(name).training
         model.set_submodule(name, m)
 
-# %% ../../nbs/training/11_distributed.ipynb #27f6c8ea
+# %% ../../nbs/training/11_distributed.ipynb #80192490
 GRACE = 5         # Seconds that a rank which failed waits for others that fail too
 CANCEL_GRACE = 60 # Seconds that a rank whose fit was cancelled waits for the others
 FAREWELL = 15     # Seconds that the first rank, which keeps the store, waits until the others have read it
 
 def _in_words(error):
-    "Type and message of an exception"
-    return f'{type(error).__name__}: {error}' if str(error) else type(error).__name__
+    "Type and message of an exception; of a message with many lines, as from a worker, the first and the last"
+    lines = str(error).strip().splitlines()
+    if len(lines)>1: lines = [lines[0],'…',lines[-1].strip()]
+    return f"{type(error).__name__}: {' '.join(lines)}" if lines else type(error).__name__
 
 class RankEnds:
     "Tells the other ranks that this one ends, and why"
@@ -121,7 +127,36 @@ class RankEnds:
         "Return the verdict of the rank that decided first"
         return self.store.compare_set(f'{self.n_ends}/verdict', '', proposal).decode()
 
-# %% ../../nbs/training/11_distributed.ipynb #b374562c
+# %% ../../nbs/training/11_distributed.ipynb #2f86b32e
+def _connections():
+    "Open TCP connections of this process, by their file descriptors: the two addresses"
+    res = {}
+    for fd in map(int, os.listdir('/dev/fd') if os.path.isdir('/dev/fd') else ()): # Not on Windows
+        with suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode): continue
+            with socket.socket(fileno=os.dup(fd)) as s:
+                if s.family in (socket.AF_INET,socket.AF_INET6): res[fd] = (s.getsockname(),s.getpeername())
+    return res
+
+_own_connections = {} # Those of the process group
+
+def _note_connections(make):
+    "Call `make`, which makes a process group, and remember the connections that are new"
+    before = _connections()
+    res = make()
+    store_port = int(os.environ.get('MASTER_PORT', 0)) # That of the store stays open
+    new = {fd:ends for fd,ends in _connections().items() if before.get(fd)!=ends}
+    _own_connections.update({fd:ends for fd,ends in new.items() if store_port not in [end[1] for end in ends]})
+    return res
+
+def _shut_connections():
+    still = _connections()
+    for fd,ends in _own_connections.items():
+        if still.get(fd)!=ends: continue
+        with suppress(OSError), socket.socket(fileno=os.dup(fd)) as s: s.shutdown(socket.SHUT_RDWR)
+    _own_connections.clear()
+
+# %% ../../nbs/training/11_distributed.ipynb #186f1566
 def _all_errors(error):
     "An exception, and those it came from"
     seen = []
@@ -149,11 +184,13 @@ def close_group(
     "End the process group of this rank, so that the others' exchanges end too"
     if not torch.distributed.is_initialized(): return
     _forget_frames(error)
-    if _is_gloo(): torch.distributed.destroy_process_group()
+    if _is_gloo():
+        _shut_connections()
+        torch.distributed.destroy_process_group()
     else: torch.distributed.distributed_c10d._abort_process_group() # Unproven, see above
     gc.collect()
 
-# %% ../../nbs/training/11_distributed.ipynb #dd81cde0
+# %% ../../nbs/training/11_distributed.ipynb #1c788ba2
 class _Watch:
     "A thread that calls `on_close` when another rank has closed its connections"
     def __init__(self, ends, on_close, seconds=1.):
@@ -172,7 +209,7 @@ class _Watch:
 
     def leave(self): self._left.set()
 
-# %% ../../nbs/training/11_distributed.ipynb #e9bca4d1
+# %% ../../nbs/training/11_distributed.ipynb #c8c78371
 class Meeting:
     "How this process meets the others, again after their connections were closed"
     timeout = 60 # Seconds to wait for the others when they meet again
@@ -195,7 +232,7 @@ class Meeting:
             n = self.notes.add(name, 0)
         return n>=self.ranks
 
-# %% ../../nbs/training/11_distributed.ipynb #6821d96b
+# %% ../../nbs/training/11_distributed.ipynb #2acedc4b
 @patch
 def open_again(self:Meeting):
     "Make a new process group if the last one was closed, also if this rank did not notice"
@@ -210,13 +247,15 @@ def open_again(self:Meeting):
         "came to open them again. Start all processes again")
     self.n_groups += 1
     store = torch.distributed.PrefixStore(f'pyramidreid/group/{self.n_groups}', self.store)
-    torch.distributed.init_process_group(self.backend, store=store, rank=self.rank, world_size=self.ranks)
+    own = dict(store=store, rank=self.rank, world_size=self.ranks)
+    _note_connections(partial(torch.distributed.init_process_group, self.backend, **own))
     self._begin()
 
 @patch
 def agree_on_end(self:Meeting,
-    error,     # The exception that ends this rank
-    grace=None # Seconds to wait for the others; None: `GRACE`
+    error,      # The exception that ends this rank
+    grace=None, # Seconds to wait for the others; None: `GRACE`
+    release=noop # Called before the connections are closed
 ):
     """Tell the others that this rank ends; return what to raise: `error`, or a `RuntimeError` that says which rank
     ended first. The process group is closed unless all ranks end at the same point"""
@@ -225,7 +264,9 @@ def agree_on_end(self:Meeting,
     try: res,goes_on = self._decide(error, GRACE if grace is None else grace)
     except RuntimeError: res = self._lost(error, [0]) # And the store with it
     finally:
-        if not goes_on: close_group(error)
+        if not goes_on:
+            release()
+            close_group(error)
     if not goes_on: self._say_farewell()
     return res
 
@@ -234,7 +275,7 @@ def _say_farewell(self:Meeting):
     "Let the first rank, which keeps the store, wait until the others have read it"
     with suppress(RuntimeError): self._wait_for('left', 0 if self.rank else FAREWELL)
 
-# %% ../../nbs/training/11_distributed.ipynb #26da6537
+# %% ../../nbs/training/11_distributed.ipynb #0f8c82fc
 def _is_lost_connection(error):
     "Is this an error of an exchange, rather than of this rank?"
     return type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
@@ -360,7 +401,7 @@ def restore(self:Ranks):
     self._set_share((0,1))
     vars(self.loss_func).pop('gather', None)
 
-# %% ../../nbs/training/11_distributed.ipynb #1525e927
+# %% ../../nbs/training/11_distributed.ipynb #eadd1f61
 @patch
 def end_together(self:Ranks,
     error,     # An exception
@@ -368,7 +409,7 @@ def end_together(self:Ranks,
 ):
     "Tell the other ranks that this one ends, once for each exception; may raise another one that says who ended first"
     if error is None or getattr(error, 'is_told', False): return
-    res = self.meeting.agree_on_end(error, grace)
+    res = self.meeting.agree_on_end(error, grace, release=self._unwrap)
     with suppress(AttributeError): res.is_told = True
     if res is not error: raise res from error
 
@@ -404,7 +445,7 @@ def _meeting():
 
 def _rank_device(cpu, sync_bn):
     "Join the other processes; this rank's device, or None in a single process"
-    state = require_extra('accelerate', 'dist').PartialState(cpu=cpu)
+    state = _note_connections(partial(require_extra('accelerate', 'dist').PartialState, cpu=cpu))
     if state.num_processes!=max(num_distrib(), 1): raise RuntimeError(
         f"{num_distrib()} processes were started, but accelerate sees {state.num_processes}. "
         "To train on CPUs pass cpu=True, or start the processes with accelerate launch --cpu")
