@@ -32,7 +32,7 @@ def run_both(main, people, out, exitcodes):
     ctx = multiprocessing.get_context('forkserver' if has_forkserver else 'spawn')
     ctx.set_forkserver_preload(['ranks']) # Imports once for both
     port,end = free_port(),time.time()+LIMIT
-    processes = [ctx.Process(target=main, args=(rank, 2, port, out, people), daemon=True) for rank in range(2)]
+    processes = [ctx.Process(target=main, args=(rank, 2, port, out, people)) for rank in range(2)]
     for process in processes: process.start()
     for process in processes: process.join(max(0, end-time.time()))
     hung = [process for process in processes if process.is_alive()]

@@ -270,7 +270,8 @@ class FiniteLoss(Callback):
         read = read_losses(self.learn)
         if not math.isfinite(read.mean_loss): stop_fit(self.learn, FloatingPointError(self._message()))
         if not read.parts and not self.learn.loss.ndim: # Nobody will weight the loss
-            set_loss(self.learn, torch.tensor(read.loss, dtype=self.learn.loss.dtype))
+            loss,mean = torch.tensor([read.loss, read.mean_loss], dtype=self.learn.loss.dtype)
+            set_loss(self.learn, loss, mean)
 
     def _message(self):
         parts = ''.join(f', {name} {loss.item():.4g}' for name,loss in getattr(self.loss_func, 'parts', {}).items())

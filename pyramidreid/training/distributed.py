@@ -23,12 +23,14 @@ import torch
 from fastai.callback.core import *
 from fastai.callback.progress import ProgressCallback
 from fastai.imports import noop
+from fastai.learner import AvgSmoothLoss, Recorder
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core import require_extra
+from .dynamic_losses import KnownSmoothLoss
 from .learner import ReIDLearner
 from .learner_files import from_first_rank
 
@@ -73,7 +75,7 @@ def restore_batchnorm(
         m.training = model.get_submodule(name).training
         model.set_submodule(name, m)
 
-# %% ../../nbs/training/11_distributed.ipynb #80192490
+# %% ../../nbs/training/11_distributed.ipynb #c2fa2c1e
 GRACE = 5         # Seconds that a rank which failed waits for others that fail too
 CANCEL_GRACE = 60 # Seconds that a rank whose fit was cancelled waits for the others
 FAREWELL = 15     # Seconds that the first rank, which keeps the store, waits until the others have read it
@@ -127,7 +129,7 @@ class RankEnds:
         "Return the verdict of the rank that decided first"
         return self.store.compare_set(f'{self.n_ends}/verdict', '', proposal).decode()
 
-# %% ../../nbs/training/11_distributed.ipynb #2f86b32e
+# %% ../../nbs/training/11_distributed.ipynb #aa717345
 def _connections():
     "Open TCP connections of this process, by their file descriptors: the two addresses"
     res = {}
@@ -156,7 +158,7 @@ def _shut_connections():
         with suppress(OSError), socket.socket(fileno=os.dup(fd)) as s: s.shutdown(socket.SHUT_RDWR)
     _own_connections.clear()
 
-# %% ../../nbs/training/11_distributed.ipynb #186f1566
+# %% ../../nbs/training/11_distributed.ipynb #82bc0dec
 def _all_errors(error):
     "An exception, and those it came from"
     seen = []
@@ -190,7 +192,7 @@ def close_group(
     else: torch.distributed.distributed_c10d._abort_process_group() # Unproven, see above
     gc.collect()
 
-# %% ../../nbs/training/11_distributed.ipynb #1c788ba2
+# %% ../../nbs/training/11_distributed.ipynb #db9b6404
 class _Watch:
     "A thread that calls `on_close` when another rank has closed its connections"
     def __init__(self, ends, on_close, seconds=1.):
@@ -209,7 +211,7 @@ class _Watch:
 
     def leave(self): self._left.set()
 
-# %% ../../nbs/training/11_distributed.ipynb #c8c78371
+# %% ../../nbs/training/11_distributed.ipynb #38891002
 class Meeting:
     "How this process meets the others, again after their connections were closed"
     timeout = 60 # Seconds to wait for the others when they meet again
@@ -232,7 +234,7 @@ class Meeting:
             n = self.notes.add(name, 0)
         return n>=self.ranks
 
-# %% ../../nbs/training/11_distributed.ipynb #2acedc4b
+# %% ../../nbs/training/11_distributed.ipynb #33708a30
 @patch
 def open_again(self:Meeting):
     "Make a new process group if the last one was closed, also if this rank did not notice"
@@ -275,7 +277,7 @@ def _say_farewell(self:Meeting):
     "Let the first rank, which keeps the store, wait until the others have read it"
     with suppress(RuntimeError): self._wait_for('left', 0 if self.rank else FAREWELL)
 
-# %% ../../nbs/training/11_distributed.ipynb #0f8c82fc
+# %% ../../nbs/training/11_distributed.ipynb #ea70ca2a
 def _is_lost_connection(error):
     "Is this an error of an exchange, rather than of this rank?"
     return type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
@@ -339,6 +341,9 @@ class Ranks(Callback):
         for dl in self.dls.loaders:
             if hasattr(dl, 'share'): dl.share = share
 
+    def _set_smooth_loss(self, cls):
+        for recorder in self.learn._grab_cbs(Recorder): recorder.smooth_loss.__class__ = cls
+
     def _trainable(self): return [p.requires_grad for p in get_model(self.learn.model).parameters()]
 
     def _wrap(self):
@@ -370,6 +375,7 @@ def before_fit(self:Ranks):
     if not hasattr(self.dls.train, 'share'):
         raise ValueError("This training loader cannot be shared among processes. Use ReIDDataLoaders")
     self.fitting = not self.learn.lock.locked()
+    self._set_smooth_loss(KnownSmoothLoss)
     if self.sync_bn: self._replaced = sync_batchnorm(self.learn.model)
     self._set_share(self.share)
     if self.over_ranks and hasattr(self.loss_func, 'gather'): self.loss_func.gather = gather_rows
@@ -399,9 +405,10 @@ def restore(self:Ranks):
     restore_batchnorm(self.learn.model, self._replaced)
     self._replaced,self.fitting = {},False
     self._set_share((0,1))
+    self._set_smooth_loss(AvgSmoothLoss)
     vars(self.loss_func).pop('gather', None)
 
-# %% ../../nbs/training/11_distributed.ipynb #eadd1f61
+# %% ../../nbs/training/11_distributed.ipynb #7da65356
 @patch
 def end_together(self:Ranks,
     error,     # An exception
