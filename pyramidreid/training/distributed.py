@@ -75,7 +75,7 @@ def restore_batchnorm(
         m.training = model.get_submodule(name).training
         model.set_submodule(name, m)
 
-# %% ../../nbs/training/11_distributed.ipynb #c2fa2c1e
+# %% ../../nbs/training/11_distributed.ipynb #2b5a2114
 GRACE = 5         # Seconds that a rank which failed waits for others that fail too
 CANCEL_GRACE = 60 # Seconds that a rank whose fit was cancelled waits for the others
 FAREWELL = 15     # Seconds that the first rank, which keeps the store, waits until the others have read it
@@ -86,6 +86,7 @@ def _in_words(error):
     if len(lines)>1: lines = [lines[0],'…',lines[-1].strip()]
     return f"{type(error).__name__}: {' '.join(lines)}" if lines else type(error).__name__
 
+# %% ../../nbs/training/11_distributed.ipynb #2f80cbec
 class RankEnds:
     "Tells the other ranks that this one ends, and why"
     def __init__(self,
@@ -100,9 +101,12 @@ class RankEnds:
         error, # The exception that ends this rank
         step=0 # Number of exchanges so far
     ):
+        "Say why this rank ends"
         self.store.set(f'{self.n_ends}/{self.rank}', json.dumps([step, _in_words(error)]))
 
-    def read(self, rank):
+    def read(self,
+        rank # Number of a rank
+    ):
         "Number of exchanges and reason that a rank wrote; None if it has not ended"
         key = f'{self.n_ends}/{rank}'
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
@@ -129,7 +133,7 @@ class RankEnds:
         "Return the verdict of the rank that decided first"
         return self.store.compare_set(f'{self.n_ends}/verdict', '', proposal).decode()
 
-# %% ../../nbs/training/11_distributed.ipynb #aa717345
+# %% ../../nbs/training/11_distributed.ipynb #44cea16c
 def _connections():
     "Open TCP connections of this process, by their file descriptors: the two addresses"
     res = {}
@@ -158,7 +162,7 @@ def _shut_connections():
         with suppress(OSError), socket.socket(fileno=os.dup(fd)) as s: s.shutdown(socket.SHUT_RDWR)
     _own_connections.clear()
 
-# %% ../../nbs/training/11_distributed.ipynb #82bc0dec
+# %% ../../nbs/training/11_distributed.ipynb #41aa78df
 def _all_errors(error):
     "An exception, and those it came from"
     seen = []
@@ -192,7 +196,7 @@ def close_group(
     else: torch.distributed.distributed_c10d._abort_process_group() # Unproven, see above
     gc.collect()
 
-# %% ../../nbs/training/11_distributed.ipynb #db9b6404
+# %% ../../nbs/training/11_distributed.ipynb #f046252d
 class _Watch:
     "A thread that calls `on_close` when another rank has closed its connections"
     def __init__(self, ends, on_close, seconds=1.):
@@ -211,7 +215,7 @@ class _Watch:
 
     def leave(self): self._left.set()
 
-# %% ../../nbs/training/11_distributed.ipynb #38891002
+# %% ../../nbs/training/11_distributed.ipynb #96a71ae0
 class Meeting:
     "How this process meets the others, again after their connections were closed"
     timeout = 60 # Seconds to wait for the others when they meet again
@@ -234,7 +238,7 @@ class Meeting:
             n = self.notes.add(name, 0)
         return n>=self.ranks
 
-# %% ../../nbs/training/11_distributed.ipynb #33708a30
+# %% ../../nbs/training/11_distributed.ipynb #6c5d7046
 @patch
 def open_again(self:Meeting):
     "Make a new process group if the last one was closed, also if this rank did not notice"
@@ -253,6 +257,7 @@ def open_again(self:Meeting):
     _note_connections(partial(torch.distributed.init_process_group, self.backend, **own))
     self._begin()
 
+# %% ../../nbs/training/11_distributed.ipynb #bd0214f7
 @patch
 def agree_on_end(self:Meeting,
     error,      # The exception that ends this rank
@@ -277,7 +282,7 @@ def _say_farewell(self:Meeting):
     "Let the first rank, which keeps the store, wait until the others have read it"
     with suppress(RuntimeError): self._wait_for('left', 0 if self.rank else FAREWELL)
 
-# %% ../../nbs/training/11_distributed.ipynb #ea70ca2a
+# %% ../../nbs/training/11_distributed.ipynb #d06ff7c3
 def _is_lost_connection(error):
     "Is this an error of an exchange, rather than of this rank?"
     return type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
@@ -341,9 +346,6 @@ class Ranks(Callback):
         for dl in self.dls.loaders:
             if hasattr(dl, 'share'): dl.share = share
 
-    def _set_smooth_loss(self, cls):
-        for recorder in self.learn._grab_cbs(Recorder): recorder.smooth_loss.__class__ = cls
-
     def _trainable(self): return [p.requires_grad for p in get_model(self.learn.model).parameters()]
 
     def _wrap(self):
@@ -359,6 +361,10 @@ class Ranks(Callback):
         self.learn.model = get_model(self.learn.model)
 
 # %% ../../nbs/training/11_distributed.ipynb #b51225d2
+@patch
+def _set_smooth_loss(self:Ranks, cls):
+    for recorder in self.learn._grab_cbs(Recorder): recorder.smooth_loss.__class__ = cls
+
 @patch
 def _stays_out(self:Ranks):
     "In `get_preds`; and in a `validate` in the middle of a fit, for which everything is set up already"
@@ -408,7 +414,7 @@ def restore(self:Ranks):
     self._set_smooth_loss(AvgSmoothLoss)
     vars(self.loss_func).pop('gather', None)
 
-# %% ../../nbs/training/11_distributed.ipynb #7da65356
+# %% ../../nbs/training/11_distributed.ipynb #3e239fc0
 @patch
 def end_together(self:Ranks,
     error,     # An exception

@@ -223,7 +223,7 @@ def read_losses(
     if reading is None or not reading.is_of(learn): reading = _readings[learn] = LossReading(learn)
     return reading
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #2e9e47c1
+# %% ../../nbs/training/01_dynamic_losses.ipynb #540c551e
 _known_means = WeakKeyDictionary() # By learner: its loss, as last set, and the mean over all ranks
 
 def set_loss(
@@ -237,7 +237,9 @@ def set_loss(
 
 class KnownSmoothLoss(AvgSmoothLoss):
     "fastai's smoothed loss of several ranks, without exchanging a mean that is known already"
-    def accumulate(self, learn):
+    def accumulate(self,
+        learn # A `Learner` after a batch
+    ):
         loss,mean = _known_means.get(learn, (None,None))
         if loss is not learn.loss: # Another callback has changed it; the ranks exchange through the device
             return super().accumulate(_WithLoss(learn.loss.detach().to(learn.loss_grad.device)))

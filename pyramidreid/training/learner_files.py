@@ -15,7 +15,7 @@ from ..models.fingerprints import inner_model
 from ..models.history import loaded_history
 from .base_learner import ReIDLearner
 
-# %% ../../nbs/training/07_learner_files.ipynb #00927a3d
+# %% ../../nbs/training/07_learner_files.ipynb #548f8ab0
 def in_group():
     "Have several processes met, so that what follows is done by all of them?"
     return num_distrib()>1 and torch.distributed.is_initialized()
@@ -42,7 +42,7 @@ def from_first_rank(
     if error is not None: raise error
     return res
 
-# %% ../../nbs/training/07_learner_files.ipynb #265e00ca
+# %% ../../nbs/training/07_learner_files.ipynb #7efd53dc
 def on_all_ranks(
     make # A function without arguments
 ):
@@ -155,6 +155,7 @@ def load(self:ReIDLearner,
     on_all_ranks(partial(self._take_over, state, file, device, with_opt, strict, classifier))
     return self
 
+# %% ../../nbs/training/07_learner_files.ipynb #3f55714c
 @patch
 def _read_saved(self:ReIDLearner, file, device, **kwargs):
     "Path and content of a file that `save` wrote"
