@@ -75,7 +75,7 @@ def restore_batchnorm(
         m.training = model.get_submodule(name).training
         model.set_submodule(name, m)
 
-# %% ../../nbs/training/11_distributed.ipynb #2b5a2114
+# %% ../../nbs/training/11_distributed.ipynb #bdc9628a
 GRACE = 5         # Seconds that a rank which failed waits for others that fail too
 CANCEL_GRACE = 60 # Seconds that a rank whose fit was cancelled waits for the others
 FAREWELL = 15     # Seconds that the first rank, which keeps the store, waits until the others have read it
@@ -86,7 +86,7 @@ def _in_words(error):
     if len(lines)>1: lines = [lines[0],'…',lines[-1].strip()]
     return f"{type(error).__name__}: {' '.join(lines)}" if lines else type(error).__name__
 
-# %% ../../nbs/training/11_distributed.ipynb #2f80cbec
+# %% ../../nbs/training/11_distributed.ipynb #28d49ca9
 class RankEnds:
     "Tells the other ranks that this one ends, and why"
     def __init__(self,
@@ -122,18 +122,21 @@ class RankEnds:
             if len(found)==self.ranks or self.verdict() or time.monotonic()>end: return found
             time.sleep(.02)
 
-    def verdict(self):
-        "'together' if all go on, or the number of the rank that closed the connections; None if nothing is decided"
-        key = f'{self.n_ends}/verdict'
-        return self.store.get(key).decode() if self.store.check([key]) else None
+# %% ../../nbs/training/11_distributed.ipynb #397cc40f
+@patch
+def verdict(self:RankEnds):
+    "'together' if all go on, or the number of the rank that closed the connections; None if nothing is decided"
+    key = f'{self.n_ends}/verdict'
+    return self.store.get(key).decode() if self.store.check([key]) else None
 
-    def decide(self,
-        proposal # A verdict
-    ):
-        "Return the verdict of the rank that decided first"
-        return self.store.compare_set(f'{self.n_ends}/verdict', '', proposal).decode()
+@patch
+def decide(self:RankEnds,
+    proposal # A verdict
+):
+    "Return the verdict of the rank that decided first"
+    return self.store.compare_set(f'{self.n_ends}/verdict', '', proposal).decode()
 
-# %% ../../nbs/training/11_distributed.ipynb #44cea16c
+# %% ../../nbs/training/11_distributed.ipynb #37dd77d8
 def _connections():
     "Open TCP connections of this process, by their file descriptors: the two addresses"
     res = {}
@@ -162,7 +165,7 @@ def _shut_connections():
         with suppress(OSError), socket.socket(fileno=os.dup(fd)) as s: s.shutdown(socket.SHUT_RDWR)
     _own_connections.clear()
 
-# %% ../../nbs/training/11_distributed.ipynb #41aa78df
+# %% ../../nbs/training/11_distributed.ipynb #1d2335c5
 def _all_errors(error):
     "An exception, and those it came from"
     seen = []
@@ -196,7 +199,7 @@ def close_group(
     else: torch.distributed.distributed_c10d._abort_process_group() # Unproven, see above
     gc.collect()
 
-# %% ../../nbs/training/11_distributed.ipynb #f046252d
+# %% ../../nbs/training/11_distributed.ipynb #49b799f9
 class _Watch:
     "A thread that calls `on_close` when another rank has closed its connections"
     def __init__(self, ends, on_close, seconds=1.):
@@ -215,7 +218,7 @@ class _Watch:
 
     def leave(self): self._left.set()
 
-# %% ../../nbs/training/11_distributed.ipynb #96a71ae0
+# %% ../../nbs/training/11_distributed.ipynb #8e32967c
 class Meeting:
     "How this process meets the others, again after their connections were closed"
     timeout = 60 # Seconds to wait for the others when they meet again
@@ -238,7 +241,7 @@ class Meeting:
             n = self.notes.add(name, 0)
         return n>=self.ranks
 
-# %% ../../nbs/training/11_distributed.ipynb #6c5d7046
+# %% ../../nbs/training/11_distributed.ipynb #da96c64d
 @patch
 def open_again(self:Meeting):
     "Make a new process group if the last one was closed, also if this rank did not notice"
@@ -257,7 +260,7 @@ def open_again(self:Meeting):
     _note_connections(partial(torch.distributed.init_process_group, self.backend, **own))
     self._begin()
 
-# %% ../../nbs/training/11_distributed.ipynb #bd0214f7
+# %% ../../nbs/training/11_distributed.ipynb #8df4fcf8
 @patch
 def agree_on_end(self:Meeting,
     error,      # The exception that ends this rank
@@ -282,7 +285,7 @@ def _say_farewell(self:Meeting):
     "Let the first rank, which keeps the store, wait until the others have read it"
     with suppress(RuntimeError): self._wait_for('left', 0 if self.rank else FAREWELL)
 
-# %% ../../nbs/training/11_distributed.ipynb #d06ff7c3
+# %% ../../nbs/training/11_distributed.ipynb #ae7e2329
 def _is_lost_connection(error):
     "Is this an error of an exchange, rather than of this rank?"
     return type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
@@ -414,7 +417,7 @@ def restore(self:Ranks):
     self._set_smooth_loss(AvgSmoothLoss)
     vars(self.loss_func).pop('gather', None)
 
-# %% ../../nbs/training/11_distributed.ipynb #3e239fc0
+# %% ../../nbs/training/11_distributed.ipynb #f4133342
 @patch
 def end_together(self:Ranks,
     error,     # An exception

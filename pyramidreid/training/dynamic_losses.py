@@ -223,7 +223,7 @@ def read_losses(
     if reading is None or not reading.is_of(learn): reading = _readings[learn] = LossReading(learn)
     return reading
 
-# %% ../../nbs/training/01_dynamic_losses.ipynb #540c551e
+# %% ../../nbs/training/01_dynamic_losses.ipynb #1c1f643e
 _known_means = WeakKeyDictionary() # By learner: its loss, as last set, and the mean over all ranks
 
 def set_loss(
@@ -240,8 +240,9 @@ class KnownSmoothLoss(AvgSmoothLoss):
     def accumulate(self,
         learn # A `Learner` after a batch
     ):
+        "Take the mean that is known; exchange the losses if another callback has changed them"
         loss,mean = _known_means.get(learn, (None,None))
-        if loss is not learn.loss: # Another callback has changed it; the ranks exchange through the device
+        if loss is not learn.loss: # The ranks exchange through the device
             return super().accumulate(_WithLoss(learn.loss.detach().to(learn.loss_grad.device)))
         self.count += 1
         self.val = torch.lerp(mean, self.val.to(mean.dtype), self.beta)
