@@ -1,20 +1,23 @@
 "What `test_distributed.py` runs in each of two processes, and in its own to compare with"
+import multiprocessing
 import os
+import signal
+import threading
 from functools import partial
 
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import SaveModelCallback
 from fastai.optimizer import SGD
 from fastai.torch_core import num_distrib, rank_distrib
-from fastai.vision.all import Resize, ResizeMethod, model_meta, resnet18, set_seed
+from fastai.vision.all import PILImage, Resize, ResizeMethod, Transform, model_meta, resnet18, set_seed
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from toys import quiet
 
 from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.training import distributed  # It adds distrib_ctx to learners
 from pyramidreid.training.checkpoints import Checkpoints, FiniteLoss
-from pyramidreid.training.distributed import Ranks  # noqa: F401, the module adds distrib_ctx to learners
 from pyramidreid.training.dynamic_losses import DynamicLossWeights
 from pyramidreid.training.learner import pyramid_learner
 from pyramidreid.training.recipes import *
@@ -201,13 +204,17 @@ def one_bad(people, path):
         learn.fit(1)
     return res | dict(weights=state(learn), steps=str(learn.dynamic_loss_weights.steps))
 
+WEIGHTINGS = ('gate','normalized','paper','released',False) # False: without dynamic training
+
 def weightings(people, path):
     "Each weighting, some of whose steps give a loss the weight 0"
     res = {}
-    for weighting in ('normalized','paper','released'):
-        learn = small_learner(people, path, 2, 7, dynamic=DynamicLossWeights(weighting=weighting, delta=0.))
+    for weighting in WEIGHTINGS:
+        dynamic = weighting and DynamicLossWeights(weighting=weighting, delta=0.)
+        learn = small_learner(people, path, 2, 7, dynamic=dynamic)
         with learn.distrib_ctx(**TOGETHER): learn.fit(3, 3e-2)
-        res[weighting] = dict(weights=state(learn), steps=learn.dynamic_loss_weights.steps)
+        res[weighting] = dict(weights=state(learn), steps=learn.dynamic_loss_weights.steps if dynamic else [],
+                              losses=[loss.item() for loss in learn.recorder.losses])
     return res
 
 class StopBoth(Callback):
@@ -228,6 +235,25 @@ def run_with_checkpoints(people, path, stop=False, delta=.16, **kwargs):
         res = dict(error=error_of(lambda: learn.fit_one_cycle(3, 3e-3, cbs=[cb, *[StopBoth()]*stop])))
     return res | dict(weights=state(learn), done=getattr(cb, 'done', None), is_plain=is_plain(learn), n_fits=cb.n_fits)
 
+def files(people, path):
+    "`load` and `SaveModelCallback` where the first rank alone sees what is saved, and the other can make no folder"
+    own,rank = path/f'files{rank_distrib()}',rank_distrib()
+    own.mkdir()
+    (own/'models').write_text('') if rank else (own/'models').mkdir()
+    learn = small_learner(people, own, 2, 7)
+    best = SaveModelCallback(monitor='mAP', fname='best', with_opt=True)
+    with learn.distrib_ctx(**TOGETHER):
+        learn.fit(2, 3e-3, cbs=best)
+        res = dict(fitted=state(learn), history=learn.model.history)
+        path = learn.save('saved')
+        again = small_learner(people, own, 2, 7).load('saved')
+        res |= dict(loaded=state(again), opt=again.opt is not None, loaded_history=again.model.history)
+        res['no file'] = error_of(lambda: learn.load('nothing'))
+        other = small_learner(people, own, 2, 7, dynamic=False)
+        if rank: other.model.head.classify = nn.Identity() # Its weights do not fit
+        res['does not fit'] = error_of(lambda: other.load('saved'))
+    return res | dict(path=path.relative_to(own).as_posix())
+
 def resumed(people, path):
     "Runs whose ranks have folders of their own, so that the first rank alone finds checkpoints"
     own,rank = path/f'own{rank_distrib()}',rank_distrib()
@@ -241,13 +267,97 @@ def resumed(people, path):
     res['not written'] = run_with_checkpoints(people, own, folder=blocked)
     return res
 
-def main(rank, ranks, port, out, people):
-    "Run one rank, and save what it found in `out`"
+class EndsOn(Callback):
+    "Something happens on one rank, at a step of the second epoch"
+    order = -20
+    def __init__(self, rank, happens, event='after_pred', training=True):
+        self.rank,self.happens,self.event,self.in_training = rank,happens,event,training
+    def __call__(self, event):
+        is_now = event==self.event and self.epoch==1 and self.training==self.in_training
+        if is_now and rank_distrib()==self.rank: self.happens()
+
+def fails(error):
+    def happens(): raise error
+    return happens
+
+def interrupt_soon():
+    "A real signal, at some time within the next steps"
+    threading.Timer(.05, os.kill, [os.getpid(), signal.SIGINT]).start()
+
+class BadWorker(Transform):
+    "Fails in a worker of one rank after some images"
+    def __init__(self): self.n = 0
+    def encodes(self, o:PILImage):
+        self.n += 1
+        if rank_distrib()==1 and self.n>30: raise OSError('a worker cannot read')
+        return o
+
+def ended(people, folder, cbs=(), num_workers=0, resume=False, use=None):
+    "How a fit of three epochs ended, and what the learner is like after it"
+    learn = small_learner(people, folder, 2, 7, plain=True)
+    if num_workers:
+        learn.dls.train.fake_l.num_workers = num_workers
+        learn.dls.train.after_item.add(BadWorker())
+    res = dict(error=None)
+    try:
+        with learn.distrib_ctx(**TOGETHER):
+            learn.fit_one_cycle(3, 3e-3, cbs=[Checkpoints(folder/f'checkpoints{num_workers}', resume=resume), *cbs])
+            if use: use(learn)
+    except BaseException as e: res['error'] = f'{type(e).__name__}: {e}'
+    return res | dict(weights=state(learn), is_plain=is_plain(learn), has_group=torch.distributed.is_initialized(),
+                      rows=list(getattr(learn.recorder, 'values', ())), steps=learn.dynamic_loss_weights.steps,
+                      checkpoints=[file.name for file in sorted(folder.glob('checkpoints0/*.pth'))])
+
+def embeds_on_one_rank(learn):
+    "One rank fails between two evaluations"
+    learn.embed()
+    if rank_distrib()==1: raise ValueError('after the fit')
+    learn.evaluate()
+
+def saves_nowhere(learn):
+    "The first rank alone writes, and cannot"
+    learn.model_dir = 'checkpoints0/1-0003.pth'
+    learn.save('weights')
+    learn.embed()
+
+ENDS = dict(interrupt=[EndsOn(1, fails(KeyboardInterrupt()))],
+            signal=[EndsOn(1, interrupt_soon)],
+            memory=[EndsOn(0, fails(MemoryError('no memory')))],
+            validation=[EndsOn(1, fails(IndexError('in validation')), training=False)],
+            cancel=[EndsOn(0, fails(CancelFitException()), event='before_batch')],
+            both=[EndsOn(0, fails(ValueError('of both'))), EndsOn(1, fails(ValueError('of both')))])
+
+def all_ends(people, out):
+    "Each end in turn, each followed by a run in the same processes that resumes; the last one kills a process"
+    distributed.GRACE = distributed.CANCEL_GRACE = 1.
+    res = dict(whole=ended(people, out/'whole'))
+    for name,cbs in ENDS.items():
+        res[name] = ended(people, out/name, cbs)
+        if name!='both': res[f'{name} resumed'] = ended(people, out/name, resume=True)
+    res['worker'] = ended(people, out/'whole', num_workers=1)
+    for use in (embeds_on_one_rank,saves_nowhere): res[use.__name__] = ended(people, out/use.__name__, use=use)
+    return res
+
+def ends_main(rank, ranks, port, out, people):
+    start(rank, ranks, port)
+    res = all_ends(people, out)
+    torch.save(res, out/f'rank{rank}.pt')
+    res['killed'] = ended(people, out/'killed', [EndsOn(1, lambda: os.kill(os.getpid(), signal.SIGKILL))])
+    torch.save(res, out/f'rank{rank}.pt')
+
+def start(rank, ranks, port):
+    if 'fork' in multiprocessing.get_all_start_methods(): # Workers then inherit the connections
+        multiprocessing.set_start_method('fork', force=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                       MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
+
+def main(rank, ranks, port, out, people):
+    "Run one rank, and save what it found in `out`"
+    start(rank, ranks, port)
     res = dict(curve=same_curve(people, out, together=True), norm=batch_norm(),
                evaluations=evaluations(people, out), recipes=recipes(people, out), one_bad=one_bad(people, out),
-               weightings=weightings(people, out), resumed=resumed(people, out))
+               weightings=weightings(people, out), resumed=resumed(people, out), files=files(people, out))
     torch.save(res, out/f'rank{rank}.pt')
     torch.distributed.destroy_process_group()

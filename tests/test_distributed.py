@@ -1,6 +1,7 @@
 "Two processes (gloo, on the CPU) against one: the same batches, losses, decisions, weights and metrics"
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,18 +24,21 @@ def free_port():
 @pytest.fixture(scope='module')
 def both(people, tmp_path_factory):
     "What each of two ranks found"
-    out = tmp_path_factory.mktemp('ranks')
+    return run_both(ranks.main, people, tmp_path_factory.mktemp('ranks'), exitcodes=[0,0])
+
+def run_both(main, people, out, exitcodes):
+    "Run `main` in two processes; what they saved"
     has_forkserver = 'forkserver' in multiprocessing.get_all_start_methods()
     ctx = multiprocessing.get_context('forkserver' if has_forkserver else 'spawn')
     ctx.set_forkserver_preload(['ranks']) # Imports once for both
     port,end = free_port(),time.time()+LIMIT
-    processes = [ctx.Process(target=ranks.main, args=(rank, 2, port, out, people), daemon=True) for rank in range(2)]
+    processes = [ctx.Process(target=main, args=(rank, 2, port, out, people)) for rank in range(2)]
     for process in processes: process.start()
     for process in processes: process.join(max(0, end-time.time()))
     hung = [process for process in processes if process.is_alive()]
     for process in hung: process.kill()
     assert not hung, f'{len(hung)} of 2 processes did not end within {LIMIT} s'
-    assert [process.exitcode for process in processes]==[0,0]
+    assert [process.exitcode for process in processes]==exitcodes
     return [torch.load(out/f'rank{rank}.pt', weights_only=False) for rank in range(2)]
 
 @pytest.fixture(scope='module')
@@ -128,12 +132,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_the_fit_on_both(both):
     assert first['plain'] and second['plain']
     assert equal(first['weights'], second['weights']) and first['steps']==second['steps']!='[]'
 
-@pytest.mark.parametrize('weighting', ['normalized','paper','released'])
+@pytest.mark.parametrize('weighting', ranks.WEIGHTINGS)
 def test_every_weighting_trains(both, weighting):
     "Also the steps that give a measured loss the weight 0; both ranks end with the same weights"
     first,second = (o['weightings'][weighting] for o in both)
     assert equal(first['weights'], second['weights']) and all(v.isfinite().all() for v in first['weights'].values())
-    assert str(first['steps'])==str(second['steps']) and len(first['steps'])==27
+    assert str(first['steps'])==str(second['steps']) and len(first['steps'])==(27 if weighting else 0)
+    assert len(first['losses'])==27
     zeros = {name for step in first['steps'] for name in ('id','triplet') if not step[f'weight_{name}']}
     if weighting=='paper': assert 'id' in zeros
 
@@ -156,6 +161,67 @@ def test_what_stops_one_rank_stops_both(both):
     own,others = second['other settings']['error'],first['other settings']['error']
     assert 'checkpoint of another run' in own and 'delta=0.66 in this run' in own
     assert 'Another process cannot follow' in others and f"rank 1: ValueError: {own.split(chr(9))[-1]}" in others
+
+def test_files_that_only_the_first_rank_sees(both):
+    "`load`, also at the end of `SaveModelCallback`, gives all ranks what the first one reads; all raise errors"
+    first,second = (o['files'] for o in both)
+    assert equal(first['fitted'], second['fitted']) and first['path']==second['path']=='models/saved.pth'
+    for o in (first,second):
+        assert equal(o['fitted'], o['loaded']) and o['opt'] and o['loaded_history']==first['history']!={}
+        assert 'There is no saved learner at' in o['no file'] and 'files0' in o['no file']
+    assert 'Another process cannot follow' in first['does not fit'] and 'head.classify' in second['does not fit']
+
+@pytest.fixture(scope='module')
+def ended(people, tmp_path_factory):
+    "How fits ended on each of two ranks; the second is killed at last"
+    return run_both(ranks.ends_main, people, tmp_path_factory.mktemp('ended'), exitcodes=[0,-signal.SIGKILL])
+
+ENDS = [('interrupt', 1, 'KeyboardInterrupt'), ('signal', 1, 'KeyboardInterrupt'),
+        ('memory', 0, 'MemoryError: no memory'),
+        ('validation', 1, 'IndexError: in validation'), ('embeds_on_one_rank', 1, 'ValueError: after the fit'),
+        ('worker', 1, 'OSError: Caught OSError in DataLoader worker process 0. … OSError: a worker cannot read')]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name,rank,reason', ENDS)
+def test_an_end_on_one_rank_ends_both(ended, name, rank, reason):
+    "The rank that ends raises its own error, the other one says who ended and why; both are as in one process"
+    own,other = ended[rank][name],ended[1-rank][name]
+    assert own['error'].startswith(reason.split(' … ')[0])
+    message = f'Rank {rank} of 2 ended with {reason}. So rank {1-rank}, which waited for it, ends too'
+    assert other['error']==f'RuntimeError: {message}'
+    for o in (own,other): assert o['is_plain'] and not o['has_group']
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['interrupt','signal','memory','validation','cancel'])
+def test_a_run_that_one_rank_ended_is_resumed(ended, name):
+    "In the same processes, which meet again: both have the same weights, and the decisions those of an undisturbed run"
+    first,second = (o[f'{name} resumed'] for o in ended)
+    for o in (first,second): assert o['error'] is None and o['is_plain'] and o['has_group'] and len(o['rows'])==3
+    assert equal(first['weights'], second['weights'])
+    assert first['checkpoints'][0]=='1-0002.pth' and ended[0][name]['checkpoints'][-1]=='1-0001.pth'
+    assert str(first['steps'])==str(ended[0]['whole']['steps'])
+    assert equal(first['weights'], ended[0]['whole']['weights'])
+
+@pytest.mark.slow
+def test_a_fit_that_one_rank_cancels(ended):
+    first,second = (o['cancel'] for o in ended)
+    assert 'CancelFitException on rank 0 of 2 alone' in first['error']
+    assert 'let the callback cancel on all ranks' in first['error']
+    assert 'Rank 0 of 2 ended with CancelFitException' in second['error']
+
+@pytest.mark.slow
+def test_an_error_of_both_ranks_stays_as_it_is(ended):
+    for o in (o['both'] for o in ended):
+        assert o['error']=='ValueError: of both' and o['has_group'] and o['is_plain']
+
+@pytest.mark.slow
+def test_a_file_that_the_first_rank_cannot_write(ended):
+    first,second = (o['saves_nowhere']['error'] for o in ended)
+    assert 'Rank 0 of 2 ended with' in second and first.split(':')[0] in second
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed(ended):
+    assert 'Rank 1 of 2 ended without saying why: it was killed' in ended[0]['killed']['error']
 
 @pytest.mark.slow # Starts the launcher and two processes that import everything
 def test_the_script_runs(people, tmp_path):

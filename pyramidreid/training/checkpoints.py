@@ -25,7 +25,7 @@ from ..core import atomic_write, remove_leftovers
 from ..data.sampler import PKDataLoader, SingleModeDataLoader
 from ..models.fingerprints import inner_model
 from .dynamic_losses import LossDynamics, is_fitting, read_losses, set_loss, stop_fit
-from .learner_files import load_opt_state
+from .learner_files import from_first_rank, load_opt_state, on_all_ranks
 
 # %% ../../nbs/training/10_checkpoints.ipynb #fa6317ad
 def _accelerator():
@@ -278,7 +278,8 @@ class FiniteLoss(Callback):
         read = read_losses(self.learn)
         if not math.isfinite(read.mean_loss): stop_fit(self.learn, FloatingPointError(self._message()))
         if not read.parts and not self.learn.loss.ndim: # Nobody will weight the loss
-            set_loss(self.learn, torch.tensor(read.loss, dtype=self.learn.loss.dtype))
+            loss,mean = torch.tensor([read.loss, read.mean_loss], dtype=self.learn.loss.dtype)
+            set_loss(self.learn, loss, mean)
 
     def _message(self):
         parts = ''.join(f', {name} {loss.item():.4g}' for name,loss in getattr(self.loss_func, 'parts', {}).items())
@@ -350,47 +351,14 @@ def _find(self:Checkpoints):
         f"None of the {len(files)} checkpoints in {folder} can be read. Remove them to start from the beginning")
     print(f"No checkpoint in {folder}: starting from the beginning")
 
-# %% ../../nbs/training/10_checkpoints.ipynb #2bac3530
-def _portable(error):
-    "`error`, or one of a plain type if it cannot be sent to another process"
-    try: return pickle.loads(pickle.dumps(error))
-    except Exception: return RuntimeError(f'{type(error).__name__}: {error}')
-
-def _from_first_rank(make):
-    "What `make()` returns on the first rank, on all ranks; if it fails there, all raise its exception"
-    if num_distrib()<2: return make()
-    box,error = [None],None
-    if not rank_distrib():
-        try: box = [(make(), None)]
-        except BaseException as e:
-            error = e
-            box = [(None, _portable(e))]
-    torch.distributed.broadcast_object_list(box, 0)
-    if error is not None: raise error
-    res,error = box[0]
-    if error is not None: raise error
-    return res
-
-def _on_all_ranks(make):
-    "What `make()` returns, on each rank its own; if it fails on one rank, all raise"
-    if num_distrib()<2: return make()
-    res,error,errors = None,None,[None]*num_distrib()
-    try: res = make()
-    except Exception as e: error = e
-    torch.distributed.all_gather_object(errors, error and f'{type(error).__name__}: {error}')
-    if error is not None: raise error
-    failed = [f'rank {rank}: {text}' for rank,text in enumerate(errors) if text]
-    if failed: raise RuntimeError(f"Another process cannot follow, so all of them stop here. {'; '.join(failed)}")
-    return res
-
 # %% ../../nbs/training/10_checkpoints.ipynb #8145624f
 @patch
 def before_fit(self:Checkpoints):
     if not is_fitting(self.learn): return
-    self.n_fits,self.found,self.newest = _from_first_rank(self._start)
+    self.n_fits,self.found,self.newest = from_first_rank(self._start)
     self.n_fits += 1
     self.begun,self.interrupted,self.rows = True,False,[]
-    self.done = _on_all_ranks(self._epochs_done)
+    self.done = on_all_ranks(self._epochs_done)
     if not self.learn._grab_cbs(FiniteLoss): self.learn.add_cb(self._finite_loss)
     self.muted = self._cbs_to_mute() if self.done else []
     for cb in self.muted: cb.run = False
@@ -458,7 +426,7 @@ def _others(self:Checkpoints):
 def _write(self:Checkpoints):
     "Write a checkpoint on the first rank, then remove those that are no longer kept"
     self.rows.append(_to_plain(self.recorder.log))
-    self.newest = _from_first_rank(self._write_file)
+    self.newest = from_first_rank(self._write_file)
 
 @patch
 def _write_file(self:Checkpoints):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['focal_weight', 'LossDynamics', 'check_finite', 'is_fitting', 'autocast_depth', 'leave_autocast', 'stop_fit',
-           'LossReading', 'read_losses', 'set_loss', 'DynamicLossWeights']
+           'LossReading', 'read_losses', 'set_loss', 'KnownSmoothLoss', 'DynamicLossWeights']
 
 # %% ../../nbs/training/01_dynamic_losses.ipynb #5b891ee2
 import inspect
@@ -231,13 +231,33 @@ def read_losses(
     if reading is None or not reading.is_of(learn): reading = _readings[learn] = LossReading(learn)
     return reading
 
+# %% ../../nbs/training/01_dynamic_losses.ipynb #1c1f643e
+_known_means = WeakKeyDictionary() # By learner: its loss, as last set, and the mean over all ranks
+
 def set_loss(
-    learn, # A `Learner` in `after_loss`
-    loss   # The value of its loss, a tensor on the CPU
+    learn,    # A `Learner` in `after_loss`
+    loss,     # The value of its loss, a tensor on the CPU
+    mean=None # Its mean over all ranks; None: `loss`
 ):
     "Let `learn.loss` be a number that is known already, so that recorder and progress bar do not wait for the device"
-    is_gathered = num_distrib()>1 and getattr(getattr(learn, 'recorder', None), 'train_metrics', False)
-    learn.loss = loss.to(learn.loss.device) if is_gathered else loss # The ranks' losses are gathered on the device
+    _known_means[learn] = loss,(loss if mean is None else mean)
+    learn.loss = loss
+
+class KnownSmoothLoss(AvgSmoothLoss):
+    "fastai's smoothed loss of several ranks, without exchanging a mean that is known already"
+    def accumulate(self,
+        learn # A `Learner` after a batch
+    ):
+        "Take the mean that is known; exchange the losses if another callback has changed them"
+        loss,mean = _known_means.get(learn, (None,None))
+        if loss is not learn.loss: # The ranks exchange through the device
+            return super().accumulate(_WithLoss(learn.loss.detach().to(learn.loss_grad.device)))
+        self.count += 1
+        self.val = torch.lerp(mean, self.val.to(mean.dtype), self.beta)
+
+class _WithLoss:
+    "As much of a learner as `AvgSmoothLoss` looks at"
+    def __init__(self, loss): self.loss = loss
 
 # %% ../../nbs/training/01_dynamic_losses.ipynb #7918d182
 def _checked_rule(rule, settings):
@@ -347,10 +367,12 @@ def _decide(self:DynamicLossWeights, losses):
 def _weight_loss(self:DynamicLossWeights, weights, losses):
     "Replace the loss that is differentiated by the weighted sum, and `learn.loss` by its value"
     parts,dtype = self.loss_func.parts,self.learn.loss_grad.dtype
-    own = read_losses(self.learn).parts
-    numbers = {name:torch.tensor(own[name], dtype=part.dtype) for name,part in parts.items()}
+    read = read_losses(self.learn)
+    def weighted(known):
+        numbers = {name:torch.tensor(known[name], dtype=part.dtype) for name,part in parts.items()}
+        return self._weighted_sum(weights, losses, numbers).to(dtype)
     self.learn.loss_grad = self._weighted_sum(weights, losses, parts).to(dtype)
-    set_loss(self.learn, self._weighted_sum(weights, losses, numbers).to(dtype))
+    set_loss(self.learn, weighted(read.parts), weighted(read.mean_parts))
 
 # %% ../../nbs/training/01_dynamic_losses.ipynb #91aa5c3d
 def _quoted(names): return ', '.join(map(repr, names)) or 'none'

@@ -1,4 +1,5 @@
 "What `test_fakegpu.py` runs on the pretend GPU, a case in each process: `cases.py NAME PEOPLE FOLDER`"
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import matplotlib  # noqa: E402
 matplotlib.use('Agg')
 
 from fastai.callback.core import Callback  # noqa: E402
+from fastai.callback.training import GradientAccumulation  # noqa: E402
 from fastai.vision.all import set_seed  # noqa: E402
 from toys import quiet  # noqa: E402
 
@@ -26,6 +28,7 @@ from pyramidreid.export.onnx_runtime import Runtime  # noqa: E402
 from pyramidreid.gallery.gallery import Gallery  # noqa: E402
 from pyramidreid.models.backbone import resnet10  # noqa: E402
 from pyramidreid.training.checkpoints import Checkpoints, FiniteLoss  # noqa: E402
+from pyramidreid.training.dynamic_losses import KnownSmoothLoss  # noqa: E402
 from pyramidreid.training.learner import pyramid_learner  # noqa: E402
 from pyramidreid.training.recipes import *  # noqa: E402
 from pyramidreid.training.threshold_calibration import *  # noqa: E402
@@ -119,10 +122,10 @@ class Watched(Callback):
         elif self.watch: self.n += 1
         if self.iter+1==self.n_iter and self.watch: self.watch.__exit__()
 
-def waits_of_a_step(learn, **kwargs):
+def waits_of_a_step(learn, fit=lambda learn, cbs: learn.fit(1, cbs=cbs), cbs=()):
     "Numbers of waits and of copies per step"
     watched = Watched()
-    learn.fit(1, cbs=[watched, FiniteLoss()], **kwargs)
+    fit(learn, [watched, FiniteLoss(), *cbs])
     seen,n = watched.watch,watched.n
     assert n>3
     seen.show(per=n)
@@ -134,6 +137,55 @@ def waits_once_in_a_step(people, path):
         for num_workers in (0,1):
             waits,copies = waits_of_a_step(learner(people, path, progress=True, num_workers=num_workers, **kwargs))
             assert waits==1 and copies>=2, (kwargs, num_workers, waits, copies)
+
+WATCHED = dict(fit_one_cycle=lambda learn, cbs: learn.fit_one_cycle(1, 3e-3, cbs=cbs),
+               fit_paper=lambda learn, cbs: learn.fit_paper(1, .001, .01, cbs=cbs),
+               fit_modern=lambda learn, cbs: learn.fit_modern(1, .001, .01, frozen_epochs=0, cbs=cbs))
+
+def waits_of_every_recipe(people, path):
+    "One in a step for the losses, also with gradient accumulation and with metrics of training"
+    for name,fit in WATCHED.items():
+        assert waits_of_a_step(learner(people, path, progress=True), fit)[0]==1, name
+    accumulates = GradientAccumulation(n_acc=32) # Two batches to a step
+    assert waits_of_a_step(learner(people, path, progress=True), cbs=[accumulates])[0]==1
+
+def waits_of_evaluation(people, path):
+    "None for the forward passes: one copy to the device, and one of the embeddings from it, in each batch"
+    learn = learner(people, path)
+    learn.embed()
+    n = len(learn.dls.valid)
+    with fakegpu.watch() as seen: learn.embed()
+    assert seen.n('item','wait','H2D')==0 and seen.n('D2H')==n and seen.n('H2D async')==2*n
+    with fakegpu.watch() as seen: learn.evaluate()
+    seen.show(per=n) # The waits of the ranking
+
+class TwoRanks:
+    "Exchanges of two equal ranks, through a library that knows this device only, as NCCL does"
+    def all_reduce(self, x):
+        assert x.device.type=='fakegpu', 'No backend type associated with device type cpu'
+        x.mul_(2)
+    def all_gather(self, out, x):
+        assert x.device.type=='fakegpu', 'No backend type associated with device type cpu'
+        for o in out: o.copy_(x)
+
+def waits_with_two_ranks(people, path):
+    "The recorder takes the mean over the ranks that was read with the losses, and exchanges nothing on the CPU"
+    for kwargs in ({}, dict(dynamic=False)):
+        alone = learner(people, path, **kwargs)
+        alone.fit(1, cbs=FiniteLoss())
+        learn,ranks = learner(people, path, progress=True, **kwargs),TwoRanks()
+        learn.recorder.smooth_loss.__class__ = KnownSmoothLoss # As `Ranks` does
+        learn.recorder.train_metrics = True
+        learn.metrics = []
+        own = torch.distributed.all_reduce,torch.distributed.all_gather
+        torch.distributed.all_reduce,torch.distributed.all_gather = ranks.all_reduce,ranks.all_gather
+        os.environ['WORLD_SIZE'] = '2'
+        try: waits,_ = waits_of_a_step(learn)
+        finally:
+            del os.environ['WORLD_SIZE']
+            torch.distributed.all_reduce,torch.distributed.all_gather = own
+        assert waits==1, (kwargs, waits)
+        for got,want in zip(learn.recorder.losses, alone.recorder.losses): torch.testing.assert_close(got, want)
 
 # Recipes
 
@@ -235,8 +287,8 @@ def explains_and_calibrates(people, path):
     assert model_device(learn)=='fakegpu'
 
 CASES = [ranks_on_the_device, ranks_on_the_cpu_without_double_precision, uses_the_device_before_any_fit,
-         waits_once_in_a_step, trains_by_every_recipe, resumes, leaves_autocast, files_hold_the_model,
-         explains_and_calibrates]
+         waits_once_in_a_step, waits_of_every_recipe, waits_of_evaluation, waits_with_two_ranks,
+         trains_by_every_recipe, resumes, leaves_autocast, files_hold_the_model, explains_and_calibrates]
 
 if __name__=='__main__':
     name,people,folder = sys.argv[1:]
