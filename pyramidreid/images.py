@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'is_rotated', 'shown_text', 'plot_text', 'escape_bytes', 'image_formats',
-           'RefusedPictureError', 'is_access_error', 'name_picture_errors', 'open_image_file', 'check_pixel_range',
-           'check_image', 'read_rgb', 'load_pixels', 'deep_kind', 'deep_values', 'measure_range', 'is_hidden',
-           'find_images', 'survey_folder']
+           'RefusedPictureError', 'is_access_error', 'name_picture_errors', 'open_image_file', 'decoded_pixels',
+           'check_pixel_range', 'check_image', 'read_rgb', 'load_pixels', 'deep_kind', 'deep_values', 'measure_range',
+           'is_hidden', 'find_images', 'survey_folder']
 
 # %% ../nbs/01_images.ipynb #1a6e0003
 import errno
@@ -190,8 +190,19 @@ def open_image_file(
     n_bytes = _check_file(file) if is_name else 0
     with _alone_if(n_bytes>=_LARGE_BYTES),Image.open(file, formats=image_formats()) as im:
         n = _check_size(im, shown_text(file) if is_name else 'image')
-        # The header of an icon need not give the size of the picture in it
-        with _alone_if(n>=_LARGE_PIXELS or im.format in ('ICO','ICNS')): yield im
+        with _alone_if(n>=_LARGE_PIXELS or _hides_size(im)): yield im
+
+def _hides_size(im): return im.format in ('ICO','ICNS') # Their header need not give the size of the picture in it
+
+def decoded_pixels(
+    o # A file, a PIL image or an array, as `read_rgb` takes it
+)->int:
+    "Return how many pixels `o` takes once it is decoded, at most; 0 if that fails. Of a file, only the header is read"
+    if isinstance(o, np.ndarray): return math.prod(o.shape[:2])
+    if isinstance(o, Image.Image): return MAX_PIXELS if _hides_size(o) else math.prod(o.size)
+    try:
+        with open_image_file(o) as im: return MAX_PIXELS if _hides_size(im) else _check_size(im, 'image')
+    except Exception: return 0 # `read_rgb` says what is wrong
 
 # %% ../nbs/01_images.ipynb #3ea43c34
 def check_pixel_range(
@@ -300,6 +311,11 @@ def _scale(values, name, pixel_range):
     try: return _to_8_bits(values, name, pixel_range)
     except ValueError as e: raise _RangeError(str(e)) from None
 
+def _resized(im, size):
+    "An RGB image of this height and width; None: as it is"
+    if size in (None, im.size[::-1]): return im
+    return im.resize(size[::-1], Image.Resampling.BICUBIC)
+
 def _to_rgb(im, name, pixel_range):
     "A PIL image as upright RGB"
     im,zero_is_white = _decode(im, name, pixel_range)
@@ -312,18 +328,20 @@ def _to_rgb(im, name, pixel_range):
 def read_rgb(
     o:str|os.PathLike|Image.Image|np.ndarray, # A file, a PIL image, or an array, (H, W, 3) RGB or (H, W) grey
     name:str='image', # What an error calls it, if it is not the name of a file
-    pixel_range=None  # Values of black and white of pictures with more than 8 bits; 'own': of each its own, to look at
+    pixel_range=None, # Values of black and white of pictures with more than 8 bits; 'own': of each its own, to look at
+    size:tuple[int,int]|None=None # Height and width to resize to, bicubic; None: its own
 )->Image.Image:       # Upright, mode RGB
     """Return an image as upright RGB. Raises `OSError` for what cannot be decoded, and `ValueError` for what is not an
-    image, or has more than 8 bits and no known range"""
+    image, or has more than 8 bits and no known range. A large file is resized before another thread decodes one"""
     is_name = isinstance(o, (str,os.PathLike))
     if is_name or hasattr(o, 'read'):
         if is_name: name = shown_text(o)
-        with name_picture_errors(name),open_image_file(o) as im: return _to_rgb(im, name, pixel_range)
+        with name_picture_errors(name),open_image_file(o) as im: return _resized(_to_rgb(im, name, pixel_range), size)
     check_image(o, name, pixel_range)
     if isinstance(o, np.ndarray):
-        return Image.fromarray(o if o.dtype==np.uint8 else _to_8_bits(o, name, pixel_range)).convert('RGB')
-    with name_picture_errors(name): return _to_rgb(o, name, pixel_range)
+        im = Image.fromarray(o if o.dtype==np.uint8 else _to_8_bits(o, name, pixel_range)).convert('RGB')
+        return _resized(im, size)
+    with name_picture_errors(name): return _resized(_to_rgb(o, name, pixel_range), size)
 
 # %% ../nbs/01_images.ipynb #dbdcfec2
 def load_pixels(
@@ -334,10 +352,7 @@ def load_pixels(
 )->np.ndarray:           # uint8, (N, H, W, 3)
     "Return images as upright RGB, resized as the learner's validation resizes them"
     height,width = size
-    res = []
-    for i,item in enumerate(items, start):
-        im = read_rgb(item, f'image {i}', pixel_range).resize((width,height), Image.Resampling.BICUBIC)
-        res.append(np.asarray(im))
+    res = [np.asarray(read_rgb(item, f'image {i}', pixel_range, (height,width))) for i,item in enumerate(items, start)]
     return np.stack(res) if res else np.empty((0,height,width,3), np.uint8)
 
 # %% ../nbs/01_images.ipynb #94aca011

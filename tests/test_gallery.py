@@ -2,8 +2,11 @@
 import random
 import subprocess
 import sys
+import threading
 import warnings
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -28,8 +31,13 @@ from PIL import Image
 pytest.importorskip('faiss', reason='needs the extra gallery')
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 
+from pyramidreid import images
+from pyramidreid.cli.frame import Console
+from pyramidreid.cli.inputs import embed_files
 from pyramidreid.core import ReIDWarning
+from pyramidreid.data.cache import decode_images
 from pyramidreid.evaluation.openset import Calibration
+from pyramidreid.gallery import gallery as gallery_module
 from pyramidreid.gallery import store
 from pyramidreid.gallery.entries import Embeddings
 from pyramidreid.gallery.gallery import Gallery
@@ -53,6 +61,48 @@ def files(tmp_path):
 
 @pytest.fixture
 def gallery(files): return Gallery.from_learner(BandModel(), files)
+
+@pytest.fixture
+def alive(monkeypatch):
+    "Pixels of the RGB pictures that exist at the same time, at most, in a list of one"
+    lock,now,most,convert = threading.Lock(),[0],[0],Image.Image.convert
+    def count(n):
+        with lock:
+            now[0] += n
+            most[0] = max(most[0], now[0])
+    def counted(self, *args, **kwargs):
+        res = convert(self, *args, **kwargs)
+        n = res.width*res.height
+        count(n)
+        weakref.finalize(res, count, -n)
+        return res
+    monkeypatch.setattr(Image.Image, 'convert', counted)
+    return most
+
+@pytest.fixture
+def large_files(tmp_path):
+    "32 pictures of 10,000 pixels"
+    files = [tmp_path/f'{i}.png' for i in range(32)]
+    for i,file in enumerate(files): Image.new('RGB', (200,50), (i,2*i,255-i)).save(file)
+    return files
+
+def test_the_pixels_of_full_size_are_bounded(large_files, alive, monkeypatch):
+    monkeypatch.setattr(gallery_module, '_MOST_PIXELS', 50_000, raising=False)
+    gallery = Gallery.from_learner(BandModel(), large_files)
+    assert 10_000<=alive[0]<=50_000
+    assert gallery.keys.keys()==set(map(str, large_files))
+    expected = [Gallery(BandModel()).embed([file]).values[0] for file in large_files]
+    assert np.array_equal(gallery.embed(large_files).values, expected)
+
+@pytest.mark.parametrize('reader', ['cache','command line'])
+def test_a_large_file_is_resized_before_the_next_is_decoded(large_files, alive, monkeypatch, reader):
+    monkeypatch.setattr(images, '_LARGE_PIXELS', 10_000)
+    if reader=='cache': pixels = np.concatenate(list(decode_images(large_files, (5,4), 16))).transpose(0, 2, 3, 1)
+    else:
+        model = SimpleNamespace(size=(5,4), run=lambda x: x)
+        pixels = embed_files(Console(quiet=True), model, large_files)
+    assert alive[0]==10_000
+    assert pixels.shape==(32,5,4,3) and pixels[:,0,0,1].tolist()==[2*i for i in range(32)]
 
 def numbered(n, **columns): return pd.DataFrame(dict(key=[str(i) for i in range(n)], **columns))
 def keys_of(files): return [str(fn) for fn in files.fn]

@@ -25,6 +25,7 @@ from pyramidreid.gallery.entries import (
     filter_mask,
     open_picture,
 )
+from ..images import decoded_pixels
 from .nearest import RowBlocks, nearest_rows, normalize_rows, read_index, train_index
 from .store import Store, read_manifest, warn_without_index
 
@@ -106,6 +107,31 @@ def add(self:Gallery,
     if len(df): self._append(self._normalized(embs), *typed)
     return self
 
+# %% ../../nbs/gallery/05_gallery.ipynb #2ecb55bc
+_MOST_PIXELS = 2**26 # Of the pictures decoded at a time: 268 MB
+
+def _batch_ends(counts, most):
+    "Where batches of pictures with these numbers of pixels end, so that each has at most `most`, or one picture"
+    res,total = [],0
+    for i,n in enumerate(counts):
+        if total and total+n>most: res,total = [*res,i],0
+        total += n
+    return [*res,len(counts)]
+
+@patch
+def _decoded(self:Gallery, items, bs):
+    "Yield the items as lists of at most `bs` decoded images that fit into memory"
+    pixel_range = getattr(self.embedder, 'pixel_range', None)
+    def open_item(i):
+        name = 'The image' if len(items)==1 else f'image {i}'
+        return open_picture(items[i], name, pixel_range)
+    with ThreadPoolExecutor(4) as pool:
+        for i in with_progress(range(0, len(items), bs)):
+            start = i
+            for end in _batch_ends(list(pool.map(decoded_pixels, items[i:i+bs])), _MOST_PIXELS):
+                yield list(pool.map(open_item, range(start, i+end)))
+                start = i+end
+
 # %% ../../nbs/gallery/05_gallery.ipynb #ae96cf57
 @patch
 def embed(self:Gallery,
@@ -116,14 +142,10 @@ def embed(self:Gallery,
     if self.embedder is None: raise ValueError("This gallery was loaded without its model and accepts only "
                                                "`Embeddings`: load it with Gallery.load(path, learn)")
     self._check_model(self.embedder)
-    items,batches,pixel_range = list(items),[],getattr(self.embedder, 'pixel_range', None)
-    def open_item(i):
-        name = 'The image' if len(items)==1 else f'image {i}'
-        return open_picture(items[i], name, pixel_range)
-    with ThreadPoolExecutor(4) as pool:
-        for i in with_progress(range(0, len(items), bs)):
-            images = list(pool.map(open_item, range(i, min(i+bs, len(items)))))
-            batches.append(np.asarray(self.embedder.embed(images)))
+    batches = []
+    for images in self._decoded(list(items), bs):
+        batches.append(np.asarray(self.embedder.embed(images)))
+        del images # before the next ones are decoded
     if not batches: batches = [np.zeros((0, self.store.dim or getattr(self.embedder, 'emb_sz', 1)))]
     return Embeddings(np.concatenate(batches), self.fingerprint)
 
