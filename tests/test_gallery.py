@@ -826,6 +826,37 @@ def test_a_damaged_index_is_not_saved_again(large, tmp_path):
         warnings.simplefilter('error')
         assert len(Gallery.load(path, BandModel(dim=8)))==25_000
 
+def test_an_index_without_faiss(large, tmp_path, monkeypatch):
+    "The entries are searched exactly, and saves keep the index, for whoever has FAISS"
+    g,embs = large
+    path = g.build_index('ivf').save(tmp_path/'g')
+    file = next(path.glob('*.faiss'))
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, 'faiss', None)
+        hint = r"cannot be used: faiss is not installed.*pip install 'pyramidreid\[gallery"
+        with pytest.warns(ReIDWarning, match=hint): found = Gallery.load(path, BandModel(dim=8))
+        assert 'searched exactly for want of FAISS' in repr(found)
+        assert found.search(embs[7], 3).key[0]=='7'
+        found.add(pd.DataFrame(dict(key=['late'], cam=[9])), embs=Embeddings(-embs[7].values, 'a model'))
+        found.save()
+        found.save(tmp_path/'copy') # where no file is yet
+        found.save(tmp_path/'copy')
+    for folder in (path,tmp_path/'copy'):
+        assert next(folder.glob('*.faiss')).read_bytes()==file.read_bytes()
+        again = Gallery.load(folder, BandModel(dim=8))
+        assert again.index.note==g.index.note and '1 entries were added later' in repr(again)
+        assert again.search(Embeddings(-embs[7].values, 'a model'), 1).key.tolist()==['late']
+
+def test_an_index_that_was_not_usable_can_be_removed(large, tmp_path, monkeypatch):
+    path = large[0].build_index('hnsw').save(tmp_path/'g')
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, 'faiss', None)
+        with pytest.warns(ReIDWarning, match='cannot be used'): found = Gallery.load(path, BandModel(dim=8))
+        found.build_index('exact').save()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert Gallery.load(path, BandModel(dim=8)).index is None
+
 def test_a_filter_over_few_of_very_many_ids():
     "Row ids are never reused, so they may be far larger than the number of rows"
     rng = np.random.default_rng(0)

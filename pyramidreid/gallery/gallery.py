@@ -8,6 +8,7 @@ __all__ = ['Gallery', 'stored_calibration']
 # %% ../../nbs/gallery/05_gallery.ipynb #9cbeb520
 import math
 import numbers
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,7 +66,7 @@ class Gallery:
 # %% ../../nbs/gallery/05_gallery.ipynb #0bcf4ae7
 @patch
 def __repr__(self:Gallery):
-    search = 'searched exactly'
+    search = 'searched exactly' + (' for want of FAISS' if getattr(self.store, 'index', None) else '')
     if self.index is not None:
         n_later = int((self.store.table.index>=self.index.note['upto']).sum())
         search = f'{self.index}; {n_later:,} entries were added later'
@@ -357,6 +358,16 @@ def _check_lengths(path, segment):
             f"{path/segment.files[0][0]} is damaged: the embedding in row {i+bad[0]} has the length "
             f"{math.sqrt(squares[bad[0]]):.3g} and should have 1. Restore it from a copy")
 
+# %% ../../nbs/gallery/05_gallery.ipynb #c160d68d
+def _keep_index(store, e):
+    "Warn that the index cannot be read for want of FAISS; a save to another folder copies its file"
+    file = store.path/store.index['file'][0]
+    def copy(dest): shutil.copyfile(file, dest)
+    store.index['write'] = copy
+    warnings.warn(f"The gallery has an index that cannot be used: {e}. All entries are there and are searched exactly, "
+                  "which takes longer in a large gallery. The index is kept when the gallery is saved", ReIDWarning,
+                  stacklevel=3)
+
 # %% ../../nbs/gallery/05_gallery.ipynb #ee82c84a
 @patch(cls_method=True)
 def load(cls:Gallery,
@@ -380,6 +391,9 @@ def load(cls:Gallery,
         if not file.exists() and manifest and manifest['stamp']!=store.stamp: return cls.load(path, embedder, check)
         store.index = None
         warn_without_index(f"The index is damaged: {e}")
+        return res
+    except ImportError as e:
+        _keep_index(store, e)
         return res
     store.index['write'] = res._write_index
     return res
