@@ -167,7 +167,7 @@ def bars(monkeypatch):
     return made
 
 def on_terminal(monkeypatch, terminal, jupyter=False):
-    monkeypatch.setattr(core, 'in_jupyter', lambda: jupyter)
+    monkeypatch.setattr(core, '_in_jupyter', lambda: jupyter)
     monkeypatch.setattr(core.sys, 'stdout', types.SimpleNamespace(isatty=lambda: terminal))
 
 @pytest.mark.parametrize('terminal,jupyter,shown', [(True,False,True), (False,True,True), (False,False,False)])

@@ -33,6 +33,7 @@ from pyramidreid.images import (
     name_picture_errors,
     open_image_file,
     read_rgb,
+    shown_text,
 )
 
 # %% ../../nbs/data/09_cache.ipynb #d155271b
@@ -216,7 +217,7 @@ def find(self:ImageCache,
     "Return the rows of image files. Raises `ValueError` for files that are not in the cache"
     missing = [fn for fn in fns if os.path.abspath(fn) not in self.rows]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(fns)} images are not in the cache, such as {missing[0]}: "
+        raise ValueError(f"{len(missing)} of {len(fns)} images are not in the cache, such as {shown_text(missing[0])}: "
                          "make the cache from all of them")
     return np.array([self.rows[os.path.abspath(fn)] for fn in fns], dtype=int)
 

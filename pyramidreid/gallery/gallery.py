@@ -26,9 +26,9 @@ from pyramidreid.gallery.entries import (
     filter_mask,
     open_picture,
 )
-from ..images import decoded_pixels
 from .nearest import RowBlocks, nearest_rows, normalize_rows, read_index, train_index
 from .store import Store, read_manifest, warn_without_index
+from ..images import decoded_pixels
 
 # %% ../../nbs/gallery/05_gallery.ipynb #f6155830
 class Gallery:

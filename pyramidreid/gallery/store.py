@@ -26,6 +26,7 @@ from fastcore.basics import patch
 from pyramidreid.core import (
     ReIDWarning,
     atomic_write,
+    clean_errors,
     flush_to_disk,
     regular_size,
     remove_leftovers,
@@ -469,6 +470,7 @@ def _changed(path):
     return f"{path} was changed by another process since it was loaded: load it again, and add the new entries"
 
 # %% ../../nbs/gallery/03_store.ipynb #ddc32619
+@clean_errors()
 def read_manifest(
     path # Folder of a gallery
 ):
@@ -510,6 +512,7 @@ def _file_names(content):
     return names
 
 # %% ../../nbs/gallery/03_store.ipynb #07f1d446
+@clean_errors()
 def _make_folder(path):
     "Create the folder of a gallery, durably; raise an `OSError` that says why it cannot hold one"
     if path.is_symlink() and not path.exists(): raise FileNotFoundError(
@@ -572,6 +575,7 @@ def _lock_on_windows(fd):
 
 # %% ../../nbs/gallery/03_store.ipynb #bb910973
 @patch
+@clean_errors()
 def _begin_folder(self:Store, path, own_folder):
     "Write an empty manifest, unless the folder holds gallery files of another"
     own = set()
@@ -585,6 +589,7 @@ def _begin_folder(self:Store, path, own_folder):
     _write_manifest(path, self._manifest_content(0, [], secrets.token_hex(8), {}))
 
 @patch
+@clean_errors()
 def _check_unchanged(self:Store, path, manifest, own_folder):
     "Raise an error if the folder holds another gallery, or another process has saved this one"
     if not own_folder: raise FileExistsError(
@@ -776,6 +781,7 @@ def _from_manifest(cls:Store, path, content, check):
     return res
 
 @patch(cls_method=True)
+@clean_errors()
 def load(cls:Store,
     path,      # Folder
     check=True # Also compare checksums, which reads every byte?
