@@ -116,14 +116,25 @@ def regular_size(
     raise _not_regular(file, _FILE_KINDS.get(stat.S_IFMT(found.st_mode), NotRegularError.kind))
 
 # %% ../nbs/00_core.ipynb #e2d40be6
+_WINDOWS = os.name=='nt'
+
 def flush_to_disk(
     path:Path # A file or a folder
 ):
     "Wait until `path` is on the disk"
-    if os.name=='nt' and path.is_dir(): return # Windows cannot open a folder
+    if _WINDOWS and path.is_dir(): return # which it cannot open
     fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try: os.fsync(fd)
     finally: os.close(fd)
+
+def _replace(source, dest, seconds=2.):
+    "Move a file over another. Windows refuses while a reader has that open, so it is tried again for some seconds"
+    last = time.monotonic()+seconds
+    while True:
+        try: return os.replace(source, dest)
+        except PermissionError:
+            if not _WINDOWS or time.monotonic()>last: raise
+        time.sleep(.02)
 
 @contextmanager
 def atomic_write(
@@ -135,7 +146,7 @@ def atomic_write(
         tmp = folder/dest.name
         yield tmp
         flush_to_disk(tmp)
-        os.replace(tmp, dest)
+        _replace(tmp, dest)
         flush_to_disk(dest.parent)
 
 # %% ../nbs/00_core.ipynb #6c02cf45

@@ -544,7 +544,9 @@ def _locked(path):
         try:
             _wait_for_lock(fd, path)
             yield
-        finally: os.close(fd)
+        finally:
+            if fcntl is None: _unlock_on_windows(fd)
+            os.close(fd)
 
 # %% ../../nbs/gallery/03_store.ipynb #61a80549
 def _open_lock(path):
@@ -572,6 +574,11 @@ def _lock_on_windows(fd):
     while True:
         try: return msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         except PermissionError: time.sleep(.05) # Another process has it
+
+def _unlock_on_windows(fd):
+    "Release the lock; Windows would do so some time after the file is closed"
+    import msvcrt
+    with suppress(OSError): msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
 
 # %% ../../nbs/gallery/03_store.ipynb #bb910973
 @patch
