@@ -186,6 +186,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'pyramidreid.core._new_lock': ('core.html#_new_lock', 'pyramidreid/core.py'),
                                   'pyramidreid.core._new_partial': ('core.html#_new_partial', 'pyramidreid/core.py'),
                                   'pyramidreid.core._not_regular': ('core.html#_not_regular', 'pyramidreid/core.py'),
+                                  'pyramidreid.core._remove_contents': ('core.html#_remove_contents', 'pyramidreid/core.py'),
                                   'pyramidreid.core._remove_unless_in_use': ('core.html#_remove_unless_in_use', 'pyramidreid/core.py'),
                                   'pyramidreid.core._replace': ('core.html#_replace', 'pyramidreid/core.py'),
                                   'pyramidreid.core.atomic_write': ('core.html#atomic_write', 'pyramidreid/core.py'),

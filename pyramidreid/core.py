@@ -169,15 +169,23 @@ def _last_write(folder):
     return max(path.lstat().st_mtime for path in (folder, *folder.rglob('*')))
 
 # %% ../nbs/00_core.ipynb #afd37552
+def _remove_contents(folder):
+    "Remove all in a partial folder but its lock, which goes last, so that only an empty folder has none"
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
+        elif path.name!=_LOCK:
+            with suppress(OSError): path.unlink()
+
 def _remove_unless_in_use(folder):
     "Remove a partial folder whose writer has ended"
+    if not any(folder.iterdir()): return folder.rmdir() # Its writer was killed, or makes another, see `_new_partial`
     lock = _new_lock(folder)
     got_lock = _acquired(lock) if (folder/_LOCK).exists() else None
     try:
         if got_lock is None: got_lock = time.time()-_last_write(folder)>_A_DAY
-        if got_lock: shutil.rmtree(folder, ignore_errors=True)
+        if got_lock: _remove_contents(folder)
     finally: lock.release()
-    if got_lock: shutil.rmtree(folder, ignore_errors=True) # Windows keeps a file that is open
+    if got_lock: shutil.rmtree(folder, ignore_errors=True)
 
 def remove_leftovers(
     folder:str|Path, # A folder in which `atomic_write` or `partial_folder` wrote
@@ -196,7 +204,9 @@ def _new_partial(folder):
         partial = Path(mkdtemp(prefix='.partial-', dir=folder))
         lock = _new_lock(partial)
         got_lock = _acquired(lock)
-        if got_lock is None or got_lock and (partial/_LOCK).exists(): return partial,lock
+        if got_lock is None:
+            with suppress(OSError): (partial/_LOCK).touch() # An empty folder would be removed
+        if got_lock is not False and (partial/_LOCK).exists(): return partial,lock
         lock.release() # Another process took the folder for a leftover, before the lock was in it
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -212,7 +222,8 @@ def partial_folder(
     partial,lock = _new_partial(folder)
     try: yield partial
     finally:
-        lock.release()
+        try: _remove_contents(partial)
+        finally: lock.release()
         shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #551c7dbf

@@ -191,6 +191,25 @@ def test_the_length_of_an_iterator_is_given(bars, monkeypatch):
     assert result==['a','b','c'] and bars==[(3,False)]
     with pytest.raises(TypeError): with_progress(iter('abc'))
 
+def test_an_empty_partial_folder_is_removed(tmp_path):
+    "Its writer was killed before its lock was there, or after it was gone"
+    (tmp_path/'.partial-x').mkdir()
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+def test_a_new_partial_folder_that_was_taken_for_a_leftover(tmp_path, monkeypatch):
+    "The writer makes another"
+    make,taken = core._new_lock,[]
+    def take_first(folder):
+        if not taken:
+            taken.append(folder)
+            folder.rmdir()
+        return make(folder)
+    monkeypatch.setattr(core, '_new_lock', take_first)
+    monkeypatch.setattr(core, '_acquired', lambda lock: None) # as filelock says of a folder that is not there
+    with partial_folder(tmp_path/'a') as folder:
+        assert taken and folder.is_dir() and folder!=taken[0]
+
 # Windows, as far as another system can play it
 
 def test_a_file_that_a_reader_has_open_is_replaced_when_it_is_closed(tmp_path, monkeypatch):
