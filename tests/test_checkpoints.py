@@ -1,5 +1,6 @@
 "Runs that are killed or run out of disk space, damaged or foreign checkpoints, and a loss that is not finite"
 import errno
+import hashlib
 import math
 import os
 import random
@@ -400,6 +401,30 @@ def test_a_run_of_a_compiled_model_is_resumed_by_a_plain_one(make_learner, capsy
     plain.fit(2, cbs=Checkpoints(resume=True))
     out = capsys.readouterr().out
     assert 'Resumed from checkpoints/1-0001.pth: 1 of 2 epochs are done' in out
+
+def test_a_checkpoint_of_a_compiled_model_by_an_earlier_version_is_resumed(make_learner, capsys):
+    "Its names of weights, also in a callback's state, and their description have a prefix"
+    whole = make_learner(cbs=EMA())
+    whole.fit(2, cbs=Checkpoints())
+    cut = make_learner(cbs=EMA())
+    pull(lambda cbs: cut.fit(2, cbs=cbs), Checkpoints())
+    file = cut.path/'checkpoints'/'1-0001.pth'
+    state = torch.load(file, weights_only=True)
+    def prefixed(weights): return {f'_orig_mod.{k}':v for k,v in weights.items()}
+    def digest(weights):
+        lines = sorted(f'{k} {tuple(v.shape)}' for k,v in weights.items())
+        return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:10]
+    text = state['config']['weights']
+    assert digest(state['model']) in text
+    state['config']['weights'] = text.replace(digest(state['model']), digest(prefixed(state['model'])))
+    state['model'] = prefixed(state['model'])
+    ema = state['cbs']['ema']
+    ema['state'],ema['values']['avg'] = prefixed(ema['state']),prefixed(ema['values']['avg'])
+    torch.save(state, file)
+    again = make_learner(path=cut.path, cbs=EMA())
+    again.fit(2, cbs=Checkpoints(resume=True))
+    assert 'Resumed from checkpoints/1-0001.pth' in capsys.readouterr().out
+    assert same_tree(weights(whole), weights(again)) and same_tree(whole.ema.avg, again.ema.avg)
 
 def test_leftovers_of_a_kill_are_removed(make_learner, done):
     learn,_ = done

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -977,3 +978,37 @@ def test_stdout_without_unicode(monkeypatch, people, tmp_path):
     assert main(['doctor', tmp_path/'Łódź', '--quick'])==0
     stream.flush()
     assert '?ód?: '.encode('latin-1') in stream.buffer.getvalue()
+
+# What is neither a file nor a folder
+
+def pipe(path): os.mkfifo(path)
+
+def unix_socket(path):
+    here = os.getcwd()
+    os.chdir(path.parent) # names of sockets are short
+    with socket.socket(socket.AF_UNIX) as o: o.bind(path.name)
+    os.chdir(here)
+
+def null_device(path): path.symlink_to('/dev/null')
+
+@pytest.mark.skipif(os.name=='nt', reason='needs Unix')
+@pytest.mark.parametrize('make,kind', [(pipe,'a pipe (FIFO)'),(unix_socket,'a socket'),(null_device,'a device')])
+@pytest.mark.parametrize('line', [
+    'embed {odd} x.jpg --out x.npz', 'embed . {odd} --out x.npz', 'gallery add g {odd} --model .',
+    'gallery add g --csv {odd} --model .', 'gallery search g {odd} --model .', 'gallery search g x.jpg --model {odd}',
+    'doctor {odd}', 'train {odd}', 'evaluate . {odd}'])
+def test_a_pipe_is_said_to_be_one(tmp_path, monkeypatch, capfd, line, make, kind):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path/'odd')
+    (tmp_path/'x.jpg').touch()
+    assert main(line.format(odd='odd').split())==2
+    assert f'odd is not a regular file but {kind}' in capfd.readouterr().err
+
+@pytest.mark.skipif(os.name=='nt', reason='needs Unix')
+def test_files_for_commands_of_others_are_regular(tmp_path):
+    pipe(tmp_path/'odd')
+    with pytest.raises(ValueError, match='odd is not a regular file but a pipe'): image_files([tmp_path/'odd'])
+    with pytest.raises(FileNotFoundError, match='other does not exist'): image_files([tmp_path/'other'])
+    (tmp_path/'self').symlink_to('self')
+    with pytest.raises(ValueError, match='self is not a regular file but a link to itself'):
+        image_files([tmp_path/'self'])

@@ -167,7 +167,7 @@ def bars(monkeypatch):
     return made
 
 def on_terminal(monkeypatch, terminal, jupyter=False):
-    monkeypatch.setattr(core, 'in_jupyter', lambda: jupyter)
+    monkeypatch.setattr(core, '_in_jupyter', lambda: jupyter)
     monkeypatch.setattr(core.sys, 'stdout', types.SimpleNamespace(isatty=lambda: terminal))
 
 @pytest.mark.parametrize('terminal,jupyter,shown', [(True,False,True), (False,True,True), (False,False,False)])
@@ -190,3 +190,82 @@ def test_the_length_of_an_iterator_is_given(bars, monkeypatch):
         result = list(with_progress(iter('abc'), total=3))
     assert result==['a','b','c'] and bars==[(3,False)]
     with pytest.raises(TypeError): with_progress(iter('abc'))
+
+def test_an_empty_partial_folder_is_removed(tmp_path):
+    "Its writer was killed before its lock was there, or after it was gone"
+    (tmp_path/'.partial-x').mkdir()
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+def test_a_new_partial_folder_that_was_taken_for_a_leftover(tmp_path, monkeypatch):
+    "The writer makes another"
+    make,taken = core._new_lock,[]
+    def take_first(folder):
+        if not taken:
+            taken.append(folder)
+            folder.rmdir()
+        return make(folder)
+    monkeypatch.setattr(core, '_new_lock', take_first)
+    monkeypatch.setattr(core, '_acquired', lambda lock: None) # as filelock says of a folder that is not there
+    with partial_folder(tmp_path/'a') as folder:
+        assert taken and folder.is_dir() and folder!=taken[0]
+
+# Windows, as far as another system can play it
+
+def test_a_file_that_a_reader_has_open_is_replaced_when_it_is_closed(tmp_path, monkeypatch):
+    "Windows refuses until then; elsewhere a refusal is final"
+    calls,replace = [],os.replace
+    def refuse_twice(*args):
+        calls.append(args)
+        if len(calls)<3: raise PermissionError(13, 'The process cannot access the file')
+        replace(*args)
+    monkeypatch.setattr(os, 'replace', refuse_twice)
+    with pytest.raises(PermissionError), atomic_write(tmp_path/'a') as tmp: tmp.write_text('x')
+    assert len(calls)==1 and not list(tmp_path.iterdir())
+    calls.clear()
+    monkeypatch.setattr(core, '_WINDOWS', True)
+    with atomic_write(tmp_path/'a') as tmp: tmp.write_text('x')
+    assert len(calls)==3 and (tmp_path/'a').read_text()=='x'
+
+def test_a_refusal_of_windows_that_lasts(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, '_WINDOWS', True)
+    def refuse(*args): raise PermissionError(13, 'The process cannot access the file')
+    monkeypatch.setattr(os, 'replace', refuse)
+    with pytest.raises(PermissionError): core._replace(tmp_path/'a', tmp_path/'b', seconds=.05)
+
+def test_folders_are_not_flushed_on_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, '_WINDOWS', True)
+    monkeypatch.setattr(os, 'open', None)
+    flush_to_disk(tmp_path)
+
+WITHOUT_UNIX = """
+import importlib, os, pkgutil, signal, sys
+import fastai.vision.all, matplotlib.pyplot, pandas, torch, filelock
+for name in ('fcntl','resource','termios','pwd','grp'): sys.modules[name] = None
+for name in ('register_at_fork','fchmod','fork','mkfifo','statvfs'):
+    if hasattr(os, name): delattr(os, name)
+for name in ('SIGHUP','SIGKILL','SIGALRM','SIGUSR1'):
+    if hasattr(signal, name): delattr(signal, name)
+class msvcrt:
+    LK_NBLCK,LK_UNLCK,log = 2,0,[]
+    def locking(fd, mode, n): msvcrt.log.append(mode)
+sys.modules['msvcrt'] = msvcrt
+import pyramidreid
+for module in pkgutil.walk_packages(pyramidreid.__path__, 'pyramidreid.'):
+    if not module.name.endswith('__main__'): importlib.import_module(module.name)
+from pathlib import Path
+from pyramidreid.cli.entry import main
+from pyramidreid.gallery.store import Store
+import numpy as np
+store = Store('a model')
+store.add(np.eye(2), pandas.DataFrame(dict(key=['a','b'])))
+store.save(Path(sys.argv[1])/'g')
+assert len(Store.load(Path(sys.argv[1])/'g'))==2
+assert msvcrt.log==[msvcrt.LK_NBLCK, msvcrt.LK_UNLCK], msvcrt.log
+assert main(['embed', 'no model', 'x.jpg', '--out', 'x.npz'])==2
+"""
+
+def test_nothing_of_unix_is_needed(tmp_path):
+    "All modules can be imported, a gallery saved, a command run without what Windows lacks"
+    pytest.importorskip('pyarrow', reason='needs the extra gallery')
+    subprocess.run([sys.executable,'-Wignore','-c',WITHOUT_UNIX,tmp_path], check=True, capture_output=True, timeout=300)

@@ -155,6 +155,16 @@ def test_junk_pid_of_another_type():
     named = ['1','2'],['1','2','junk','-1']
     assert evaluate_distances([[.1,.2,.3,.4]]*2, *named, junk_pid='junk').n_junk==1
 
+@pytest.mark.parametrize('written,junk,n_junk', [
+    ('-1.0', -1, 1), ('-1 ', -1, 1), (' -1.0\t', '-1', 1), ('-1', '-1.0', 1), ('-1', ' -1 ', 1), ('-1.5', -1, 0),
+    ('-10', -1, 0), ('1.0', -1, 0), ('junk ', 'junk', 1), ('007', '7', 0)])
+def test_spellings_of_junk_as_text(written, junk, n_junk):
+    "As pandas writes a whole number in a column with gaps, and with spaces around it; as in tables"
+    for f in (evaluate_distances,evaluate_single_shot):
+        card = f([[.3,.2,.1]], ['1'], ['1','2',written], [1], [2,2,2], junk_pid=junk)
+        assert getattr(card, 'n_junk', n_junk)==n_junk
+    assert evaluate_distances([[.3,.2,.1]], ['1'], ['1','2',written], junk_pid=junk).n_gallery==3-n_junk
+
 def test_embeddings_are_left_alone():
     q,g,*ids = (torch.from_numpy(o) for o in clustered())
     before = [o.clone() for o in (q,g,*ids)]

@@ -2,8 +2,11 @@
 import random
 import subprocess
 import sys
+import threading
 import warnings
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -28,8 +31,13 @@ from PIL import Image
 pytest.importorskip('faiss', reason='needs the extra gallery')
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 
+from pyramidreid import images
+from pyramidreid.cli.frame import Console
+from pyramidreid.cli.inputs import embed_files
 from pyramidreid.core import ReIDWarning
+from pyramidreid.data.cache import decode_images
 from pyramidreid.evaluation.openset import Calibration
+from pyramidreid.gallery import gallery as gallery_module
 from pyramidreid.gallery import store
 from pyramidreid.gallery.entries import Embeddings
 from pyramidreid.gallery.gallery import Gallery
@@ -53,6 +61,48 @@ def files(tmp_path):
 
 @pytest.fixture
 def gallery(files): return Gallery.from_learner(BandModel(), files)
+
+@pytest.fixture
+def alive(monkeypatch):
+    "Pixels of the RGB pictures that exist at the same time, at most, in a list of one"
+    lock,now,most,convert = threading.Lock(),[0],[0],Image.Image.convert
+    def count(n):
+        with lock:
+            now[0] += n
+            most[0] = max(most[0], now[0])
+    def counted(self, *args, **kwargs):
+        res = convert(self, *args, **kwargs)
+        n = res.width*res.height
+        count(n)
+        weakref.finalize(res, count, -n)
+        return res
+    monkeypatch.setattr(Image.Image, 'convert', counted)
+    return most
+
+@pytest.fixture
+def large_files(tmp_path):
+    "32 pictures of 10,000 pixels"
+    files = [tmp_path/f'{i}.png' for i in range(32)]
+    for i,file in enumerate(files): Image.new('RGB', (200,50), (i,2*i,255-i)).save(file)
+    return files
+
+def test_the_pixels_of_full_size_are_bounded(large_files, alive, monkeypatch):
+    monkeypatch.setattr(gallery_module, '_MOST_PIXELS', 50_000, raising=False)
+    gallery = Gallery.from_learner(BandModel(), large_files)
+    assert 10_000<=alive[0]<=50_000
+    assert gallery.keys.keys()==set(map(str, large_files))
+    expected = [Gallery(BandModel()).embed([file]).values[0] for file in large_files]
+    assert np.array_equal(gallery.embed(large_files).values, expected)
+
+@pytest.mark.parametrize('reader', ['cache','command line'])
+def test_a_large_file_is_resized_before_the_next_is_decoded(large_files, alive, monkeypatch, reader):
+    monkeypatch.setattr(images, '_LARGE_PIXELS', 10_000)
+    if reader=='cache': pixels = np.concatenate(list(decode_images(large_files, (5,4), 16))).transpose(0, 2, 3, 1)
+    else:
+        model = SimpleNamespace(size=(5,4), run=lambda x: x)
+        pixels = embed_files(Console(quiet=True), model, large_files)
+    assert alive[0]==10_000
+    assert pixels.shape==(32,5,4,3) and pixels[:,0,0,1].tolist()==[2*i for i in range(32)]
 
 def numbered(n, **columns): return pd.DataFrame(dict(key=[str(i) for i in range(n)], **columns))
 def keys_of(files): return [str(fn) for fn in files.fn]
@@ -788,6 +838,37 @@ def test_a_damaged_index_is_not_saved_again(large, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert len(Gallery.load(path, BandModel(dim=8)))==25_000
+
+def test_an_index_without_faiss(large, tmp_path, monkeypatch):
+    "The entries are searched exactly, and saves keep the index, for whoever has FAISS"
+    g,embs = large
+    path = g.build_index('ivf').save(tmp_path/'g')
+    file = next(path.glob('*.faiss'))
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, 'faiss', None)
+        hint = r"cannot be used: faiss is not installed.*pip install 'pyramidreid\[gallery"
+        with pytest.warns(ReIDWarning, match=hint): found = Gallery.load(path, BandModel(dim=8))
+        assert 'searched exactly for want of FAISS' in repr(found)
+        assert found.search(embs[7], 3).key[0]=='7'
+        found.add(pd.DataFrame(dict(key=['late'], cam=[9])), embs=Embeddings(-embs[7].values, 'a model'))
+        found.save()
+        found.save(tmp_path/'copy') # where no file is yet
+        found.save(tmp_path/'copy')
+    for folder in (path,tmp_path/'copy'):
+        assert next(folder.glob('*.faiss')).read_bytes()==file.read_bytes()
+        again = Gallery.load(folder, BandModel(dim=8))
+        assert again.index.note==g.index.note and '1 entries were added later' in repr(again)
+        assert again.search(Embeddings(-embs[7].values, 'a model'), 1).key.tolist()==['late']
+
+def test_an_index_that_was_not_usable_can_be_removed(large, tmp_path, monkeypatch):
+    path = large[0].build_index('hnsw').save(tmp_path/'g')
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, 'faiss', None)
+        with pytest.warns(ReIDWarning, match='cannot be used'): found = Gallery.load(path, BandModel(dim=8))
+        found.build_index('exact').save()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert Gallery.load(path, BandModel(dim=8)).index is None
 
 def test_a_filter_over_few_of_very_many_ids():
     "Row ids are never reused, so they may be far larger than the number of rows"

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 
-from pyramidreid.core import ReIDWarning
+from pyramidreid.core import ReIDWarning, partial_folder
 from pyramidreid.gallery import store as module
 from pyramidreid.gallery.store import Store, file_record, read_embeddings, read_manifest, write_embeddings
 
@@ -746,6 +746,18 @@ def test_stale_files_are_removed_after_a_minute(store, path, monkeypatch):
         store.add(embs(1), frame([f'{now}']))
         store.save()
         assert {o.name for o in path.iterdir()} & old==left
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(store, path):
+    "A writer that holds its lock may write for longer than a minute"
+    (path/'.partial-killed').mkdir()
+    (path/'.partial-killed'/'.lock').write_bytes(b'')
+    (path/'.partial-killed'/'rest').write_bytes(b'x')
+    with partial_folder(path) as writing:
+        for i in range(2):
+            store.add(embs(1, i), frame([f'later {i}']))
+            store.save()
+        assert writing.exists()
+    assert not list(path.glob('.partial-*'))
 
 def test_a_folder_that_cannot_be_locked(store, path, monkeypatch):
     "A warning, and the save goes on"

@@ -15,6 +15,8 @@ pytest.importorskip('pyarrow', reason='needs the extra gallery')
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pyramidreid.core import ReIDWarning
+from pyramidreid.gallery import store
 from pyramidreid.gallery.gallery import Gallery
 from pyramidreid.gallery.store import file_record
 
@@ -330,3 +332,49 @@ def test_a_lock_that_is_not_a_file(path, tmp_path, kind):
     else:
         with pytest.raises(OSError, match='gallery.lock'): gallery.save()
     assert not (tmp_path/'elsewhere').exists()
+
+# Files of terabytes, which take no room on the disk
+
+@pytest.mark.parametrize('i', [0,1])
+@pytest.mark.parametrize('rows', [N,10**11])
+def test_a_file_is_not_read_for_its_checksum_if_it_is_too_long(path, i, rows):
+    "Longer than its entries can take; or most of it a hole, if the manifest has as many entries"
+    manifest = read(path)
+    segment = manifest['segments'][0]
+    size = 1<<40
+    os.truncate(path/segment['files'][i][0], size)
+    segment['files'][i][1],segment['rows'] = size,rows
+    write(path, manifest)
+    check_refused(path, 'take at most' if rows==N else 'hardly any of its 1,099,511,627,776 bytes are on the disk')
+
+def test_a_file_without_any_byte_on_the_disk(path, monkeypatch):
+    "Nor on a disk that does not say how many it holds"
+    manifest = read(path)
+    segment = manifest['segments'][0]
+    file = path/segment['files'][0][0]
+    file.write_bytes(b'')
+    os.truncate(file, 1<<40)
+    segment['files'][0][1],segment['rows'] = 1<<40,10**11
+    write(path, manifest)
+    check_refused(path, 'hardly any')
+
+def test_the_index_is_not_read_either(path):
+    manifest = read(path)
+    (path/'000001.faiss').write_bytes(b'')
+    os.truncate(path/'000001.faiss', 1<<42)
+    manifest['index'] = dict(file=['000001.faiss',1<<42,0], note=dict(kind='ivf', rows=10**12))
+    write(path, manifest)
+    with pytest.warns(ReIDWarning, match='The index is damaged: .* take at most'):
+        gallery = Gallery.load(path, BandModel())
+    assert gallery.table.key.tolist()==KEYS
+
+def test_lengths_that_files_may_have(path):
+    "A file of 4 GB that is on the disk, and one of an almost empty table, are no holes"
+    assert not store._is_hole(segment_file(path, 0))
+    n,dim = 300_000,2048
+    content = dict(dim=dim, dtype='float32', kinds=dict(key='text', cam='number'))
+    most = store._most_bytes(content, n)
+    assert n*(8+4*dim)<=most['safetensors']<=n*(8+4*dim)+2**21
+    assert most['parquet']>n*4096*2 # two texts of the largest size that is read
+    assert most['faiss']>n*(dim+8)+4*round(2*n**.5)*dim # see `_empty_index`
+    assert most['faiss']>n*(dim+4*68+8)

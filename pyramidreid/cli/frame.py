@@ -45,10 +45,10 @@ class CommandResult:
         return _CONTROLS.sub(lambda match: f'\\u{ord(match[0]):04x}', text)
 
 # %% ../../nbs/cli/01_frame.ipynb #9f8e3d76
-def _shown(text):
-    "A text of one or more lines, without what a terminal would obey: names in it may come from others"
-    from pyramidreid.images import shown_text
-    return shown_text(text, keep_lines=True)
+def _shown(text, keep_lines=True):
+    "A text without what a terminal would obey, such as in names that come from others"
+    from pyramidreid.core import shown_text
+    return shown_text(text, keep_lines)
 
 class Console:
     "Reports what a command does: to stdout, with `as_json` to stderr, with `quiet` nowhere"
@@ -128,22 +128,27 @@ _INPUT_ERRORS = (OSError, ValueError, ImportError, RuntimeError, FloatingPointEr
 # fastai's prefix for an error inside a callback, with its spelling
 _CALLBACK_PREFIX = re.compile(r'Exception occured in `\w+` when calling event `\w+`:\s*')
 
+def _own_text(e):
+    "The text of an exception: one line, but for `TextLines`, and without fastai's prefix"
+    text = e.args[0] if len(e.args)==1 and isinstance(e.args[0], str) else str(e)
+    return _shown(text if _CALLBACK_PREFIX.match(text) is None else _CALLBACK_PREFIX.sub('', text, count=1), False)
+
 def _error_message(e):
     "Describe an error to a person"
     if isinstance(e, ModuleNotFoundError):
-        return f"{e.name} is not installed, but this command needs it: pip install pyramidreid"
+        return f"{_shown(e.name, False)} is not installed, but this command needs it: pip install pyramidreid"
     if isinstance(e, OSError) and e.strerror is not None:
-        return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
-    return _CALLBACK_PREFIX.sub('', str(e), count=1)
+        return _shown(f"{e.filename}: {e.strerror}" if e.filename else e.strerror, False)
+    return _own_text(e)
 
 def _report_error(e, debug=False):
     "Print what went wrong and return the exit code"
     if debug: traceback.print_exception(e)
     if isinstance(e, _INPUT_ERRORS):
-        click.echo(_shown(f"Error: {_error_message(e)}"), err=True)
+        click.echo(f"Error: {_error_message(e)}", err=True)
         return 2
-    message = f"Error: {type(e).__name__}: {e}. This is a bug in pyramidreid. --debug shows the traceback"
-    click.echo(_shown(message), err=True)
+    message = f"Error: {type(e).__name__}: {_own_text(e)}. This is a bug in pyramidreid. --debug shows the traceback"
+    click.echo(message, err=True)
     return 3
 
 # %% ../../nbs/cli/01_frame.ipynb #b0d28f7c
@@ -214,7 +219,7 @@ def _run_command(function, console, debug, options):
     except click.ClickException: raise
     except BrokenPipeError: return _reader_is_gone()
     except KeyboardInterrupt as e:
-        click.echo(_shown(f"\nInterrupted. {e}".rstrip()), err=True)
+        click.echo(f"\nInterrupted. {_own_text(e)}".rstrip(), err=True)
         return 130
     except Exception as e: return _report_error(e, debug)
 
@@ -284,6 +289,7 @@ def run_app(
         code = program.main(argv, prog_name=name, standalone_mode=False, obj=argv)
         return 0 if code is None else code
     except click.ClickException as e:
+        if e.message: e.message = _shown(e.message, False)
         e.show()
         return 2
     except SystemExit as e: # SIGTERM, SIGHUP, or click's exit with 1 when the reader of its help went away

@@ -52,10 +52,12 @@ def suggest_dataset(
     name, # Value of `--dataset`
 ):
     "Add a hint at `--dataset` to the error about a folder that is not recognised"
+    from pyramidreid.core import TextLines, shown_text
     try: yield
     except (ValueError, FileNotFoundError) as e:
         if name is not None or not Path(path).is_dir() or getattr(e, 'strerror', None): raise
-        raise ValueError(f"{e}\n{_hint(str(e))}") from e
+        message = e.args[0] if e.args else e
+        raise ValueError(TextLines(f"{shown_text(message)}\n{_hint(str(e))}")) from e
 
 def _hint(message):
     "How to answer an error about DATA on the command line"
@@ -103,13 +105,18 @@ def image_files(
     paths, # Files and folders
 ):
     """Return the image files among `paths` and below them, sorted by name within each folder.
-    Raises `FileNotFoundError` if a path does not exist or a folder has no images"""
+    Raises `FileNotFoundError` if a path does not exist or a folder has no images, `ValueError` for a pipe or device"""
+    from pyramidreid.core import NotRegularError, regular_size
     from pyramidreid.images import find_images
     files = []
     for path in map(Path, paths):
-        if path.is_file(): found = [path]
-        elif path.is_dir(): found = find_images(path)
-        else: raise FileNotFoundError(f"{path} does not exist")
+        found = [path]
+        try: regular_size(path)
+        except NotRegularError as e:
+            if e.kind!='a folder':
+                raise ValueError(f"{path} is not a regular file but {e.kind}: give image files, or folders") from None
+            found = find_images(path)
+        except FileNotFoundError: raise FileNotFoundError(f"{path} does not exist") from None
         if not found: raise FileNotFoundError(f"There are no images in {path}")
         files += found
     return files

@@ -164,7 +164,9 @@ def _how_to_resume(newest, argv):
     "Say how to resume an interrupted training"
     if not newest: return "No epoch was finished, so there is nothing to resume from."
     resume = [] if '--resume' in argv else ['--resume']
-    return f"The newest checkpoint is {newest}. To resume:\npyramidreid {shlex.join([*argv, *resume])}"
+    from pyramidreid.core import TextLines, shown_text
+    typed = shown_text(shlex.join([*argv, *resume]))
+    return TextLines(f"The newest checkpoint is {shown_text(newest)}. To resume:\npyramidreid {typed}")
 
 def _metrics(card):
     "Return a card's metrics and choices as plain values"

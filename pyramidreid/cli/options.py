@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['existing', 'existing_file', 'new_file', 'new_folder', 'fraction_type', 'device_option', 'dataset_option',
            'model_option', 'flip_option', 'held_out_options', 'cam_pat_option', 'pid_pat_option', 'folder_options',
-           'Target', 'Number', 'combine_options']
+           'Existing', 'Target', 'Number', 'combine_options']
 
 # %% ../../nbs/cli/02_options.ipynb #a17d0003
 import math
@@ -15,9 +15,25 @@ from pathlib import Path
 import click
 
 # %% ../../nbs/cli/02_options.ipynb #a17d0006
-existing = click.Path(exists=True, path_type=Path) # File or folder
-existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+class Existing(click.Path):
+    "A file or folder to read. A pipe or device is refused: it could be waited for forever, or never end"
+    def convert(self,
+        value, # As typed
+        param, # click's parameter
+        ctx,   # click's context
+    ):
+        "Return `value` as a path"
+        from pyramidreid.core import NotRegularError, regular_size
+        try: regular_size(value)
+        except NotRegularError as e:
+            if e.kind!='a folder': self.fail(f"{value} is not a regular file but {e.kind}.", param, ctx)
+        except (OSError, ValueError): pass # click says why
+        return super().convert(value, param, ctx)
 
+existing = Existing(exists=True, path_type=Path) # File or folder
+existing_file = Existing(exists=True, dir_okay=False, path_type=Path)
+
+# %% ../../nbs/cli/02_options.ipynb #ca895e18
 def _can_write(folder):
     "May this process create files in `folder`?"
     return os.access(folder, os.W_OK|os.X_OK, effective_ids=os.access in os.supports_effective_ids)

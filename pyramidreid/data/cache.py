@@ -33,6 +33,7 @@ from pyramidreid.images import (
     name_picture_errors,
     open_image_file,
     read_rgb,
+    shown_text,
 )
 
 # %% ../../nbs/data/09_cache.ipynb #d155271b
@@ -47,8 +48,9 @@ def _as_array(o):
     return o.detach().cpu().numpy()
 
 def open_image(
-    o,               # A file, a PIL image, or anything that `PILImage.create` takes
-    pixel_range=None # Values of black and white of pictures with more than 8 bits, as for `read_rgb`
+    o,                # A file, a PIL image, or anything that `PILImage.create` takes
+    pixel_range=None, # Values of black and white of pictures with more than 8 bits, as for `read_rgb`
+    size=None         # Height and width to resize to, as for `read_rgb`; None: its own
 ):
     "Return an upright RGB `PILImage` for training. Raises an `OSError` that names an unreadable file and the remedy"
     o = _as_array(o)
@@ -56,7 +58,8 @@ def open_image(
     known = is_deep or isinstance(o, (str,os.PathLike,Image.Image))
     if isinstance(o, bytes): o = BytesIO(o)
     known = known or hasattr(o, 'read')
-    try: return PILImage(read_rgb(o if known else PILImage.create(o, mode=None), pixel_range=pixel_range))
+    if not known: o = PILImage.create(o, mode=None)
+    try: return PILImage(read_rgb(o, pixel_range=pixel_range, size=size))
     except OSError as e:
         if is_access_error(e): raise
         raise OSError(f"{e}{_SKIP_HINT}") from e
@@ -92,9 +95,7 @@ def kept_size(
 # %% ../../nbs/data/09_cache.ipynb #ffc38899
 def _pixels(fn, size, pixel_range):
     "Pixels of an image file, uint8, (3, H, W)"
-    im = open_image(fn, pixel_range)
-    if im.size[::-1]!=size: im = im.resize(size[::-1], Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(im).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(open_image(fn, pixel_range, tuple(size))).transpose(2, 0, 1))
 
 def decode_images(
     fns:Sequence,        # Image files
@@ -216,7 +217,7 @@ def find(self:ImageCache,
     "Return the rows of image files. Raises `ValueError` for files that are not in the cache"
     missing = [fn for fn in fns if os.path.abspath(fn) not in self.rows]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(fns)} images are not in the cache, such as {missing[0]}: "
+        raise ValueError(f"{len(missing)} of {len(fns)} images are not in the cache, such as {shown_text(missing[0])}: "
                          "make the cache from all of them")
     return np.array([self.rows[os.path.abspath(fn)] for fn in fns], dtype=int)
 

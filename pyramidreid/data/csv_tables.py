@@ -15,7 +15,7 @@ from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
-from ..core import ReIDWarning
+from ..core import ReIDWarning, clean_errors, shown_text
 
 # %% ../../nbs/data/03_csv_tables.ipynb #96652932
 _not_text = {
@@ -54,6 +54,7 @@ def _decode(content, file):
 def _read_text(file):
     "The text of a CSV file, with `\\n` between lines. Raises `ValueError` if it is empty or not text"
     content = Path(file).read_bytes()
+    file = shown_text(file)
     _check_is_text(content, file)
     text,warning = _decode(content, file)
     text = text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n')
@@ -155,6 +156,7 @@ def _to_path(name, folder):
     if os.name=='nt' or '\\' not in name or path.exists(): return path
     return folder/PureWindowsPath(name).as_posix()
 
+@clean_errors()
 def _to_paths(names, file):
     "The column `fn`, lines by their numbers, as paths"
     empty = names.index[names.isna()]
@@ -193,19 +195,19 @@ def read_csv(
 )->pd.DataFrame:
     """Read a table from a CSV file and resolve `fn` relative to the file's folder.
     Raises `ValueError` with the cause if the file is not such a table, or if file names are missing."""
-    content = _read_text(file)
-    separator,line,n_lines = _split_header(content, file)
+    content,name = _read_text(file),shown_text(file)
+    separator,line,n_lines = _split_header(content, name)
     known = ('fn','pid','cam','split') if text else ('fn','key','pid','cam','time')
     separator = separator or _choose_separator(line, known)
     header = _read_header(line, separator)
     names = [_known_name(name, known) for name in header]
-    _need_unique(names, file)
-    names = _use_synonyms(names, known if text else ('fn',), file)
-    _need_columns(names, needs, header, file)
-    df = _parse_rows(content, separator, names, n_lines, file)
+    _need_unique(names, name)
+    names = _use_synonyms(names, known if text else ('fn',), name)
+    _need_columns(names, needs, header, name)
+    df = _parse_rows(content, separator, names, n_lines, name)
     df.columns = names
     df = df[[name for name in names if name]]
-    if df.empty: raise ValueError(f"{file} has a header, {_column_names(df.columns)}, but no rows")
+    if df.empty: raise ValueError(f"{name} has a header, {_column_names(df.columns)}, but no rows")
     paths = _to_paths(df.fn, file)
     if not text: df = _infer_types(df)
     return df.reset_index(drop=True).assign(fn=paths)
@@ -218,7 +220,7 @@ def csv_table(
     Raises `ValueError` with the cause if the file is not such a table."""
     df = read_csv(file, needs=('fn','pid'))
     if df.pid.isna().all(): raise ValueError(
-        f"{file}: no row has a value in the column 'pid'. The first row is {list(map(str, df.iloc[0]))}")
+        f"{shown_text(file)}: no row has a value in the column 'pid'. The first row is {list(map(str, df.iloc[0]))}")
     df = df.reindex(columns=['fn','pid','cam','split']).astype(object)
     df = df.where(df.notna(), None)
     df.attrs['name'] = Path(file).stem

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import partial_folder, require_extra, with_progress
+from ..core import TextLines, partial_folder, require_extra, shown_text, with_progress
 from .registry import attach_counts, reid_sets
 
 # %% ../../nbs/data/06_cuhk03.ipynb #cc23ab4f
@@ -141,13 +141,13 @@ def _find_mat(mat):
     mat = Path(mat)
     if mat.suffix!='.mat': mat = mat/'cuhk-03.mat'
     if mat.exists(): return mat
-    raise FileNotFoundError('\n'.join([
-        f"{mat} does not exist. Expected CUHK03's original release:",
+    raise FileNotFoundError(TextLines('\n'.join([
+        f"{shown_text(mat)} does not exist. Expected CUHK03's original release:",
         "  cuhk-03.mat",
         "  cuhk03_new_protocol_config_detected.mat",
         "  cuhk03_new_protocol_config_labeled.mat",
         "It comes from www.ee.cuhk.edu.hk/~xgwang/CUHK_identification.html. "
-        f"Terms: {reid_sets['cuhk03_np_detected'].terms}."]))
+        f"Terms: {reid_sets['cuhk03_np_detected'].terms}."])))
 
 def cuhk03_table(
     mat,              # File `cuhk-03.mat`, or the folder that contains it

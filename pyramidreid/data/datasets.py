@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import require_extra
+from ..core import TextLines, clean_errors, require_extra, shown_text
 from .csv_tables import csv_table, is_csv
 from .cuhk03 import check_cuhk03_boxes, cuhk03_table
 from pyramidreid.data.registry import (
@@ -48,9 +48,10 @@ def _not_found(dataset, path, missing, alternatives=()):
     lines += [f"Expected, with files like {dataset.example}:", *_layout_lines(dataset)]
     for other in alternatives: lines += [f"or, for {other.name}:", *_layout_lines(other)]
     lines.append(f"It comes from {dataset.home}. Terms: {dataset.terms}.")
-    return FileNotFoundError('\n'.join(lines))
+    return FileNotFoundError(TextLines('\n'.join(map(shown_text, lines))))
 
 # %% ../../nbs/data/05_datasets.ipynb #daed10d4
+@clean_errors()
 def _read_list(list_file, folder):
     "Pairs of an image file below `folder` and its person id, from the lines of `list_file`"
     text = list_file.read_text(encoding='utf-8-sig')
@@ -140,6 +141,7 @@ def market_table(
     df = attach_counts(df, dataset.name, dataset.counts) if is_original else attach_counts(df, name, {})
     return df if distractors is None else _add_distractors(df, Path(distractors), dataset.pattern)
 
+@clean_errors()
 def _add_distractors(df, path, pattern):
     "`df` with the images at `path` as gallery images of person 0"
     fns = find_images(path)
@@ -293,6 +295,7 @@ def _tracklet_rows(path, part, key):
     return df
 
 # %% ../../nbs/data/05_datasets.ipynb #9ce8d28b
+@clean_errors()
 def _check_present(df, folder):
     "Raise `FileNotFoundError` if a file of `df` is not in `folder`"
     present = set(find_images(folder))
@@ -371,6 +374,7 @@ def seems_published(path): # Folder
 # %% ../../nbs/data/05_datasets.ipynb #e24b422f
 def _known_names(): return ', '.join([*reid_sets, 'cuhk03', 'cuhk03_np', 'msmt17', *own_sets])
 
+@clean_errors()
 def _recognise_or_raise(path):
     "The key of the dataset at `path`"
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist")
@@ -395,7 +399,8 @@ def dataset_table(
     incomplete, `ValueError` for an unknown `name`, or a file that is not a table."""
     path = Path(path)
     if is_csv(path):
-        if name is not None: raise ValueError(f"{path} is a CSV table, not the folder of {name!r}: leave out the name")
+        if name is not None: raise ValueError(
+            f"{shown_text(path)} is a CSV table, not the folder of {name!r}: leave out the name")
         return csv_table(path)
     if name is None: name = _recognise_or_raise(path)
     either_boxes = name=='cuhk03_np' and not choices # whichever there are

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import ReIDWarning
+from ..core import ReIDWarning, TextLines, clean_errors, shown_text
 from .tables import queries_and_gallery
 from ..images import escape_bytes, survey_folder
 
@@ -40,7 +40,7 @@ _ROLES = ('train','query','gallery','valid')
 
 def _listing(names, n=4):
     "A few of `names` as text"
-    names = list(dict.fromkeys(map(str, names)))
+    names = list(dict.fromkeys(map(shown_text, names)))
     more = len(names)-n
     shown = [*names[:n], f'{more:,} others'] if more>1 else names
     return ' and '.join([', '.join(shown[:-1]), shown[-1]]) if len(shown)>1 else ''.join(shown)
@@ -184,7 +184,7 @@ def _answers(images, names, parents):
     if no_person: order = ['above','several','same']
     elif all(map(_is_camera, last_parts)): order = ['cameras','several','same','above']
     else: order = ['several','same','above','cameras']
-    return '\n'.join(f'  - {options[option]}' for option in order)
+    return '\n'.join(f'  - {shown_text(options[option])}' for option in order)
 
 # %% ../../nbs/data/02_folders.ipynb #90a46091
 def _check_one_depth(path, images):
@@ -199,6 +199,7 @@ def _check_one_depth(path, images):
         f"at one depth. Say which part of the path is the person: pid_pat=r'{prefix}([^/]+)/' if it is the first "
         f"folder, pid_pat=r'([^/]+)/[^/]+$' if it is the last")
 
+# %% ../../nbs/data/02_folders.ipynb #f30e9931
 def _check_names(path, images):
     "Raise a `ValueError` if the folders of images are named like cameras, dates or tracks, not like people"
     names,parents = images.pid.unique().tolist(),images.parent.unique().tolist()
@@ -208,12 +209,13 @@ def _check_names(path, images):
     else:
         file_name = images.rel.iloc[0].rsplit('/')[-1]
         camera = _camera_pattern(names, _split_prefix(images), '/')
-        answers = (f"\n  - the person is in the name of the file, as in {file_name}: "
-                   f"pid_pat=r'/{_person_pattern(file_name)}', {camera}"
+        answers = (f"\n  - the person is in the name of the file, as in {shown_text(file_name)}: "
+                   f"pid_pat=r'/{_person_pattern(file_name)}', {shown_text(camera)}"
                    "\n  - these are people: pid_pat=r'([^/]+)/[^/]+$'")
     what = 'cameras' if cameras else 'dates, tracks or parts'
-    raise ValueError(f"The images in {path} are in folders named like {what}, not like people: {_listing(names)}. "
-                     f"Say which part of the path is the person.{answers}")
+    raise ValueError(TextLines(
+        f"The images in {shown_text(path)} are in folders named like {what}, not like people: {_listing(names)}. "
+        f"Say which part of the path is the person.{answers}"))
 
 def _check_one_parent(path, images):
     "Raise a `ValueError` if a person's name is a folder in several folders that `cam_pat` does not explain"
@@ -223,8 +225,9 @@ def _check_one_parent(path, images):
     rows = images[images.pid==repeated[0]]
     parents = rows.drop_duplicates('masked').parent.tolist()
     others = f", and {len(repeated)-1:,} more names are repeated" if len(repeated)>1 else ''
-    raise ValueError(f"{repeated[0]!r} is a folder in {_listing(parents)} of {path}{others}. Say which part of the "
-                     f"path is the person, or the camera:\n{_answers(images, [*repeated], parents)}")
+    raise ValueError(TextLines(
+        f"{repeated[0]!r} is a folder in {_listing(parents)} of {shown_text(path)}{others}. Say which part of the path "
+        f"is the person, or the camera:\n{_answers(images, [*repeated], parents)}"))
 
 # %% ../../nbs/data/02_folders.ipynb #93e83385
 def _mask(rel, start, end, spans):
@@ -311,6 +314,7 @@ def _split_folder(rel, roles):
     "The innermost folder of a path that is among `roles`, '' if none is"
     return next((folder for folder in reversed(_ancestors(rel)) if folder in roles), '')
 
+@clean_errors()
 def _list_images(path, files, rels, splits):
     "A table of the images, with the folder of the split each is in (`top`), and the role of each such folder"
     images = pd.DataFrame(dict(fn=files, rel=rels), dtype=object)
@@ -332,6 +336,8 @@ def _set_aside(images, roles):
     in_order = kept.assign(order=order).sort_values('order', kind='stable').drop(columns='order')
     return in_order,{kind: images.rel[rows].tolist() for kind,rows in aside.items()}
 
+# %% ../../nbs/data/02_folders.ipynb #2cdedefa
+@clean_errors()
 def _without_loose(path, images, roles):
     "`images` without those beside the folders of people, and these"
     is_loose = images.inside==''
@@ -358,6 +364,7 @@ def _check_camera_is_no_person(cam_pat, images, pid_spans, cam_spans):
         f"paths, e.g. {bad[0]}. Begin the pattern with / and end it with [^/]*$ to search the name of the file, or say "
         "with pid_pat which part of the path is the person")
 
+@clean_errors()
 def _find_ids(path, images, recognised, cam_pat, pid_pat, splits):
     "`images` with the columns `pid` and `cam`. Raises `ValueError` if a path can be read in several ways"
     if pid_pat is None: pid_spans = [_folder_span(rel) for rel in images.rel]
@@ -424,7 +431,7 @@ def _read_as(cam_pat, pid_pat, images, roles):
 def _no_images(path, unknown):
     "The error about a folder without images to read, with pictures of `unknown` formats"
     hint = f". Pictures in formats that cannot be read: {_listing(unknown, 3)}. Convert them to PNG" if unknown else ''
-    return FileNotFoundError(f"No images in the folders below {path}. {_EXPECTED}{hint}")
+    return FileNotFoundError(f"No images in the folders below {shown_text(path)}. {_EXPECTED}{hint}")
 
 def _list_not_read(found, aside):
     "All paths that were not read, by kind: those of `aside`, and those `found` that are not images"
@@ -447,7 +454,7 @@ def folder_table(
     """Read one folder per person. Roles in `splits` are 'train', 'query', 'gallery', 'valid' or None (left out).
     Raises `FileNotFoundError` if there are no such folders, `ValueError` if they can be read in several ways."""
     path = Path(path)
-    if not path.is_dir(): raise FileNotFoundError(f"{path} is not a folder. {_EXPECTED}")
+    if not path.is_dir(): raise FileNotFoundError(f"{shown_text(path)} is not a folder. {_EXPECTED}")
     survey = survey_folder(path)
     found = {kind: _relative(path, files) for kind,files in survey.items()}
     images,roles = _list_images(path, survey['image'], found['image'], splits)

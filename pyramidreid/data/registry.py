@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from ..core import clean_errors
 from .tables import is_junk
 
 # %% ../../nbs/data/04_registry.ipynb #07c5a6cb
@@ -322,6 +323,7 @@ def register_dataset(
 # %% ../../nbs/data/04_registry.ipynb #fd0360cb
 _layout_keys = ('name','train','query','gallery','pattern')
 
+@clean_errors()
 def read_layout(
     file # JSON file with an object: `pattern`, and folders `train`, `query` and `gallery` as in `register_dataset`
 )->ReIDSet:

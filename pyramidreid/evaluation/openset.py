@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import atomic_write
+from ..core import atomic_write, clean_errors
 from .intervals import binomial_interval, effective_searches
 from .json_entries import check_entry, is_fraction, is_whole, json_from
 from ..images import shown_text
@@ -249,6 +249,7 @@ def _check_entries(values):
 
 # %% ../../nbs/evaluation/08_openset.ipynb #ddba4247
 @patch(cls_method=True)
+@clean_errors()
 def from_json(
     cls:Calibration,
     src # JSON text from `to_json`, or the path of a file with it

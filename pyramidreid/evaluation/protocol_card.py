@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core import atomic_write
+from ..core import atomic_write, clean_errors
 from .json_entries import check_entry, is_fraction, is_whole, json_from
 from ..images import shown_text
 
@@ -101,6 +101,7 @@ def _check_agreement(card):
 
 # %% ../../nbs/evaluation/02_protocol_card.ipynb #930711ae
 @patch(cls_method=True)
+@clean_errors()
 def from_json(cls:Card,
     src # What `to_json` returned, or the path that it wrote to
 ):

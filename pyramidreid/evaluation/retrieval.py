@@ -8,6 +8,7 @@ __all__ = ['NoMatchError', 'is_junk_id', 'Ranking', 'warn_if_one_set', 'evaluate
 
 # %% ../../nbs/evaluation/04_retrieval.ipynb #2b14b21e
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -41,9 +42,18 @@ def is_junk_id(
     ids,     # Array of ids, whole numbers or strings
     junk_pid # The id of junk images; None: there is no junk
 ):
-    "Return which of `ids` are junk. Raises `ValueError` if no id can equal `junk_pid`"
+    """Return which of `ids` are junk; text with spaces around the id, or like '-1.0' for -1, is junk as well, as in
+    tables. Raises `ValueError` if no id can equal `junk_pid`"""
     if junk_pid is None: return np.zeros(len(ids), bool)
-    return ids==_as_kind(junk_pid, ids.dtype.kind)
+    junk = _as_kind(junk_pid, ids.dtype.kind)
+    if ids.dtype.kind!='U': return ids==junk
+    return np.isin(np.char.strip(ids), _spellings(junk.strip()))
+
+def _spellings(junk):
+    "How the id of junk may be written: a whole number also as pandas writes it in a column with gaps"
+    if re.fullmatch(r'-?[0-9]+', junk): return [junk, f'{junk}.0']
+    if re.fullmatch(r'-?[0-9]+\.0', junk): return [junk, junk[:-2]]
+    return [junk]
 
 def _as_kind(junk_pid, kind):
     "`junk_pid` as text, or as a whole number if the ids are no text: '-1' and -1.0 are -1"

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.modules import module as registration
 
 # %% ../../nbs/export/02_model_files.ipynb #8db1f6fa
-from ..core import atomic_write, require_extra
+from ..core import atomic_write, clean_errors, require_extra
 from pyramidreid.export.onnx_runtime import (
     BLANK_CHECKSUM,
     FORMAT,
@@ -217,6 +217,7 @@ def _read_text(file):
     raise ValueError(f"{file} does not describe a model of pyramidreid: it has {size:,} bytes, "
                      f"and a description at most {_MOST_TEXT:,}")
 
+@clean_errors()
 def read_description(
     folder # As given to `save_model`
 )->dict:
@@ -323,6 +324,7 @@ class Embedder(BaseEmbedder):
         if not len(x): return np.empty((0, self.emb_sz), np.float32)
         with torch.no_grad(): return self.net(torch.from_numpy(x).to(self.device)).float().cpu().numpy()
 
+# %% ../../nbs/export/02_model_files.ipynb #ca633ee0
 def _load_embedder(about, file, device='cpu', arch=None, model=None):
     "The `Embedder` of a description and a file of weights, which `model` is given, or a new model"
     if model is None:
@@ -336,6 +338,7 @@ def _load_embedder(about, file, device='cpu', arch=None, model=None):
                          "Copy or save the model again")
     return embedder
 
+@clean_errors()
 def load_embedder(
     folder,       # As given to `save_model`
     device='cpu', # Where to compute

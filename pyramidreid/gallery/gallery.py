@@ -8,6 +8,7 @@ __all__ = ['Gallery', 'stored_calibration']
 # %% ../../nbs/gallery/05_gallery.ipynb #9cbeb520
 import math
 import numbers
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +28,7 @@ from pyramidreid.gallery.entries import (
 )
 from .nearest import RowBlocks, nearest_rows, normalize_rows, read_index, train_index
 from .store import Store, read_manifest, warn_without_index
+from ..images import decoded_pixels
 
 # %% ../../nbs/gallery/05_gallery.ipynb #f6155830
 class Gallery:
@@ -64,7 +66,7 @@ class Gallery:
 # %% ../../nbs/gallery/05_gallery.ipynb #0bcf4ae7
 @patch
 def __repr__(self:Gallery):
-    search = 'searched exactly'
+    search = 'searched exactly' + (' for want of FAISS' if getattr(self.store, 'index', None) else '')
     if self.index is not None:
         n_later = int((self.store.table.index>=self.index.note['upto']).sum())
         search = f'{self.index}; {n_later:,} entries were added later'
@@ -106,6 +108,31 @@ def add(self:Gallery,
     if len(df): self._append(self._normalized(embs), *typed)
     return self
 
+# %% ../../nbs/gallery/05_gallery.ipynb #2ecb55bc
+_MOST_PIXELS = 2**26 # Of the pictures decoded at a time: 268 MB
+
+def _batch_ends(counts, most):
+    "Where batches of pictures with these numbers of pixels end, so that each has at most `most`, or one picture"
+    res,total = [],0
+    for i,n in enumerate(counts):
+        if total and total+n>most: res,total = [*res,i],0
+        total += n
+    return [*res,len(counts)]
+
+@patch
+def _decoded(self:Gallery, items, bs):
+    "Yield the items as lists of at most `bs` decoded images that fit into memory"
+    pixel_range = getattr(self.embedder, 'pixel_range', None)
+    def open_item(i):
+        name = 'The image' if len(items)==1 else f'image {i}'
+        return open_picture(items[i], name, pixel_range)
+    with ThreadPoolExecutor(4) as pool:
+        for i in with_progress(range(0, len(items), bs)):
+            start = i
+            for end in _batch_ends(list(pool.map(decoded_pixels, items[i:i+bs])), _MOST_PIXELS):
+                yield list(pool.map(open_item, range(start, i+end)))
+                start = i+end
+
 # %% ../../nbs/gallery/05_gallery.ipynb #ae96cf57
 @patch
 def embed(self:Gallery,
@@ -116,14 +143,10 @@ def embed(self:Gallery,
     if self.embedder is None: raise ValueError("This gallery was loaded without its model and accepts only "
                                                "`Embeddings`: load it with Gallery.load(path, learn)")
     self._check_model(self.embedder)
-    items,batches,pixel_range = list(items),[],getattr(self.embedder, 'pixel_range', None)
-    def open_item(i):
-        name = 'The image' if len(items)==1 else f'image {i}'
-        return open_picture(items[i], name, pixel_range)
-    with ThreadPoolExecutor(4) as pool:
-        for i in with_progress(range(0, len(items), bs)):
-            images = list(pool.map(open_item, range(i, min(i+bs, len(items)))))
-            batches.append(np.asarray(self.embedder.embed(images)))
+    batches = []
+    for images in self._decoded(list(items), bs):
+        batches.append(np.asarray(self.embedder.embed(images)))
+        del images # before the next ones are decoded
     if not batches: batches = [np.zeros((0, self.store.dim or getattr(self.embedder, 'emb_sz', 1)))]
     return Embeddings(np.concatenate(batches), self.fingerprint)
 
@@ -335,6 +358,16 @@ def _check_lengths(path, segment):
             f"{path/segment.files[0][0]} is damaged: the embedding in row {i+bad[0]} has the length "
             f"{math.sqrt(squares[bad[0]]):.3g} and should have 1. Restore it from a copy")
 
+# %% ../../nbs/gallery/05_gallery.ipynb #c160d68d
+def _keep_index(store, e):
+    "Warn that the index cannot be read for want of FAISS; a save to another folder copies its file"
+    file = store.path/store.index['file'][0]
+    def copy(dest): shutil.copyfile(file, dest)
+    store.index['write'] = copy
+    warnings.warn(f"The gallery has an index that cannot be used: {e}. All entries are there and are searched exactly, "
+                  "which takes longer in a large gallery. The index is kept when the gallery is saved", ReIDWarning,
+                  stacklevel=3)
+
 # %% ../../nbs/gallery/05_gallery.ipynb #ee82c84a
 @patch(cls_method=True)
 def load(cls:Gallery,
@@ -358,6 +391,9 @@ def load(cls:Gallery,
         if not file.exists() and manifest and manifest['stamp']!=store.stamp: return cls.load(path, embedder, check)
         store.index = None
         warn_without_index(f"The index is damaged: {e}")
+        return res
+    except ImportError as e:
+        _keep_index(store, e)
         return res
     store.index['write'] = res._write_index
     return res

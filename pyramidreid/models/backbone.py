@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from ..core import require_extra
+from ..core import clean_errors, require_extra
 
 # %% ../../nbs/models/01_backbone.ipynb #5b786b9f
 def _is_striding(m):
@@ -257,6 +257,7 @@ def create_backbone(
     return keep_last_resolution(body, arch_name(arch)) if last_stride==1 else body
 
 # %% ../../nbs/models/01_backbone.ipynb #21a0f4ae
+@clean_errors()
 def read_weights(fname): # A safetensors or torch file
     "Return the state dict in a file. Raises `ValueError` if the file is damaged or holds something else."
     fname = Path(fname)
