@@ -96,7 +96,8 @@ def test_times_are_read_as_times():
 
 TABLE = typed_table(pd.DataFrame(dict(key=['a','b'], cam=['x','y'], pid=[1,2])), {})[0]
 HOSTILE = {
-    '@os.system("touch {file}")+pid==1':'@os', 'cam in @x':'@x', 'cam in @times':'@times', '@os.system("touch {file}")':'@os',
+    '@os.system("touch {file}")+pid==1':'@os', 'cam in @x':'@x', 'cam in @times':'@times',
+    '@os.system("touch {file}")':'@os',
     '@pd.read_pickle("{file}")':'@pd', 'key.to_csv("{file}")':'to_csv', 'key.to_pickle("{file}")':'to_pickle',
     'key.map(print)':'map', 'pid.values.tofile("{file}")':'tofile', 'pid.apply("__import__")':'apply',
     'pid.agg("sum")==3':'agg', 'key.str.cat(others=key)':'cat', 'key.str.repeat(10**9)':'repeat',
