@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Role', 'require_extra', 'TextLines', 'shown_text', 'clean_errors', 'ReIDWarning', 'NotRegularError',
-           'regular_size', 'flush_to_disk', 'atomic_write', 'remove_leftovers', 'partial_folder', 'with_progress',
-           'show_once']
+           'regular_size', 'flush_to_disk', 'atomic_write', 'remove_leftovers', 'partial_folder', 'need_regular',
+           'read_regular', 'with_progress', 'show_once']
 
 # %% ../nbs/00_core.ipynb #dbbdcbeb
 import errno
@@ -225,6 +225,27 @@ def partial_folder(
         try: _remove_contents(partial)
         finally: lock.release()
         shutil.rmtree(partial, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #7b7ab395
+def need_regular(
+    file:str|Path, # Name of a file
+    what='file'    # What an error asks for
+)->int:            # Its length in bytes
+    "Raise `ValueError` if a file is not a regular one, but a pipe, a device or a folder"
+    try: return regular_size(file)
+    except NotRegularError as e:
+        raise ValueError(f"{shown_text(file)} is not a regular file but {e.kind}: give the path of a {what}") from None
+
+def read_regular(
+    file:str|Path, # Name of a file
+    n_most:int,    # Bytes that it may have
+    what='file'    # What an error asks for
+)->bytes:
+    "Return the bytes of a file. Raises `ValueError` if it is not a regular file, or larger than `n_most`"
+    size = need_regular(file, what)
+    if size>n_most: raise ValueError(
+        f"{shown_text(file)} has {size:,} bytes, more than the {n_most:,} allowed for a {what}")
+    with open(file, 'rb') as f: return f.read(n_most)
 
 # %% ../nbs/00_core.ipynb #551c7dbf
 def _in_jupyter():

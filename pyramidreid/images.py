@@ -10,10 +10,12 @@ __all__ = ['MAX_PIXELS', 'is_rotated', 'plot_text', 'escape_bytes', 'image_forma
 
 # %% ../nbs/01_images.ipynb #1a6e0003
 import errno
+import io
 import math
 import numbers
 import os
 import re
+import struct
 import threading
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
@@ -103,16 +105,20 @@ def _check_file(file):
         "raise pyramidreid.images.MAX_PIXELS, of which that is four times")
     return size
 
+# %% ../nbs/01_images.ipynb #66432aee
 def _check_size(im, name):
     "The pixels an opened image takes when it is decoded. Raises a `RefusedPictureError` for none and for too many"
     if not all(im.size): raise RefusedPictureError(f"{name} has no pixels ({im.width}×{im.height}): remove it")
     tags = getattr(im, 'tag_v2', {}) # A TIFF is decoded by tiles, which may be larger than the picture
     sizes = im.size,(tags.get(322, 0),tags.get(323, 0))
     width,height = max(sizes, key=math.prod)
+    _check_pixels(width, height, name)
+    return width*height
+
+def _check_pixels(width, height, name):
     if width*height>MAX_PIXELS: raise RefusedPictureError(
         f"{name} has {width:,}×{height:,} pixels, more than the {MAX_PIXELS:,} allowed: scale it down, or raise "
         "pyramidreid.images.MAX_PIXELS")
-    return width*height
 
 # %% ../nbs/01_images.ipynb #1bfacbef
 # What a system says of a file that may be a good picture
@@ -165,6 +171,28 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_new_lock
 
 def _alone_if(is_large): return _one_at_a_time if is_large else nullcontext()
 
+# %% ../nbs/01_images.ipynb #a01f1d7d
+def _opened(file):
+    "An open binary file at its beginning, where Pillow starts"
+    if isinstance(file, (str,os.PathLike)): return open(file, 'rb')
+    file.seek(0)
+    return nullcontext(file)
+
+def _icon_sizes(f):
+    "Widths and heights of the pictures in an icon; none in another file. Pillow decodes one when it opens the icon"
+    kind,n = struct.unpack('<IH', f.read(6).ljust(6, b'\0'))
+    entries = f.read(16*n) if kind==0x10000 else b''
+    res = []
+    for offset, in struct.iter_unpack('<12xI', entries[:len(entries)//16*16]):
+        f.seek(offset)
+        head = f.read(24).ljust(24, b'\0')
+        is_png = head.startswith(b'\x89PNG')
+        width,height = struct.unpack('>16xII', head) if is_png else struct.unpack('<4xii12x', head)
+        res.append((abs(width), abs(height)//(1 if is_png else 2))) # a bitmap's mask lies below it
+    f.seek(0)
+    return res
+
+# %% ../nbs/01_images.ipynb #eb8b9969
 @contextmanager
 def open_image_file(
     file # Name of a file, or an open binary file
@@ -173,8 +201,12 @@ def open_image_file(
     Raises `RefusedPictureError` for what is not a regular file, and for a picture that is too large"""
     is_name = isinstance(file, (str,os.PathLike))
     n_bytes = _check_file(file) if is_name else 0
-    with _alone_if(n_bytes>=_LARGE_BYTES),Image.open(file, formats=image_formats()) as im:
-        n = _check_size(im, shown_text(file) if is_name else 'image')
+    name = shown_text(file) if is_name else 'image'
+    if not (is_name or hasattr(file, 'seekable') and file.seekable()): file = io.BytesIO(file.read())
+    with _opened(file) as f: icons = _icon_sizes(f)
+    for width,height in icons: _check_pixels(width, height, name)
+    with _alone_if(icons or n_bytes>=_LARGE_BYTES),Image.open(file, formats=image_formats()) as im:
+        n = _check_size(im, name)
         with _alone_if(n>=_LARGE_PIXELS or _hides_size(im)): yield im
 
 def _hides_size(im): return im.format in ('ICO','ICNS') # Their header need not give the size of the picture in it

@@ -134,6 +134,48 @@ def test_a_pickle_of_images_that_changed_is_refused(own, tmp_path):
     ImageCache(own, file=tmp_path/'c')
     with pytest.raises(ValueError, match='written again'): pickle.loads(data)
 
+def changed_header(file, change):
+    "Writes the header of a cache again, changed"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:8+length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, 'little')+text+data[8+length:])
+
+def setter(name, value):
+    "What sets an entry of a header"
+    def change(header): (header['images'] if name=='shape' else header['__metadata__'])[name] = value
+    return change
+
+WRONG_HEADERS = {
+    **{f'shape {shape}':setter('shape', shape) for shape in (
+        [6,3,-96,-48], [-6,3,-96,48], 82944, ['6',3,96,48], [6,3,96,48.], [1,1,1,82944], [18,1,96,48], [], None)},
+    **{f'made of {text[:9]}':setter('made_of', text) for text in ('', '[]', '5', '{}', '{"a":[1,2]}', '['*50_000)},
+    **{f'made of {value}':setter('made_of', value) for value in (None, 3, [])},
+    **{f'resized {text}':setter('resized', text) for text in ('5', 'null', '')},
+    **{f'range {text}':setter('pixel_range', text) for text in ('[1]', '5', '"x"', '{}', '[2,1]', '[[1],[2]]')},
+    'no images':lambda header: header.pop('images'), 'images as text':lambda header: header.update(images='x')}
+
+@pytest.mark.parametrize('name', WRONG_HEADERS)
+def test_a_header_that_is_not_one_is_written_again(own, tmp_path, name):
+    kept = ImageCache(own, file=tmp_path/'c')[:].clone()
+    changed_header(tmp_path/'c', WRONG_HEADERS[name])
+    cache = ImageCache(own, file=tmp_path/'c')
+    assert torch.equal(cache[:], kept) and torch.equal(ImageCache(own, file=tmp_path/'c')[:], kept)
+
+@pytest.mark.parametrize('length', [0,3,2**40,2**63+5,2**64-1])
+def test_a_header_of_another_length_is_written_again(own, tmp_path, length):
+    kept = ImageCache(own, file=tmp_path/'c')[:].clone()
+    data = (tmp_path/'c').read_bytes()
+    (tmp_path/'c').write_bytes(length.to_bytes(8, 'little')+data[8:])
+    assert torch.equal(ImageCache(own, file=tmp_path/'c')[:], kept)
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
+def test_a_cache_that_is_a_pipe_is_not_waited_for(own, tmp_path):
+    os.mkfifo(tmp_path/'c')
+    with pytest.raises(ValueError, match='c is not a regular file'): ImageCache(own, file=tmp_path/'c')
+
 def test_what_a_killed_run_left_is_removed(own, tmp_path):
     left = tmp_path/'.partial-x'
     left.mkdir()

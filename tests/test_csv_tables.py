@@ -228,3 +228,35 @@ def test_held_out_people_of_the_command(people, people_csv):
     chosen,name = held_out(df)
     assert name=='own' and len(chosen)==(df.split!='Train').sum()
     with pytest.raises(ValueError, match='--hold-out'): held_out(df[df.split=='Train'])
+
+# Files from strangers
+
+def strange_file(file, kind):
+    if kind=='pipe': os.mkfifo(file)
+    elif kind=='device': file.symlink_to('/dev/zero')
+    else:
+        with open(file, 'wb') as f: f.truncate(2**40) # it has no blocks on the disk
+
+@posix
+@pytest.mark.parametrize('kind,message', [('pipe','is not a regular file: give the path of a CSV file'),
+    ('device','is not a regular file'), ('terabyte','1,099,511,627,776 bytes, more than the 536,870,912 allowed')])
+def test_only_regular_files_of_some_length_are_read(tmp_path, kind, message):
+    strange_file(tmp_path/'people.csv', kind)
+    for reader in (read_csv, csv_table):
+        with pytest.raises(ValueError, match=message): reader(tmp_path/'people.csv')
+
+BOMBS = {
+    'a field longer than the csv module reads':('fn,"'+'x'*200_000+'"\na.jpg,b\n', 'a header of 200,005 characters'),
+    'a hundred thousand columns':('fn,'+','.join(f'c{i}' for i in range(100_000))+'\na.jpg\n', 'a header of 688,892'),
+    'columns without a name, rows without fields':('fn'+','*90_000+'\n'+'a.jpg\n'*30_000, '90,001 names in its header')}
+
+@pytest.mark.parametrize('name', BOMBS)
+def test_a_short_file_does_not_fill_the_memory(write, name):
+    text,message = BOMBS[name]
+    with pytest.raises(ValueError, match=message): read_csv(write(text))
+
+def test_a_table_may_have_many_columns_and_gaps(write):
+    "Three fields in four may be empty, as long as their separators are there"
+    text = 'fn'+''.join(f',c{i}' for i in range(2000))+'\n'+('a.jpg,1'+','*1999+'\n')*2100
+    table = read_csv(write(text))
+    assert table.shape==(2100,2001) and table.c0.eq('1').all() and table.c1.isna().all()

@@ -423,7 +423,11 @@ def test_names_that_are_taken(name):
 @pytest.mark.parametrize('text,message', [
     ('{"train": "a", "pattern": "(?P<pid>\\w+)"}', 'each backslash of a pattern is written twice'),
     ('train: a', 'is not valid JSON'), ('[]', 'holds a list. Expected an object'),
-    ('{"train": "a"}', 'has no pattern'),
+    ('{"train": "a"}', 'has no pattern'), ('['*100_000, 'it is nested too deeply'),
+    ('{"name": ["x"], "train": "a", "pattern": "(?P<pid>.)"}', "name=['x'] is not a text"),
+    ('{"train": "a", "pattern": "(?P<pid>.)'+'('*5000+')'*5000+'"}', 'is not a valid regular expression'),
+    ('{"train": "a", "pattern": "(?P<pid>.{99999999999})"}', 'is not a valid regular expression'),
+    (' '*2**20+'{}', '1,048,578 bytes, more than the 1,048,576 allowed'),
     ('{"train": "a", "test": "b", "pattern": "(?P<pid>.)"}', "unknown key 'test'. Expected an object with name"),
     ('{"train": "..", "pattern": "(?P<pid>.)"}', "x.json: train='..' leads out of the dataset")])
 def test_layout_files_that_cannot_be_used(tmp_path, text, message):

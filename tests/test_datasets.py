@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from pyramidreid.data import cuhk03
 from pyramidreid.data.cuhk03 import *
 from pyramidreid.data.datasets import *
 from pyramidreid.data.loaders import ReIDDataLoaders
@@ -591,6 +592,53 @@ def test_files_that_are_not_cuhk03(mat, tmp_path):
     with h5py.File(bad, 'w') as f: f['detected'] = 1
     with pytest.raises(ValueError, match='is not a valid cuhk-03.mat'):
         cuhk03_table(bad, protocol='classic', progress=False)
+
+def made_large(mat, name, shape, dtype):
+    "Puts a dataset without contents, a few bytes on the disk, in the place of all references in `name`"
+    with h5py.File(mat, 'r+') as f:
+        large = f.create_dataset('large', shape, dtype=dtype, chunks=True)
+        place = f['detected'] if name=='pairs' else f[f['detected'][0,0]] if name=='cells' else f['testsets']
+        if name=='all':
+            del f['detected']
+            f['detected'] = large
+        else: place[...] = large.ref
+
+@pytest.mark.parametrize('name,shape', [('cells',(3,10**5,10**5)), ('cells',(3,2500,2500)), ('pairs',(10**7,10**4)),
+    ('all',(10**6,10**6)), ('testsets',(2,10**10))])
+def test_a_short_mat_does_not_fill_the_memory(mat, name, shape):
+    "Of the second, NumPy has the memory: hundreds of references to it would be gigabytes on the disk"
+    made_large(mat, name, shape, h5py.ref_dtype if name in ('pairs','all') else np.uint8)
+    assert mat.stat().st_size<10**6
+    message = re.escape(f'the shape {shape}')
+    with pytest.raises(ValueError, match='is not a valid cuhk-03.mat.*'+message): extract_cuhk03(mat, progress=False)
+
+def test_a_mat_with_too_many_images(mat, monkeypatch):
+    monkeypatch.setattr(cuhk03, '_MOST_IMAGES', 20)
+    with pytest.raises(ValueError, match='it has more than 20 images'): extract_cuhk03(mat, progress=False)
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
+def test_a_pipe_in_place_of_a_mat_is_not_waited_for(mat):
+    config = mat.with_name('cuhk03_new_protocol_config_detected.mat')
+    for file in (mat, config):
+        file.rename(file.with_suffix('.kept'))
+        os.mkfifo(file)
+        with pytest.raises(ValueError, match=f'{file.name} is not a regular file'): cuhk03_table(mat, progress=False)
+        file.unlink()
+        file.with_suffix('.kept').rename(file)
+
+@pytest.mark.parametrize('text', ['', '[', '[]', '{}', '['*100_000, '{"images": 20}', '{"images": 20, "testsets": 3}'])
+def test_a_damaged_list_of_what_was_extracted(mat, text):
+    pngs = extract_cuhk03(mat, progress=False)
+    (pngs/'testsets.json').write_text(text)
+    with pytest.raises(FileExistsError, match='detected exists, but its images are not those written'):
+        extract_cuhk03(mat, progress=False)
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
+def test_a_list_that_is_a_pipe_is_not_waited_for(msmt17_list):
+    msmt17_list.unlink()
+    os.mkfifo(msmt17_list)
+    with pytest.raises(ValueError, match='is not a regular file: give the path of a list'):
+        msmt17_table(msmt17_list.parent)
 
 def test_a_missing_mat(tmp_path):
     for path in (tmp_path, tmp_path/'x.mat'):

@@ -95,7 +95,9 @@ def test_times_are_read_as_times():
 # strangers
 
 TABLE = typed_table(pd.DataFrame(dict(key=['a','b'], cam=['x','y'], pid=[1,2])), {})[0]
-HOSTILE = {'cam in @x':'@x', 'cam in @times':'@times', '@os.system("touch {file}")':'@os',
+HOSTILE = {
+    '@os.system("touch {file}")+pid==1':'@os', 'cam in @x':'@x', 'cam in @times':'@times',
+    '@os.system("touch {file}")':'@os',
     '@pd.read_pickle("{file}")':'@pd', 'key.to_csv("{file}")':'to_csv', 'key.to_pickle("{file}")':'to_pickle',
     'key.map(print)':'map', 'pid.values.tofile("{file}")':'tofile', 'pid.apply("__import__")':'apply',
     'pid.agg("sum")==3':'agg', 'key.str.cat(others=key)':'cat', 'key.str.repeat(10**9)':'repeat',
@@ -120,13 +122,16 @@ def test_nothing_is_executed(where, piece, tmp_path):
     file = tmp_path/'written'
     with pytest.raises(ValueError, match=piece) as error:
         filter_mask(TABLE, where=where.replace('{file}', str(file)))
-    assert 'A filter may use' in str(error.value)
     assert not file.exists()
+    assert 'A filter may use' in str(error.value)
 
 DEEP = dict(brackets='('*5000+'pid'+')'*5000, signs='-'*9000+'pid==1', nots='not '*4000+'(pid==1)',
             sums='1+'*8000+'pid==1', commas='pid in ['+'['*150+']'*150+']', quotes="'"*19_999, odd_quotes="a'"*9_000,
             long='pid==1 or '*5000+'pid==2', calls='pid'+'.abs()'*2000+'==1', powers='pid'+'**2'*3000+'==1',
-            backquotes='`'*19_999, ats='"@"'*6000)
+            backquotes='`'*19_999, ats='"@"'*6000, digits='9'*19_990+'==pid',
+            hexadecimal='0x'+'f'*19_000+'==pid', lambdas='lambda:'*2800+'1',
+            ifs='1 if 1 else '*1600+'1', dots='pid'+'.str'*4000, accents='é'*19_000,
+            comparisons='pid'+'<1'*9000+'<cam', strings='cam in ['+'"",'*6000+'pid]')
 
 @pytest.mark.parametrize('where', DEEP.values(), ids=DEEP)
 def test_long_and_deep_expressions(where):

@@ -474,7 +474,8 @@ def test_times_with_and_without_a_zone(gallery, files):
     assert len(g)==1
 
 @pytest.mark.parametrize('text', [['2026-10-25T02:30Z','2026-10-25'], ['2026-10-25','2026-10-25 02:30+02'],
-                                  ['2026-10-25 02:30','2026-10-25 02:30:00.5-0200'], ['20261025T0230','20261025T0230Z']])
+                                  ['2026-10-25 02:30','2026-10-25 02:30:00.5-0200'],
+                                  ['20261025T0230','20261025T0230Z']])
 def test_text_with_and_without_a_zone(files, text):
     "pandas 2 takes the zone of the first for both, or returns objects"
     with pytest.raises(ValueError, match='some have a time zone and some have none'):

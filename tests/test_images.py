@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image, PngImagePlugin
+from PIL import EpsImagePlugin, IcoImagePlugin, Image, PngImagePlugin
 
 import pyramidreid
 from pyramidreid import images
@@ -540,6 +540,34 @@ def test_a_picture_larger_than_its_header_says(tmp_path, monkeypatch):
     monkeypatch.setattr(images, 'MAX_PIXELS', 2999)
     with pytest.raises(OSError, match='a.ico has 60×50 pixels'): read_rgb(tmp_path/'a.ico')
     with pytest.raises(OSError, match='a.tif has 80×64 pixels'): read_rgb(tmp_path/'a.tif')
+
+def test_an_icon_is_not_decoded_if_a_picture_in_it_is_too_large(tmp_path, monkeypatch):
+    "Pillow decodes an icon when it opens it, so that its size must be known before, whatever the file is called"
+    def decoded(self): raise AssertionError('decoded')
+    monkeypatch.setattr(IcoImagePlugin.IcoImageFile, 'load', decoded)
+    png = io.BytesIO()
+    Image.new('1', (9000,9000)).save(png, 'png')
+    bitmap = struct.pack('<IiiHHIIiiII', 40, 9000, -18000, 1, 1, 0, 0, 0, 0, 0, 0) # the lower half is the mask
+    for picture in (png.getvalue(), bitmap):
+        (tmp_path/'a.jpg').write_bytes(icon_of(picture, 16))
+        for file in (tmp_path/'a.jpg', io.BytesIO(icon_of(picture, 16))):
+            with pytest.raises(OSError, match='has 9,000×9,000 pixels, more than the 67,108,864 allowed'):
+                read_rgb(file)
+    small = io.BytesIO()
+    Image.new('L', (60,50)).save(small, 'png')
+    (tmp_path/'a.jpg').write_bytes(icon_of(small.getvalue(), 16))
+    with pytest.raises(OSError, match='decoded'): read_rgb(tmp_path/'a.jpg')
+
+class Stream(io.RawIOBase):
+    "Bytes that can only be read once, in their order, as from a network"
+    def __init__(self, data): self.buffer = io.BytesIO(data)
+    def read(self, n=-1): return self.buffer.read(n)
+    def readable(self): return True
+
+def test_a_stream_is_read_once(tmp_path):
+    Image.fromarray(noise(8, 12)).save(tmp_path/'a.png')
+    assert np.array_equal(read_rgb(Stream((tmp_path/'a.png').read_bytes())), noise(8, 12))
+    with pytest.raises(OSError, match='not a valid image'): read_rgb(Stream(b'\0\0\1\0\xff\xff'))
 
 def test_a_file_may_not_be_much_longer_than_the_largest_picture(tmp_path):
     "Some decoders read all of it"

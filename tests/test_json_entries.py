@@ -86,6 +86,12 @@ def test_mutated_files(kind):
         if kind=='calibration': assert len(back.table())==4
     assert 20<n_read<400
 
+@pytest.mark.parametrize('reader', [Card,Calibration])
+def test_a_file_of_a_terabyte_is_not_read(tmp_path, reader):
+    with open(tmp_path/'card.json', 'wb') as f: f.truncate(2**40) # it has no blocks on the disk
+    with pytest.raises(ValueError, match='card.json has 1,099,511,627,776 bytes, more than the 536,870,912 allowed'):
+        reader.from_json(tmp_path/'card.json')
+
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
 @pytest.mark.parametrize('reader', [Card,Calibration])
 def test_a_pipe_is_not_waited_for(tmp_path, reader):

@@ -9,6 +9,7 @@ __all__ = ['open_image', 'check_items', 'kept_size', 'decode_images', 'ImageCach
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from fastai.vision.core import PILImage, TensorImage
 from fastcore.basics import patch
 from PIL import Image
 
-from ..core import atomic_write, with_progress
+from ..core import atomic_write, need_regular, with_progress
 from pyramidreid.images import (
     check_image,
     check_pixel_range,
@@ -131,24 +132,34 @@ def _header(shape, stamps, resized, pixel_range):
     header += b' '*(-len(header)%8)
     return len(header).to_bytes(8, 'little')+header
 
+# %% ../../nbs/data/09_cache.ipynb #41d5fcc4
+def _header_contents(header, offset):
+    "The `_Contents` that a header describes. Raises an error of some kind if an entry is missing or of another type"
+    metadata,shape = header['__metadata__'],header['images']['shape']
+    stamps,resized = json.loads(metadata['made_of']),json.loads(metadata['resized'])
+    pixel_range = json.loads(metadata.get('pixel_range', '"unknown"'))
+    if pixel_range!='unknown': check_pixel_range(pixel_range)
+    n,channels,height,width = shape
+    is_whole = all(type(o) is int and o>0 for o in shape)
+    if not (is_whole and channels==3 and len(stamps.items())==n and isinstance(resized, bool)): raise ValueError
+    checksum = hashlib.sha256(json.dumps(header).encode()).hexdigest()
+    return _Contents(shape, stamps, resized, offset, pixel_range, checksum)
+
 def _read_header(file):
     "The `_Contents` of a cache file; None if it is cut off. Raises `ValueError` if it is another kind of file"
     if file.is_dir():
         example = file/'images.safetensors'
         raise ValueError(f"{file} is a folder: give the name of a file for the image cache, e.g. {example}")
+    size = need_regular(file, 'file, or a new name')
     with open(file, 'rb') as f:
         length,start = int.from_bytes(f.read(8), 'little'),f.read(len(_HEADER_START))
         if start!=_HEADER_START:
             raise ValueError(f"{file} already exists and is not an image cache: choose another name, or remove it")
-        try: header = json.loads(start+f.read(length-len(start)))
-        except ValueError: return None
-    metadata,shape = header['__metadata__'],header['images']['shape']
-    offset = 8+length
-    if file.stat().st_size!=offset+np.prod(shape): return None
-    pixel_range = json.loads(metadata.get('pixel_range', '"unknown"'))
-    checksum = hashlib.sha256(json.dumps(header).encode()).hexdigest()
-    return _Contents(shape, json.loads(metadata['made_of']), json.loads(metadata['resized']), offset, pixel_range,
-                     checksum)
+        if not len(start)<=length<=size-8: return None
+        text = start+f.read(length-len(start))
+    try: found = _header_contents(json.loads(text), 8+length)
+    except (KeyError,TypeError,AttributeError,ValueError,RecursionError): return None
+    return found if size==found.offset+math.prod(found.shape) else None
 
 # %% ../../nbs/data/09_cache.ipynb #992d62ca
 def _height_width(size): return (size,size) if isinstance(size, int) else tuple(size)

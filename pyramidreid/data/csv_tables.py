@@ -10,12 +10,13 @@ import csv
 import os
 import re
 import warnings
+from collections import Counter
 from io import StringIO
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
-from ..core import ReIDWarning, clean_errors, shown_text
+from ..core import ReIDWarning, clean_errors, read_regular, shown_text
 
 # %% ../../nbs/data/03_csv_tables.ipynb #96652932
 _not_text = {
@@ -51,9 +52,11 @@ def _decode(content, file):
     return text,(f"{file} is not UTF-8 (line {line}). It was read as Windows-1252, with words such as {word!r}. "
                  "If that is wrong, save the file as CSV (UTF-8)")
 
+_MOST_BYTES = 2**29 # Of a table; that is several million rows
+
 def _read_text(file):
     "The text of a CSV file, with `\\n` between lines. Raises `ValueError` if it is empty or not text"
-    content = Path(file).read_bytes()
+    content = read_regular(file, _MOST_BYTES, 'CSV file')
     file = shown_text(file)
     _check_is_text(content, file)
     text,warning = _decode(content, file)
@@ -108,12 +111,13 @@ def _choose_separator(line, known):
 
 def _need_unique(names, file):
     "Raise a `ValueError` if two columns have the same name; columns without a name are ignored"
-    repeated = [name for name in dict.fromkeys(names) if name and names.count(name)>1]
-    if not repeated: return
-    raise ValueError(f"{file} has {names.count(repeated[0])} columns {repeated[0]!r}. Rename or remove one")
+    for name,n in Counter(names).items():
+        if name and n>1: raise ValueError(f"{file} has {n} columns {name!r}. Rename or remove one")
 
 # %% ../../nbs/data/03_csv_tables.ipynb #f7b1aa22
 _missing = {'','NA','N/A','#N/A','n/a','NaN','nan','<NA>','NULL','null','None'}
+
+_MOST_HEADER = 100_000 # Characters
 
 def _split_header(text, file):
     "The separator that Excel's line `sep=;` gives or None, the header line, and the number of lines up to it"
@@ -121,14 +125,25 @@ def _split_header(text, file):
     for n,line in enumerate(text.split('\n'), 1):
         excel = re.fullmatch(r'"?sep=(.)"?', line.strip(' '), re.I)
         if excel: separator = excel[1]
+        elif len(line)>_MOST_HEADER:
+            raise ValueError(f"{file}, line {n}: a header of {len(line):,} characters is not that of a table")
         elif line.strip(): return separator,line,n
     raise ValueError(f"{file} has no header")
+
+# %% ../../nbs/data/03_csv_tables.ipynb #b4eb886e
+def _need_full_rows(text, separator, names, n_skipped, file):
+    "Raise a `ValueError` if a table would need far more memory than its text, since most fields are not there"
+    n_fields = (text.count('\n')-n_skipped+1)*len(names)
+    if n_fields<2**22 or 4*text.count(separator)>n_fields: return
+    raise ValueError(f"{file} has {len(names):,} names in its header, and most rows have far fewer fields. "
+                     "Remove the names that are too many")
 
 def _parse_rows(text, separator, names, n_skipped, file):
     "The fields below the header as text, None where there is no value; the index is the line number"
     options = dict(sep=separator, header=None, names=range(len(names)+1), index_col=False, skiprows=n_skipped,
                    dtype=str, skip_blank_lines=False, skipinitialspace=True, na_filter=False)
     quote = f"Put quotes around values that contain {separator!r}"
+    _need_full_rows(text, separator, names, n_skipped, file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', pd.errors.ParserWarning) # the first row is too long

@@ -8,41 +8,64 @@ __all__ = ['extract_cuhk03', 'check_cuhk03_boxes', 'cuhk03_table']
 # %% ../../nbs/data/06_cuhk03.ipynb #ea19a2f9
 import json
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import TextLines, partial_folder, require_extra, shown_text, with_progress
+from pyramidreid.core import (
+    TextLines,
+    need_regular,
+    partial_folder,
+    read_regular,
+    require_extra,
+    shown_text,
+    with_progress,
+)
 from .registry import attach_counts, reid_sets
 
 # %% ../../nbs/data/06_cuhk03.ipynb #cc23ab4f
+_MOST_IMAGES,_MOST_BYTES = 100_000,2**24 # Of the file, which has 14,097; of one image or table in it
+
+def _values(dataset):
+    "The values of a dataset in the file. Raises `ValueError` if there are more than CUHK03 has in one place"
+    if dataset.size*dataset.dtype.itemsize<=_MOST_BYTES: return dataset[:]
+    raise ValueError(f"{dataset.name} has the shape {dataset.shape}")
+
 def _image_cells(file, boxes):
     "File name and reference of each cell of `boxes` in the open HDF5 `file`"
-    for pair,ref in enumerate(file[boxes][:].ravel(), 1):
-        for person,cells in enumerate(file[ref][:].T, 1):
+    for pair,ref in enumerate(_values(file[boxes]).ravel(), 1):
+        for person,cells in enumerate(_values(file[ref]).T, 1):
             for i,cell in enumerate(cells, 1):
                 camera = 1 if i<=5 else 2
                 yield f'{pair}_{person:03d}_{camera}_{i:02d}.png',cell
 
 def _write_images(file, boxes, folder, progress):
     "Write the images of `boxes` and the test sets of the open HDF5 `file` into the new `folder`"
-    testsets = [file[ref][:].T.astype(int).tolist() for ref in file['testsets'][:].ravel()]
-    cells = list(_image_cells(file, boxes))
+    testsets = [_values(file[ref]).T.astype(int).tolist() for ref in _values(file['testsets']).ravel()]
+    cells = list(islice(_image_cells(file, boxes), _MOST_IMAGES+1))
+    if len(cells)>_MOST_IMAGES: raise ValueError(f"it has more than {_MOST_IMAGES:,} images")
     folder.mkdir(parents=True)
     n = 0
     for name,cell in with_progress(cells, progress):
-        pixels = file[cell][:]
+        pixels = _values(file[cell])
         if pixels.ndim<3: continue # an empty cell
         Image.fromarray(np.ascontiguousarray(pixels.transpose(2,1,0))).save(folder/name)
         n += 1
     (folder/'testsets.json').write_text(json.dumps(dict(images=n, testsets=testsets)))
 
+def _written(folder):
+    "What `_write_images` wrote beside the images, a dict; empty if that is missing or damaged"
+    try: res = json.loads(read_regular(folder/'testsets.json', _MOST_BYTES))
+    except (FileNotFoundError,NotADirectoryError,ValueError,RecursionError): return {}
+    return res if isinstance(res, dict) and isinstance(res.get('testsets'), list) else {}
+
 def _is_complete(folder):
     "Does `folder` contain as many images as were written?"
-    testsets = folder/'testsets.json'
-    return testsets.exists() and json.loads(testsets.read_text())['images']==len(list(folder.glob('*.png')))
+    written = _written(folder)
+    return bool(written) and written.get('images')==len(list(folder.glob('*.png')))
 
 # %% ../../nbs/data/06_cuhk03.ipynb #d63f1035
 @contextmanager
@@ -51,7 +74,8 @@ def _explain_errors(mat):
     def damaged(e):
         return ValueError(f"{mat} is not a valid cuhk-03.mat, or is truncated ({e}). Unpack cuhk03_release.zip again")
     try: yield
-    except (KeyError,AttributeError,TypeError,ValueError) as e: raise damaged(e) from e
+    except (KeyError,IndexError,AttributeError,TypeError,ValueError,RuntimeError,OverflowError,MemoryError) as e:
+        raise damaged(e) from e
     except OSError as e:
         if e.errno is not None: raise # e.g. a full disk; h5py's own errors have no number
         raise damaged(e) from e
@@ -70,6 +94,7 @@ def extract_cuhk03(
     if dest.exists(): raise FileExistsError(
         f"{dest} exists, but its images are not those written from {mat.name}: delete it, or pass another `dest`")
     h5py = require_extra('h5py', 'mat')
+    need_regular(mat)
     with partial_folder(dest.parent, f'.{boxes}.????????.tmp') as partial:
         temporary = partial/boxes
         with _explain_errors(mat), h5py.File(mat) as file: _write_images(file, boxes, temporary, progress)
@@ -84,6 +109,7 @@ def _read_config(config):
         f"It comes from {reid_sets['cuhk03_np_detected'].home}, in evaluation/data/CUHK03. "
         "Put it there, pass its path as `config`, or pass protocol='classic'")
     loadmat = require_extra('scipy.io', 'mat').loadmat
+    need_regular(config)
     rows = []
     try:
         arrays = {key: np.atleast_1d(value) for key,value in loadmat(config, squeeze_me=True).items()}
@@ -125,7 +151,7 @@ def _classic_rows(pngs, test_people):
 
 def _classic_protocol(mat, boxes, split, dest, progress):
     pngs = extract_cuhk03(mat, boxes, dest, progress)
-    testsets = json.loads((pngs/'testsets.json').read_text())['testsets']
+    testsets = _written(pngs)['testsets']
     if split not in range(len(testsets)): raise ValueError(
         f"split={split}: {mat.name} has the classic splits 0 to {len(testsets)-1}")
     return attach_counts(_classic_rows(pngs, testsets[split]), f'CUHK03 classic split {split} {boxes}', {})

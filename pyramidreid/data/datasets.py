@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import TextLines, clean_errors, require_extra, shown_text
+from ..core import TextLines, clean_errors, need_regular, read_regular, require_extra, shown_text
 from .csv_tables import csv_table, is_csv
 from .cuhk03 import check_cuhk03_boxes, cuhk03_table
 from pyramidreid.data.registry import (
@@ -51,10 +51,12 @@ def _not_found(dataset, path, missing, alternatives=()):
     return FileNotFoundError(TextLines('\n'.join(map(shown_text, lines))))
 
 # %% ../../nbs/data/05_datasets.ipynb #daed10d4
+_MOST_BYTES = 2**29 # Of a list; that of MARS, with a million images, has 20 million
+
 @clean_errors()
 def _read_list(list_file, folder):
     "Pairs of an image file below `folder` and its person id, from the lines of `list_file`"
-    text = list_file.read_text(encoding='utf-8-sig')
+    text = read_regular(list_file, _MOST_BYTES, 'list').decode('utf-8-sig')
     lines = [line.rsplit(None, 1) for line in text.splitlines() if line.strip()]
     bad = [' '.join(line) for line in lines if len(line)<2 or not line[1].isdigit()]
     if bad: raise ValueError(f"{len(bad)} of {len(lines)} lines of {list_file} are not a file and a person id: "
@@ -207,7 +209,7 @@ def prcc_table(
 # %% ../../nbs/data/05_datasets.ipynb #ca0113a1
 def _read_people(file):
     "The person ids in a file of SYSU-MM01"
-    text = file.read_text(encoding='utf-8-sig')
+    text = read_regular(file, _MOST_BYTES, 'list').decode('utf-8-sig')
     try: return {int(o) for o in re.split(r'[,\s]+', text.strip()) if o}
     except ValueError as e: raise ValueError(f"{file} is not a list of person ids, separated by commas: {e}") from e
 
@@ -271,6 +273,7 @@ def regdb_table(
 def _load_matrix(file, key, width):
     "The integer matrix `key` with `width` columns of a MATLAB file"
     loadmat = require_extra('scipy.io', 'mat').loadmat
+    need_regular(file)
     try: matrix = loadmat(file)[key].astype(int)
     except Exception as e: # whatever a file of other contents leads to
         raise ValueError(f"{file} cannot be read as MARS's {key}: {type(e).__name__} {e}. Download it again") from e
@@ -278,7 +281,7 @@ def _load_matrix(file, key, width):
 
 def _tracklet_rows(path, part, key):
     "A table of the images of all tracklets of a `part`, 'train' or 'test', with the number of the tracklet"
-    names = (path/f'info/{part}_name.txt').read_text(encoding='utf-8-sig').split()
+    names = read_regular(path/f'info/{part}_name.txt', _MOST_BYTES, 'list').decode('utf-8-sig').split()
     tracks = _load_matrix(path/f'info/tracks_{part}_info.mat', key, 4)
     if tracks[:,1].max()>len(names) or tracks[:,0].min()<1: raise ValueError(
         f"info/tracks_{part}_info.mat names image {tracks[:,1].max():,}, but info/{part}_name.txt has {len(names):,}")

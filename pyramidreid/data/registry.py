@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ..core import clean_errors
+from ..core import clean_errors, read_regular
 from .tables import is_junk
 
 # %% ../../nbs/data/04_registry.ipynb #07c5a6cb
@@ -261,8 +261,8 @@ _reserved_groups = {'fn','split','label','camera','role'}
 def _check_pattern(pattern):
     "Raise `ValueError` if `pattern` is not a regular expression with a group `pid`"
     try: groups = set(re.compile(pattern).groupindex)
-    except (re.error,TypeError) as e:
-        raise ValueError(f"pattern={pattern!r} is not a valid regular expression: {e}") from e
+    except (re.error,TypeError,OverflowError,RecursionError) as e:
+        raise ValueError(f"pattern={pattern!r:.200} is not a valid regular expression: {e}") from e
     if 'pid' not in groups: raise ValueError(
         f"pattern={pattern!r} has no group pid: write the person id as (?P<pid>…), and the camera as (?P<cam>…)")
     wrong = sorted(groups & _reserved_groups)
@@ -331,7 +331,8 @@ def read_layout(
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(
         f"{file} is not a file. Expected a JSON file that describes a dataset")
-    try: layout = json.loads(file.read_text(encoding='utf-8-sig'))
+    try: layout = json.loads(read_regular(file, 2**20).decode('utf-8-sig'))
+    except RecursionError: raise ValueError(f"{file} is not a description: it is nested too deeply") from None
     except ValueError as e:
         hint = " In JSON each backslash of a pattern is written twice" if 'escape' in str(e) else ''
         raise ValueError(f"{file} is not valid JSON: {e}.{hint}") from e
@@ -341,7 +342,9 @@ def read_layout(
     if unknown: raise ValueError(f"{file} has the unknown key {', '.join(map(repr, unknown))}. {expected}")
     if 'pattern' not in layout: raise ValueError(f"{file} has no pattern. {expected}")
     folders = [layout.get(split) for split in ('train','query','gallery')]
-    try: return _own_set(str(layout.get('name', file.stem)), *folders, layout['pattern'])
+    name = layout.get('name', file.stem)
+    if not isinstance(name, str) or not name.strip(): raise ValueError(f"{file}: name={name!r:.60} is not a text")
+    try: return _own_set(name, *folders, layout['pattern'])
     except ValueError as e: raise ValueError(f"{file}: {e}") from e
 
 # %% ../../nbs/data/04_registry.ipynb #9ea61c4e

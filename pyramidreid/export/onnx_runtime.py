@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core import clean_errors
 from ..images import load_pixels, shown_text
 from ..models.history import described_history, is_history, trained_on
 
@@ -273,6 +274,7 @@ def _open_session(
 # %% ../../nbs/export/01_onnx_runtime.ipynb #1a6e000e
 class Runtime(BaseEmbedder):
     "Embeds images with onnxruntime, from a file that `learn.to_onnx` wrote"
+    @clean_errors()
     def __init__(self,
         file,         # ONNX file
         threads=None, # Processor threads for a batch; None: onnxruntime's choice

@@ -93,11 +93,14 @@ def _has_state(cb):
     return hasattr(type(cb), 'state_dict')
 
 # %% ../../nbs/training/10_checkpoints.ipynb #22796761
-def _model_config(learn):
-    weights = inner_model(learn.model).state_dict()
+def _weights_text(weights):
+    "Number, names and shapes of a model's weights"
     n_weights = sum(v.numel() for v in weights.values())
     shapes = _digest(f'{k} {tuple(v.shape)}' for k,v in weights.items())
-    return {'weights':f"{n_weights:,} numbers in {len(weights)} tensors, {shapes}"}
+    return f"{n_weights:,} numbers in {len(weights)} tensors, {shapes}"
+
+def _model_config(learn):
+    return {'weights':_weights_text(inner_model(learn.model).state_dict())}
 
 def _data_config(learn):
     train = learn.dls.train
@@ -291,6 +294,27 @@ class FiniteLoss(Callback):
         return (f"The loss is {self.loss.item()}{parts} at {where}. Last good checkpoint: {newest or 'none'}. "
                 f"Lower the learning rate, or look at the images of this batch: {images}")
 
+# %% ../../nbs/training/10_checkpoints.ipynb #f5c5ac14
+_COMPILED = '_orig_mod.'
+
+def _own_names(o):
+    "State of a model or callback, with the prefix of a compiled model taken from names that all have it"
+    if isinstance(o, (list,tuple)): return type(o)(map(_own_names, o))
+    if not isinstance(o, dict): return o
+    prefix = _COMPILED if o and all(isinstance(k, str) and k.startswith(_COMPILED) for k in o) else ''
+    res = type(o)((k[len(prefix):] if prefix else k, _own_names(v)) for k,v in o.items())
+    if hasattr(o, '_metadata'): # Versions of the modules, by their names
+        res._metadata = {f'{k}.'.removeprefix(prefix)[:-1]:v for k,v in o._metadata.items() if k or not prefix}
+    return res
+
+def _with_own_names(state):
+    "A checkpoint, with the names of the model inside if it was written of a compiled one by an earlier version"
+    saved = state.get('model')
+    if not isinstance(saved, dict) or not saved or not all(str(k).startswith(_COMPILED) for k in saved): return state
+    model,config = _own_names(saved),dict(state['config'])
+    if config.get('weights')==_weights_text(saved): config['weights'] = _weights_text(model)
+    return {**state, 'model':model, 'cbs':_own_names(state['cbs']), 'config':config}
+
 # %% ../../nbs/training/10_checkpoints.ipynb #9d57ce56
 def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0]
 
@@ -302,7 +326,7 @@ def _read(file):
         state = torch.load(file, map_location='cpu', weights_only=True)
     except (RuntimeError,OSError,EOFError,ValueError,KeyError,BadZipFile,pickle.UnpicklingError) as e:
         raise ValueError(f"{file} is damaged or cut off ({_first_line(e)})") from e
-    if isinstance(state, dict) and {'config','fit','epochs','rows'} <= state.keys(): return state
+    if isinstance(state, dict) and {'config','fit','epochs','rows'} <= state.keys(): return _with_own_names(state)
     raise ValueError(f"{file} was not written by Checkpoints")
 
 class Checkpoints(Callback):

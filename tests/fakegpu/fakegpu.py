@@ -17,6 +17,7 @@ import types
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 
 def _build():
@@ -26,7 +27,9 @@ def _build():
     out = Path(os.environ.get('FAKEGPU_CACHE', Path.home()/'.cache'/'fakegpu'))/key
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault('MAX_JOBS', '1')
-    return load('fakegpu_c', [str(source)], build_directory=str(out), extra_cflags=['-O1','-w'], with_cuda=False)
+    with FileLock(out/'build.lock'): # One process at a time, so that torch's own lock was left by one that was killed
+        (out/'lock').unlink(missing_ok=True)
+        return load('fakegpu_c', [str(source)], build_directory=str(out), extra_cflags=['-O1','-w'], with_cuda=False)
 
 class _Device:
     "`torch.fakegpu.device`"
