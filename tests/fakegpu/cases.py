@@ -1,6 +1,7 @@
 "What `test_fakegpu.py` runs on the pretend GPU, a case in each process: `cases.py NAME PEOPLE FOLDER`"
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import fakegpu  # First: the device must be known before the library is imported
@@ -14,6 +15,7 @@ matplotlib.use('Agg')
 
 from fastai.callback.core import Callback  # noqa: E402
 from fastai.callback.training import GradientAccumulation  # noqa: E402
+from fastai.optimizer import OptimWrapper  # noqa: E402
 from fastai.vision.all import set_seed  # noqa: E402
 from toys import quiet  # noqa: E402
 
@@ -110,6 +112,16 @@ def uses_the_device_before_any_fit(people, path):
         torch.testing.assert_close(learn.embed(), want)
     on_cpu = first.evaluate(device='cpu')
     assert card(first.evaluate())[1:]==card(on_cpu)[1:]
+
+def loads_before_the_first_fit(people, path):
+    "Optimizers of torch: their state, and the weights they train, lie on the device"
+    for opt in (torch.optim.SGD, torch.optim.AdamW):
+        opt_func = partial(OptimWrapper, opt=opt)
+        first = learner(people, path, opt_func=opt_func)
+        first.fit(1)
+        again = learner(people, path, opt_func=opt_func).load(first.save(opt.__name__).stem)
+        again.fit(1)
+        assert model_device(again)=='fakegpu' and finite(again) and again.recorder.values[-1][4]>0, opt.__name__
 
 # Waits
 
@@ -287,8 +299,9 @@ def explains_and_calibrates(people, path):
     assert model_device(learn)=='fakegpu'
 
 CASES = [ranks_on_the_device, ranks_on_the_cpu_without_double_precision, uses_the_device_before_any_fit,
-         waits_once_in_a_step, waits_of_every_recipe, waits_of_evaluation, waits_with_two_ranks,
-         trains_by_every_recipe, resumes, leaves_autocast, files_hold_the_model, explains_and_calibrates]
+         loads_before_the_first_fit, waits_once_in_a_step, waits_of_every_recipe, waits_of_evaluation,
+         waits_with_two_ranks, trains_by_every_recipe, resumes, leaves_autocast, files_hold_the_model,
+         explains_and_calibrates]
 
 if __name__=='__main__':
     name,people,folder = sys.argv[1:]
