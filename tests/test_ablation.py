@@ -98,6 +98,7 @@ def test_never_mixed(tmp_path, other):
     with pytest.raises(ValueError, match='another configuration'): common.run_grid(f, configs(2), 1, dict, other)
     assert f.read_text()==was
 
+@pytest.mark.slow
 def test_command_line(tmp_path, people):
     "One-step runs by the real command; then it goes on from a half-done file, and refuses other settings"
     files = ['--data', str(people), '--cache', str(tmp_path/'images.safetensors'), '--out', str(tmp_path/'tiny')]
@@ -137,6 +138,7 @@ def test_command_line(tmp_path, people):
     with pytest.raises(SystemExit, match='hold_out: 0.2 there, None now'): ablation.main([*args, '--test'])
     assert (tmp_path/'tiny.json').read_bytes()==was
 
+@pytest.mark.slow
 def test_drawn_people(tmp_path, monkeypatch, capsys):
     "Without --data, and without time: nothing to compare, nothing written; then all of it"
     for home in ('HOME','USERPROFILE'): monkeypatch.setenv(home, str(tmp_path/'home'))

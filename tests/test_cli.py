@@ -249,6 +249,7 @@ def signal_in_epoch_2(number, monkeypatch):
         m.setattr(Checkpoints, 'before_epoch', send)
         yield
 
+@pytest.mark.slow
 def test_interrupted_training_is_resumed(desk, cli, monkeypatch):
     "Ctrl-C: exit code 130, a complete checkpoint and nothing else; the command that the message names finishes the run"
     monkeypatch.chdir(desk.folder)

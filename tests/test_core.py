@@ -265,6 +265,7 @@ assert msvcrt.log==[msvcrt.LK_NBLCK, msvcrt.LK_UNLCK], msvcrt.log
 assert main(['embed', 'no model', 'x.jpg', '--out', 'x.npz'])==2
 """
 
+@pytest.mark.slow
 def test_nothing_of_unix_is_needed(tmp_path):
     "All modules can be imported, a gallery saved, a command run without what Windows lacks"
     pytest.importorskip('pyarrow', reason='needs the extra gallery')

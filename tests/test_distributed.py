@@ -13,6 +13,7 @@ import ranks
 import torch
 
 pytest.importorskip('accelerate')
+pytestmark = pytest.mark.slow # Starts processes that import everything, several times
 root = Path(__file__).resolve().parent.parent
 LIMIT = 480 # Seconds after which a process counts as hung
 
@@ -181,7 +182,6 @@ ENDS = [('interrupt', 1, 'KeyboardInterrupt'), ('signal', 1, 'KeyboardInterrupt'
         ('validation', 1, 'IndexError: in validation'), ('embeds_on_one_rank', 1, 'ValueError: after the fit'),
         ('worker', 1, 'OSError: Caught OSError in DataLoader worker process 0. … OSError: a worker cannot read')]
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name,rank,reason', ENDS)
 def test_an_end_on_one_rank_ends_both(ended, name, rank, reason):
     "The rank that ends raises its own error, the other one says who ended and why; both are as in one process"
@@ -191,7 +191,6 @@ def test_an_end_on_one_rank_ends_both(ended, name, rank, reason):
     assert other['error']==f'RuntimeError: {message}'
     for o in (own,other): assert o['is_plain'] and not o['has_group']
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ['interrupt','signal','memory','validation','cancel'])
 def test_a_run_that_one_rank_ended_is_resumed(ended, name):
     "In the same processes, which meet again: both have the same weights, and the decisions those of an undisturbed run"
@@ -202,28 +201,23 @@ def test_a_run_that_one_rank_ended_is_resumed(ended, name):
     assert str(first['steps'])==str(ended[0]['whole']['steps'])
     assert equal(first['weights'], ended[0]['whole']['weights'])
 
-@pytest.mark.slow
 def test_a_fit_that_one_rank_cancels(ended):
     first,second = (o['cancel'] for o in ended)
     assert 'CancelFitException on rank 0 of 2 alone' in first['error']
     assert 'let the callback cancel on all ranks' in first['error']
     assert 'Rank 0 of 2 ended with CancelFitException' in second['error']
 
-@pytest.mark.slow
 def test_an_error_of_both_ranks_stays_as_it_is(ended):
     for o in (o['both'] for o in ended):
         assert o['error']=='ValueError: of both' and o['has_group'] and o['is_plain']
 
-@pytest.mark.slow
 def test_a_file_that_the_first_rank_cannot_write(ended):
     first,second = (o['saves_nowhere']['error'] for o in ended)
     assert 'Rank 0 of 2 ended with' in second and first.split(':')[0] in second
 
-@pytest.mark.slow
 def test_a_rank_that_is_killed(ended):
     assert 'Rank 1 of 2 ended without saying why: it was killed' in ended[0]['killed']['error']
 
-@pytest.mark.slow # Starts the launcher and two processes that import everything
 def test_the_script_runs(people, tmp_path):
     "Started by `accelerate launch` as on two GPUs, but with --cpu"
     launch = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',

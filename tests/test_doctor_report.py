@@ -516,6 +516,7 @@ def test_an_interrupted_command(market, monkeypatch, capsys):
 
 DATA = os.environ.get('PYRAMIDREID_DATA')
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA, reason='PYRAMIDREID_DATA is not set')
 @pytest.mark.parametrize('folder,name,images,identities,junk', [
     ('Market-1501-v15.09.15', 'Market-1501', [12936,3368,15913], [751,750,750], 3819),

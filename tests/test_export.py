@@ -101,6 +101,7 @@ def rank_alike(ours, theirs, n_query=100):
     steps = np.diff(np.take_along_axis(sims[0], orders[1], 1), axis=1)
     return steps.max()<=2e-6, (orders[0]==orders[1]).all(1).mean()
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_agrees_with_the_learner_on_500_crops(exported, truth, crops, kind):
     files,pids = crops
@@ -142,6 +143,7 @@ def test_agrees_on_real_crops(exported, learn, kind):
     assert abs(truth-emb).max()<=1e-4
     assert ok
 
+@pytest.mark.slow
 @onnx
 @pytest.mark.parametrize('kwargs', [
     dict(norm='whole', levels=[1], n_parts=2), dict(norm=None, arch=resnet18, n_parts=1, emb_sz=7),
@@ -225,6 +227,7 @@ WRAPPERS = {
     'compiled': lambda model: torch.compile(Wrapped(model), backend='eager'),
     'SyncBatchNorm': torch.nn.SyncBatchNorm.convert_sync_batchnorm}
 
+@pytest.mark.slow
 @pytest.mark.parametrize('wrap', WRAPPERS.values(), ids=WRAPPERS)
 def test_a_wrapped_model_is_the_same_model(make_learner, make_dls, crops, tmp_path, wrap):
     learn = make_learner(make_dls(size=SIZE))
@@ -281,6 +284,7 @@ def test_the_fingerprint_is_of_timms_batch_norms(make_learner, make_dls):
     next(m for m in model.modules() if type(m).__name__=='BatchNormAct2d').eps = .1
     assert fingerprint(model, SIZE)!=own
 
+@pytest.mark.slow
 def test_another_process_finds_the_same_fingerprint(exported):
     folder = exported['safetensors'][0]
     code = f"""
@@ -293,6 +297,7 @@ print(fingerprint(model.model, model.size, model.stats))
     res = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True, env=env)
     assert res.stdout.strip()==load_embedder(folder).fingerprint, res.stderr
 
+@pytest.mark.slow
 def test_an_exported_program_needs_pytorch_alone(exported, truth, crops, tmp_path):
     "In a process that can import neither this library nor fastai, torchvision or timm"
     np.save(tmp_path/'x.npy', load_pixels(crops[0][:3], SIZE))

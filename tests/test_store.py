@@ -65,6 +65,7 @@ def store(path):
 
 # Killed and interrupted
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_fifty_kills(tmp_path):
     "kill -9 at random moments: whatever was saved is there, and nothing heavy was imported"

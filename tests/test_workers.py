@@ -116,6 +116,7 @@ def test_whole_batches():
 
 # No more images than are needed
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num_workers', [2,4])
 @pytest.mark.parametrize('plan', [['pk']*24, ALTERNATING, ['pk']*12+['random']*12])
 def test_images_read_and_used(num_workers, plan):
@@ -166,6 +167,7 @@ class Plain:
         self.turn,self.tasks = turn,[(turn, i, 0, [turn,i]) for i in range(n)]
         self.todo,self.n_asked,self.ready = list(range(n)),0,{}
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=14), min_size=1, max_size=3), st.integers(1,3), st.data())
 def test_any_order_of_modes_and_of_work(epochs, num_workers, data):
@@ -225,6 +227,7 @@ def add_transform(dl): dl.after_item.add(Doubled())
 def change_batch(dl): dl.p,dl.bs = 4,16
 def change_number(dl): dl.fake_l.num_workers = 1
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', [replace_dataset,add_transform,change_batch,change_number])
 def test_new_workers_where_something_else_is_to_be_copied(change):
     dl,plain = loader(Toy(LABELS)),loader(Toy(LABELS), 0)
