@@ -215,7 +215,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_overrideable", &conv); m.impl("convolution_backward_overrideable", &conv_back);
 }
 using namespace at::autocast;
-using at::Tensor; using at::ScalarType; using at::IntArrayRef; using at::Scalar; using at::DimnameList;
+using at::Tensor; using at::ScalarType; using at::IntArrayRef; using at::Scalar;
+#if __has_include(<ATen/core/Dimname.h>) // Named tensors, which PyTorch 2.11 has and 2.15 does not
+using at::DimnameList;
+#endif
 #define LOW(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
 #define F32(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
 #define F32_OPT(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32_set_opt_dtype)
