@@ -2772,6 +2772,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'pyramidreid/training/distributed.py'),
                                                   'pyramidreid.training.distributed.Meeting._explain': ( 'training/distributed.html#meeting._explain',
                                                                                                          'pyramidreid/training/distributed.py'),
+                                                  'pyramidreid.training.distributed.Meeting._interrupted_while_deciding': ( 'training/distributed.html#meeting._interrupted_while_deciding',
+                                                                                                                            'pyramidreid/training/distributed.py'),
                                                   'pyramidreid.training.distributed.Meeting._lost': ( 'training/distributed.html#meeting._lost',
                                                                                                       'pyramidreid/training/distributed.py'),
                                                   'pyramidreid.training.distributed.Meeting._say_farewell': ( 'training/distributed.html#meeting._say_farewell',

@@ -272,9 +272,12 @@ class EndsOn(Callback):
     order = -20
     def __init__(self, rank, happens, event='after_pred', training=True):
         self.rank,self.happens,self.event,self.in_training = rank,happens,event,training
+        self.has_happened = False
     def __call__(self, event):
         is_now = event==self.event and self.epoch==1 and self.training==self.in_training
-        if is_now and rank_distrib()==self.rank: self.happens()
+        if not is_now or self.has_happened or rank_distrib()!=self.rank: return
+        self.has_happened = True
+        self.happens()
 
 def fails(error):
     def happens(): raise error
@@ -283,6 +286,11 @@ def fails(error):
 def interrupt_soon():
     "A real signal, at some time within the next steps"
     threading.Timer(.05, os.kill, [os.getpid(), signal.SIGINT]).start()
+
+def interrupt_twice():
+    "Ctrl-C, and again while the ranks agree on what to do"
+    threading.Timer(.4, os.kill, [os.getpid(), signal.SIGINT]).start()
+    raise KeyboardInterrupt
 
 class BadWorker(Transform):
     "Fails in a worker of one rank after some images"
@@ -322,6 +330,7 @@ def saves_nowhere(learn):
 
 ENDS = dict(interrupt=[EndsOn(1, fails(KeyboardInterrupt()))],
             signal=[EndsOn(1, interrupt_soon)],
+            twice=[EndsOn(1, interrupt_twice)],
             memory=[EndsOn(0, fails(MemoryError('no memory')))],
             validation=[EndsOn(1, fails(IndexError('in validation')), training=False)],
             cancel=[EndsOn(0, fails(CancelFitException()), event='before_batch')],

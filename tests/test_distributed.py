@@ -178,7 +178,7 @@ def ended(people, tmp_path_factory):
     return run_both(ranks.ends_main, people, tmp_path_factory.mktemp('ended'), exitcodes=[0,-signal.SIGKILL])
 
 ENDS = [('interrupt', 1, 'KeyboardInterrupt'), ('signal', 1, 'KeyboardInterrupt'),
-        ('memory', 0, 'MemoryError: no memory'),
+        ('twice', 1, 'KeyboardInterrupt'), ('memory', 0, 'MemoryError: no memory'),
         ('validation', 1, 'IndexError: in validation'), ('embeds_on_one_rank', 1, 'ValueError: after the fit'),
         ('worker', 1, 'OSError: Caught OSError in DataLoader worker process 0. … OSError: a worker cannot read')]
 
@@ -191,7 +191,7 @@ def test_an_end_on_one_rank_ends_both(ended, name, rank, reason):
     assert other['error']==f'RuntimeError: {message}'
     for o in (own,other): assert o['is_plain'] and not o['has_group']
 
-@pytest.mark.parametrize('name', ['interrupt','signal','memory','validation','cancel'])
+@pytest.mark.parametrize('name', ['interrupt','signal','twice','memory','validation','cancel'])
 def test_a_run_that_one_rank_ended_is_resumed(ended, name):
     "In the same processes, which meet again: both have the same weights, and the decisions those of an undisturbed run"
     first,second = (o[f'{name} resumed'] for o in ended)

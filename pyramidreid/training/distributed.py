@@ -80,6 +80,10 @@ GRACE = 5         # Seconds that a rank which failed waits for others that fail 
 CANCEL_GRACE = 60 # Seconds that a rank whose fit was cancelled waits for the others
 FAREWELL = 15     # Seconds that the first rank, which keeps the store, waits until the others have read it
 
+def _is_lost_connection(error):
+    "Is this an error of an exchange, rather than of this rank?"
+    return type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
+
 def _in_words(error):
     "Type and message of an exception; of a message with many lines, as from a worker, the first and the last"
     lines = str(error).strip().splitlines()
@@ -102,12 +106,13 @@ class RankEnds:
         step=0 # Number of exchanges so far
     ):
         "Say why this rank ends"
-        self.store.set(f'{self.n_ends}/{self.rank}', json.dumps([step, _in_words(error)]))
+        note = [step, _in_words(error), _is_lost_connection(error)]
+        self.store.set(f'{self.n_ends}/{self.rank}', json.dumps(note))
 
     def read(self,
         rank # Number of a rank
     ):
-        "Number of exchanges and reason that a rank wrote; None if it has not ended"
+        "Number of exchanges, reason, and whether the reason is another rank's end; None if a rank has not ended"
         key = f'{self.n_ends}/{rank}'
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
@@ -286,10 +291,6 @@ def _say_farewell(self:Meeting):
     with suppress(RuntimeError): self._wait_for('left', 0 if self.rank else FAREWELL)
 
 # %% ../../nbs/training/11_distributed.ipynb #ae7e2329
-def _is_lost_connection(error):
-    "Is this an error of an exchange, rather than of this rank?"
-    return type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
-
 @patch
 def _decide(self:Meeting, error, grace):
     "What to raise, and whether the ranks go on together"
@@ -300,18 +301,27 @@ def _decide(self:Meeting, error, grace):
     if missing:
         error = self._lost(error, missing)
         self.ends.write(error)
-    in_step = not missing and len({step for step,_ in answers.values()})==1
+    in_step = not missing and len({step for step,*_ in answers.values()})==1
     verdict = self.ends.decide('together' if in_step else str(self.rank))
     if verdict!='together': return self._explain(error, int(verdict)),False
     self.ends.n_ends += 1
     return error,True
 
+# %% ../../nbs/training/11_distributed.ipynb #99d52aec
+@patch
+def _interrupted_while_deciding(self:Meeting):
+    "The rank that ended for a reason of its own and closed its connections early, as with Ctrl-C twice; else this rank"
+    others = [rank for rank in range(self.ranks) if rank!=self.rank]
+    notes = {rank:self.ends.read(rank) for rank in others}
+    return next((rank for rank,note in notes.items() if note and not note[2]), self.rank)
+
 @patch
 def _explain(self:Meeting, error, first):
     "What to raise when rank `first` has closed the connections"
     has_waited = _is_lost_connection(error) or getattr(self.watch, 'has_closed', False)
+    if has_waited and first==self.rank: first = self._interrupted_while_deciding()
     if first==self.rank or not has_waited: return error
-    _,reason = self.ends.read(first)
+    _,reason,_ = self.ends.read(first)
     return RuntimeError(
         f"Rank {first} of {self.ranks} ended with {reason}. So rank {self.rank}, which waited for it, ends too")
 
