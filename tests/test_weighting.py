@@ -1,0 +1,108 @@
+"The benchmark of loss weighting: its losses, heads and gradients against plain versions, its tables by hand"
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.core import Callback
+from torch.nn import functional as F
+
+sys.path.append(str(Path(__file__).parents[1]/'benchmarks'))
+import weighting
+
+from pyramidreid.models.losses import PyramidLoss, plain_triplet_loss
+from pyramidreid.models.pyramid import PyramidHead
+
+
+def test_conflicting_gradients_by_hand():
+    "(1, 0) without (-1, 1) is (0.5, 0.5); (-1, 1) without (1, 0) is (0, 1)"
+    conflict = [torch.tensor([1.,0.]),torch.tensor([-1.,1.])]
+    assert weighting.without_conflict(conflict).tolist()==[.5,1.5]
+    agree = [torch.tensor([1.,0.]),torch.tensor([1.,1.])]
+    assert weighting.without_conflict(agree).tolist()==[2.,1.]
+
+class Keep(Callback):
+    "The first step's images, labels and gradients"
+    order = 90
+    def before_batch(self):
+        if self.train_iter==0 and self.training: self.batch = self.xb[0].clone(),self.yb[0].clone()
+    def before_step(self):
+        if self.train_iter==0: self.grads = {name:p.grad.clone() for name,p in self.model.named_parameters()}
+
+def first_step(learn):
+    keep = Keep()
+    learn.fit(1, lr=0., cbs=keep)
+    return keep
+
+def test_gradients_of_the_backbone_are_those_without_conflict(make_learner):
+    "The body's by a product with the sum of both gradients by the map, the head's those of the plain sum"
+    learn = make_learner(dynamic=False, drop=0.)
+    weighting.project_gradients(learn)
+    keep = first_step(learn)
+    assert not learn.model.body._forward_hooks
+    model,loss = learn.model.train(),PyramidLoss()
+    model.zero_grad()
+    images,labels = keep.batch
+    fmap = model.body(images)
+    loss(model.head(fmap), labels)
+    by_map = [torch.autograd.grad(part, fmap, retain_graph=True)[0] for part in loss.parts.values()]
+    body = dict(model.body.named_parameters())
+    want = torch.autograd.grad(fmap, list(body.values()), weighting.without_conflict(by_map), retain_graph=True)
+    for name,grad in zip(body, want): torch.testing.assert_close(keep.grads[f'body.{name}'], grad, rtol=1e-3, atol=1e-6)
+    head = dict(model.head.named_parameters())
+    want = torch.autograd.grad(sum(loss.parts.values()), list(head.values()))
+    for name,grad in zip(head, want): torch.testing.assert_close(keep.grads[f'head.{name}'], grad, rtol=1e-3, atol=1e-6)
+
+def test_a_neck_puts_the_batch_norm_between_the_losses(make_learner):
+    learn = make_learner(dynamic=False, drop=0.)
+    weighting.add_neck(learn)
+    head = learn.model.head.train()
+    fmap = torch.randn(8, head.reduce.weight.shape[1], 6, 3)
+    plain = PyramidHead.features(head, fmap) # With ReLU
+    feats,logits = head(fmap)
+    normed = (feats-feats.mean(0))/(feats.var(0, unbiased=False)+head.bn.eps).sqrt()*head.bn.weight.view_as(feats[0])
+    torch.testing.assert_close(normed.relu(), plain, rtol=1e-4, atol=1e-5)
+    want = torch.einsum('nbe,bei->nbi', normed, head.classify.weight)
+    torch.testing.assert_close(logits, want, rtol=1e-3, atol=1e-5)
+    trained = {name for name,p in head.named_parameters() if p.requires_grad}
+    assert not trained & {'bn.bias','classify.bias'}
+    learn.fit(1, lr=0.) # in evaluation mode, the embedding is the normed one
+    emb = learn.model.eval().head.embed(fmap)
+    assert (emb<0).any()
+
+def test_the_triplet_loss_of_the_whole_embedding():
+    feats,labels = torch.randn(8, 3, 4, requires_grad=True),torch.arange(8)//2
+    loss = weighting.WholeTriplet()
+    total = loss((feats, torch.zeros(8, 3, 4)), labels)
+    whole = F.normalize(F.normalize(feats, dim=-1).flatten(1), dim=-1)
+    torch.testing.assert_close(loss.parts['triplet'], 3*plain_triplet_loss(whole, labels))
+    torch.testing.assert_close(total, loss.parts['id']+loss.parts['triplet'])
+
+def test_rules_without_a_part_of_the_paper_s():
+    losses = [dict(id=8., triplet=10.), dict(id=4., triplet=10.), dict(id=9., triplet=1.), dict(id=4., triplet=4.)]
+    always,measured = weighting.AlwaysPK(),weighting.MeasuredOnAll()
+    assert [always.step(o)[1] for o in losses]==['pk']*4 and always.measured==('id','triplet')
+    for o in losses: measured.step(o)
+    assert measured.k['triplet']==pytest.approx(.25*4 + .75*(.25*1 + .75*10)) # of all four batches
+
+def runs():
+    row = dict(rank1=.5, seconds=60., steps=10, random=float('nan'))
+    base = [dict(row, name=weighting.BASE, seed=seed, mAP=.5+.1*seed) for seed in (0,1)]
+    again = [dict(row, name=name, seed=0, mAP=.5+d) for name,d in zip(weighting.AGAIN, (.03,-.04))]
+    gate = [dict(row, name='rule, gate', seed=seed, mAP=.52+.1*seed, random=.6) for seed in (0,1)]
+    return pd.DataFrame(base+again+gate)
+
+def test_the_table_by_hand():
+    "Chance is the root mean square of .03 and -.04; the rule is .02 ahead with both seeds"
+    gains = weighting.against_base(runs())
+    assert weighting.chance(gains)==pytest.approx((.0025/2)**.5)
+    text = weighting.tables(runs(), weighting.questions(.5))
+    row = next(line for line in text.splitlines() if line.startswith('| rule, gate |'))
+    assert row=='| rule, gate | 0.570 ± 0.071 | 0.500 ± 0.000 | +0.020 (+0.020 … +0.020) | 60% | 1.0 | 2 |'
+    assert len(weighting.plot(runs(), weighting.questions(.5), 'title').axes)==1
+
+def test_every_scheme_has_a_name_of_its_own():
+    asked = weighting.questions(.5)
+    names = [name for schemes in asked.values() for name in schemes]
+    assert len(set(names))==len(names) and names[0]==weighting.BASE
