@@ -200,8 +200,8 @@ def parse(argv=None):
     add('--out', default='weighting', help='name of the results')
     return parser.parse_args(argv)
 
-def main():
-    args = parse()
+def main(argv=None):
+    args = parse(argv)
     asked = questions(args.share)
     schemes = {label: scheme for group in asked.values() for label,scheme in group.items()}
     names = args.only or list(schemes)

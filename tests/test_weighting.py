@@ -1,4 +1,5 @@
 "The benchmark of loss weighting: its losses, heads and gradients against plain versions, its tables by hand"
+import json
 import sys
 from pathlib import Path
 
@@ -106,3 +107,20 @@ def test_every_scheme_has_a_name_of_its_own():
     asked = weighting.questions(.5)
     names = [name for schemes in asked.values() for name in schemes]
     assert len(set(names))==len(names) and names[0]==weighting.BASE
+
+@pytest.mark.slow
+def test_every_scheme_trains(tmp_path, people):
+    "One step each; then nothing is left to do, and another setting is refused"
+    args = ['--data', str(people), '--arch', 'resnet10', '--size', '48', '24', '--n-parts', '3', '--steps', '1']
+    args += ['--seeds', '1', '--out', str(tmp_path/'tiny')]
+    weighting.main(args)
+    note = json.loads((tmp_path/'tiny.json').read_text())
+    asked = weighting.questions(.5)
+    assert [run['name'] for run in note['runs']]==[name for schemes in asked.values() for name in schemes]
+    assert all(0<run['mAP']<1 and run['steps']==1 for run in note['runs'])
+    table = (tmp_path/'tiny.md').read_text()
+    for question in asked: assert f'## {question}' in table
+    assert (tmp_path/'tiny.png').read_bytes().startswith(b'\x89PNG')
+    weighting.main(args)
+    assert json.loads((tmp_path/'tiny.json').read_text())['runs']==note['runs']
+    with pytest.raises(ValueError, match='another configuration'): weighting.main([*args, '--lr', '1'])
