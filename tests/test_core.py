@@ -242,7 +242,7 @@ WITHOUT_UNIX = """
 import importlib, os, pkgutil, signal, sys
 import fastai.vision.all, matplotlib.pyplot, pandas, torch, filelock
 for name in ('fcntl','resource','termios','pwd','grp'): sys.modules[name] = None
-for name in ('register_at_fork','fchmod','fork','mkfifo','statvfs'):
+for name in ('register_at_fork','fork','mkfifo','statvfs'): # fchmod is for filelock, which has its own way on Windows
     if hasattr(os, name): delattr(os, name)
 for name in ('SIGHUP','SIGKILL','SIGALRM','SIGUSR1'):
     if hasattr(signal, name): delattr(signal, name)
