@@ -175,7 +175,8 @@ def report(out, asked, about):
         f' Trained again with other seeds, the fixed sum moved by {moved:.3f} of mAP (root mean square): a difference '
         'that is not clearly larger is not shown to matter.')
     write_table(out, 'ID loss and triplet loss: how to combine them', tables(runs, asked), text)
-    title = f'{about}.\nA dot for each seed, a bar at their mean; grey: twice what chance alone does'
+    wrapped = about.replace('; ', ';\n').replace(', batches', ',\nbatches')
+    title = f'{wrapped}.\nA dot for each seed, a bar at their mean; grey: twice what chance alone does'
     plot(runs, asked, title).savefig(results/f'{out}.png', dpi=120)
 
 # ---- the command
