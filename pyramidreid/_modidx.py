@@ -192,7 +192,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'pyramidreid.core.atomic_write': ('core.html#atomic_write', 'pyramidreid/core.py'),
                                   'pyramidreid.core.clean_errors': ('core.html#clean_errors', 'pyramidreid/core.py'),
                                   'pyramidreid.core.flush_to_disk': ('core.html#flush_to_disk', 'pyramidreid/core.py'),
-                                  'pyramidreid.core.need_regular': ('core.html#need_regular', 'pyramidreid/core.py'),
                                   'pyramidreid.core.partial_folder': ('core.html#partial_folder', 'pyramidreid/core.py'),
                                   'pyramidreid.core.read_regular': ('core.html#read_regular', 'pyramidreid/core.py'),
                                   'pyramidreid.core.regular_size': ('core.html#regular_size', 'pyramidreid/core.py'),

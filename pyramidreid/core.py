@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Role', 'require_extra', 'TextLines', 'shown_text', 'clean_errors', 'ReIDWarning', 'NotRegularError',
-           'regular_size', 'flush_to_disk', 'atomic_write', 'remove_leftovers', 'partial_folder', 'need_regular',
-           'read_regular', 'with_progress', 'show_once']
+           'regular_size', 'flush_to_disk', 'atomic_write', 'remove_leftovers', 'partial_folder', 'read_regular',
+           'with_progress', 'show_once']
 
 # %% ../nbs/00_core.ipynb #dbbdcbeb
 import errno
@@ -97,23 +97,25 @@ class NotRegularError(ValueError):
     "A path leads to something that is not a regular file; `kind` says to what, such as 'a folder'"
     kind = 'a special file'
 
-def _not_regular(file, kind):
+def _not_regular(file, kind, what):
     "The `NotRegularError` of a file"
-    res = NotRegularError(f"{shown_text(file)} is not a regular file but {kind}: remove it")
+    advice = f'give the path of a {what}' if what else 'remove it'
+    res = NotRegularError(f"{shown_text(file)} is not a regular file but {kind}: {advice}")
     res.kind = kind
     return res
 
 def regular_size(
-    file # Path
-)->int:  # Length in bytes
+    file,     # Path
+    what=None # What an error asks for, such as 'CSV file'; None: it asks to remove what is there
+)->int:       # Length in bytes
     """Return the length of a regular file, or of what a link leads to. Raises `NotRegularError`, a `ValueError`, for a
     folder, a pipe, a socket, a device, and a link to itself; `OSError` if there is nothing, or it may not be seen"""
     try: found = os.stat(file)
     except OSError as e:
         if e.errno!=errno.ELOOP: raise
-        raise _not_regular(file, 'a link to itself') from None
+        raise _not_regular(file, 'a link to itself', what) from None
     if stat.S_ISREG(found.st_mode): return found.st_size
-    raise _not_regular(file, _FILE_KINDS.get(stat.S_IFMT(found.st_mode), NotRegularError.kind))
+    raise _not_regular(file, _FILE_KINDS.get(stat.S_IFMT(found.st_mode), NotRegularError.kind), what)
 
 # %% ../nbs/00_core.ipynb #e2d40be6
 _WINDOWS = os.name=='nt'
@@ -227,22 +229,13 @@ def partial_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #7b7ab395
-def need_regular(
-    file:str|Path, # Name of a file
-    what='file'    # What an error asks for
-)->int:            # Its length in bytes
-    "Raise `ValueError` if a file is not a regular one, but a pipe, a device or a folder"
-    try: return regular_size(file)
-    except NotRegularError as e:
-        raise ValueError(f"{shown_text(file)} is not a regular file but {e.kind}: give the path of a {what}") from None
-
 def read_regular(
     file:str|Path, # Name of a file
     n_most:int,    # Bytes that it may have
     what='file'    # What an error asks for
 )->bytes:
     "Return the bytes of a file. Raises `ValueError` if it is not a regular file, or larger than `n_most`"
-    size = need_regular(file, what)
+    size = regular_size(file, what)
     if size>n_most: raise ValueError(
         f"{shown_text(file)} has {size:,} bytes, more than the {n_most:,} allowed for a {what}")
     with open(file, 'rb') as f: return f.read(n_most)

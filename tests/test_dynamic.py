@@ -19,7 +19,7 @@ from fastai.optimizer import Adam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import Branches, Spy, Vectors, quiet, toy_learner
+from toys import Branches, Spy, Third, Vectors, quiet, toy_learner
 
 from pyramidreid.models.losses import PyramidLoss
 from pyramidreid.training import dynamic_losses
@@ -450,15 +450,6 @@ def test_a_loss_that_is_not_finite_stops_the_training():
     assert len(learn.dynamic_loss_weights.steps)==2
 
 # Other losses
-
-class Third(PyramidLoss):
-    "A loss of three parts"
-    part_names = ('id','triplet','norm')
-    def forward(self, pred, target):
-        loss = super().forward(pred, target)
-        if isinstance(pred, torch.Tensor): return loss
-        self.parts['norm'] = pred[0].square().mean()
-        return loss + self.parts['norm']
 
 class Eager(Third):
     "The same, but it does not know `wanted`: all parts on all batches"

@@ -24,7 +24,7 @@ from fastai.vision.core import PILImage, TensorImage
 from fastcore.basics import patch
 from PIL import Image
 
-from ..core import atomic_write, need_regular, with_progress
+from ..core import atomic_write, regular_size, with_progress
 from pyramidreid.images import (
     check_image,
     check_pixel_range,
@@ -150,7 +150,7 @@ def _read_header(file):
     if file.is_dir():
         example = file/'images.safetensors'
         raise ValueError(f"{file} is a folder: give the name of a file for the image cache, e.g. {example}")
-    size = need_regular(file, 'file, or a new name')
+    size = regular_size(file, 'file, or a new name')
     with open(file, 'rb') as f:
         length,start = int.from_bytes(f.read(8), 'little'),f.read(len(_HEADER_START))
         if start!=_HEADER_START:

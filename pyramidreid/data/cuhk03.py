@@ -17,9 +17,9 @@ from PIL import Image
 
 from pyramidreid.core import (
     TextLines,
-    need_regular,
     partial_folder,
     read_regular,
+    regular_size,
     require_extra,
     shown_text,
     with_progress,
@@ -94,7 +94,7 @@ def extract_cuhk03(
     if dest.exists(): raise FileExistsError(
         f"{dest} exists, but its images are not those written from {mat.name}: delete it, or pass another `dest`")
     h5py = require_extra('h5py', 'mat')
-    need_regular(mat)
+    regular_size(mat, 'MATLAB file')
     with partial_folder(dest.parent, f'.{boxes}.????????.tmp') as partial:
         temporary = partial/boxes
         with _explain_errors(mat), h5py.File(mat) as file: _write_images(file, boxes, temporary, progress)
@@ -109,7 +109,7 @@ def _read_config(config):
         f"It comes from {reid_sets['cuhk03_np_detected'].home}, in evaluation/data/CUHK03. "
         "Put it there, pass its path as `config`, or pass protocol='classic'")
     loadmat = require_extra('scipy.io', 'mat').loadmat
-    need_regular(config)
+    regular_size(config, 'MATLAB file')
     rows = []
     try:
         arrays = {key: np.atleast_1d(value) for key,value in loadmat(config, squeeze_me=True).items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import TextLines, clean_errors, need_regular, read_regular, require_extra, shown_text
+from ..core import TextLines, clean_errors, read_regular, regular_size, require_extra, shown_text
 from .csv_tables import csv_table, is_csv
 from .cuhk03 import check_cuhk03_boxes, cuhk03_table
 from pyramidreid.data.registry import (
@@ -273,7 +273,7 @@ def regdb_table(
 def _load_matrix(file, key, width):
     "The integer matrix `key` with `width` columns of a MATLAB file"
     loadmat = require_extra('scipy.io', 'mat').loadmat
-    need_regular(file)
+    regular_size(file, 'MATLAB file')
     try: matrix = loadmat(file)[key].astype(int)
     except Exception as e: # whatever a file of other contents leads to
         raise ValueError(f"{file} cannot be read as MARS's {key}: {type(e).__name__} {e}. Download it again") from e

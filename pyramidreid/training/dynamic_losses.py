@@ -386,11 +386,13 @@ def _check_decision(self:DynamicLossWeights, decision, losses):
     weights,mode = decision
     if mode not in ('pk','random'): raise ValueError(f"{rule} returned the mode {mode!r}: choose 'pk' or 'random'")
     bad = {name:weight for name,weight in weights.items() if not isinstance(weight, Real)}
-    if bad: raise ValueError(f"{rule} returned weights that are not numbers: {bad}")
+    if bad: raise ValueError(f"{rule} returned weights that are not numbers: {bad}. Return floats")
     bad = {name:weight for name,weight in weights.items() if not math.isfinite(weight)}
-    if bad: raise ValueError(f"{rule} returned weights that are not finite: {bad}")
+    if bad: raise ValueError(f"{rule} returned weights that are not finite: {bad}. Return finite ones")
     missing = [name for name,weight in weights.items() if weight and name not in losses]
-    if missing: raise ValueError(f"{rule} weights {_quoted(missing)}, but this batch has the losses {_quoted(losses)}")
+    if missing: raise ValueError(
+        f"{rule} weights {_quoted(missing)}, but this batch has the losses {_quoted(losses)}: weight these alone, or "
+        "name what the next batch needs in `measured`")
 
 # %% ../../nbs/training/01_dynamic_losses.ipynb #f9042ac7
 @patch(as_prop=True)
