@@ -98,10 +98,10 @@ def fit(learn, recipe, epochs, lr, pretrained):
 
 def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=None, recipe='one_cycle', epochs=12,
           steps=None, lr=3e-3, p=8, k=8, workers=0, cache=None, only=None, mode='pk', dynamic=True, shift=0,
-          loss=None, change=None, **learner_args):
+          loss=None, change=None, channels_last=False, **learner_args):
     """Train on the table `df` and evaluate once, at the end, on its queries and gallery or on people held out of its
     training set; a dict of results. `loss` and a callable `dynamic` make a loss and a rule; `change` gets the learner
-    before it is trained"""
+    before it is trained; `channels_last` is faster on a CPU. `cpu_seconds` do not count what else the machine does"""
     check_losses(only, dynamic, mode)
     gc.collect()
     torch.set_num_threads(1)
@@ -119,14 +119,15 @@ def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=
     if change: change(learn)
     cuda = dls.device.type=='cuda'
     if cuda: learn.to_channelslast(amp_mode='bf16')
-    start = time.perf_counter()
+    elif channels_last: learn.to_channelslast(use_amp=False)
+    start,cpu_start = time.perf_counter(),time.process_time()
     fit(learn, recipe, epochs, lr, bool(weights))
-    seconds = time.perf_counter()-start
+    seconds,cpu_seconds = time.perf_counter()-start,time.process_time()-cpu_start
     card = learn.evaluate(device=dls.device if cuda else None)
     row = dict(
-        name=name, seed=seed, mAP=card.mAP, rank1=card.rank1, seconds=seconds, steps=epochs*len(dls.train),
-        hardware=hardware(), date=str(date.today()), code=code, embedding=learn.model.head.bn.num_features,
-        branches=len(learn.model.head.windows))
+        name=name, seed=seed, mAP=card.mAP, rank1=card.rank1, seconds=seconds, cpu_seconds=cpu_seconds,
+        steps=epochs*len(dls.train), hardware=hardware(), date=str(date.today()), code=code,
+        embedding=learn.model.head.bn.num_features, branches=len(learn.model.head.windows))
     if hasattr(learn, 'dynamic_loss_weights'):
         history = learn.dynamic_loss_weights.history
         if 'weight_triplet' in history: row['both'] = float((history.weight_triplet>0).mean())

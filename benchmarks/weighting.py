@@ -134,7 +134,7 @@ def percent(values):
 def table_row(label, group, gains):
     return {'': f'**{label}**' if label==BASE else label, 'mAP': mean_std(group.mAP), 'rank-1': mean_std(group.rank1),
             'mAP against the fixed sum, same seed: mean (least … most)': '' if label==BASE else mean_range(gains),
-            'random batches': percent(group.get('random')), 'minutes': f'{group.seconds.mean()/60:.1f}',
+            'random batches': percent(group.get('random')), 'CPU minutes': f'{group.cpu_seconds.mean()/60:.1f}',
             'runs': len(group)}
 
 def tables(runs, asked):
@@ -207,7 +207,7 @@ def main(argv=None):
     schemes = {label: scheme for group in asked.values() for label,scheme in group.items()}
     names = args.only or list(schemes)
     shared = dict(size=tuple(args.size), hold_out=args.hold_out, arch=args.arch, steps=args.steps, lr=args.lr,
-                  n_parts=args.n_parts)
+                  n_parts=args.n_parts, channels_last=True)
     settings = {**shared, 'size': list(args.size), 'data': args.data.name,
                 'weights': args.weights and args.weights.name}
     files = dict(data=args.data, weights=args.weights, cache=args.cache)
