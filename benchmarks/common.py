@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from datetime import date
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -89,16 +90,17 @@ def skip_validation():
             if not hasattr(self, 'gather_preds'): raise CancelValidException
     return SkipValidation()
 
-def fit(learn, recipe, epochs, lr, pretrained):
-    "Train by one of the recipes, without output"
+def fit(learn, recipe, epochs, lr, pretrained, fit_args=None):
+    "Train by one of the recipes, without output; `fit_args` are passed to it"
+    args = fit_args or {}
     with learn.no_bar(), learn.no_logging():
-        if recipe=='one_cycle': learn.fit_one_cycle(epochs, slice(lr/4, lr) if pretrained else lr)
-        elif recipe=='paper': learn.fit_paper(epochs)
-        else: learn.fit_modern(epochs, frozen_epochs=int(pretrained))
+        if recipe=='one_cycle': learn.fit_one_cycle(epochs, slice(lr/4, lr) if pretrained else lr, **args)
+        elif recipe=='paper': learn.fit_paper(epochs, **args)
+        else: learn.fit_modern(epochs, **{'frozen_epochs':int(pretrained), **args})
 
 def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=None, recipe='one_cycle', epochs=12,
           steps=None, lr=3e-3, p=8, k=8, workers=0, cache=None, only=None, mode='pk', dynamic=True, shift=0,
-          loss=None, change=None, channels_last=False, **learner_args):
+          loss=None, change=None, channels_last=False, tfms_args=None, fit_args=None, **learner_args):
     """Train on the table `df` and evaluate once, at the end, on its queries and gallery or on people held out of its
     training set; a dict of results. `loss` and a callable `dynamic` make a loss and a rule; `change` gets the learner
     before it is trained; `channels_last` is faster on a CPU. `cpu_seconds` do not count what else the machine does"""
@@ -107,7 +109,7 @@ def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=
     torch.set_num_threads(1)
     import pyramidreid.all as lib
     lib.set_seed(seed+shift, reproducible=True)
-    tfms = lib.strong_tfms if recipe=='modern' else lib.person_tfms
+    tfms = partial(lib.strong_tfms if recipe=='modern' else lib.person_tfms, **(tfms_args or {}))
     dls = lib.ReIDDataLoaders.from_table(
         df, p=p, k=k, size=size, mode=mode, valid_pct=hold_out, num_workers=workers, cache=cache, tfms=tfms)
     if steps: epochs = math.ceil(steps/len(dls.train))
@@ -121,7 +123,7 @@ def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=
     if cuda: learn.to_channelslast(amp_mode='bf16')
     elif channels_last: learn.to_channelslast(use_amp=False)
     start,cpu_start = time.perf_counter(),time.process_time()
-    fit(learn, recipe, epochs, lr, bool(weights))
+    fit(learn, recipe, epochs, lr, bool(weights), fit_args)
     seconds,cpu_seconds = time.perf_counter()-start,time.process_time()-cpu_start
     card = learn.evaluate(device=dls.device if cuda else None)
     row = dict(
