@@ -158,6 +158,11 @@ def ablation():
         if row[''].startswith('shift='): row[''] = 'default, other seeds of training'
     return f"{table(rows)}\n\n{source(info)}"
 
+def weighting():
+    "The comparison of loss weightings, as weighting.py wrote it, without its title and with smaller headings"
+    text = (results/'weighting.md').read_text(encoding='utf-8')
+    return text.split('\n', 1)[1].replace('\n## ', '\n### ').strip()
+
 def misalign():
     runs = pd.DataFrame(read('misalign')['runs'])
     rows = []

@@ -124,7 +124,7 @@ def against_base(runs):
 
 def chance(gains):
     "Root mean square of what the fixed sum moved by when it was trained again with other seeds; None if it was not"
-    again = gains.reindex(columns=list(AGAIN)).stack()
+    again = gains.reindex(columns=list(AGAIN)).stack().dropna()
     return (again**2).mean()**.5 if len(again) else None
 
 def percent(values):

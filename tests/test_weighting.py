@@ -103,6 +103,10 @@ def test_the_table_by_hand():
     assert row=='| rule, gate | 0.570 ± 0.071 | 0.500 ± 0.000 | +0.020 (+0.020 … +0.020) | 60% | 1.0 | 2 |'
     assert len(weighting.plot(runs(), weighting.questions(.5), 'title').axes)==1
 
+def test_no_chance_without_a_second_training():
+    first = runs()[lambda df: ~df.name.isin(list(weighting.AGAIN))]
+    assert weighting.chance(weighting.against_base(first)) is None
+
 def test_every_scheme_has_a_name_of_its_own():
     asked = weighting.questions(.5)
     names = [name for schemes in asked.values() for name in schemes]
