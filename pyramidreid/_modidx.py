@@ -2502,6 +2502,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'pyramidreid/models/weight_files.py'),
                                                  'pyramidreid.models.weight_files._best_prefixes': ( 'models/weight_files.html#_best_prefixes',
                                                                                                      'pyramidreid/models/weight_files.py'),
+                                                 'pyramidreid.models.weight_files._check_packed': ( 'models/weight_files.html#_check_packed',
+                                                                                                    'pyramidreid/models/weight_files.py'),
                                                  'pyramidreid.models.weight_files._classifier_prefixes': ( 'models/weight_files.html#_classifier_prefixes',
                                                                                                            'pyramidreid/models/weight_files.py'),
                                                  'pyramidreid.models.weight_files._damaged': ( 'models/weight_files.html#_damaged',

@@ -2,6 +2,7 @@
 import argparse
 import os
 import warnings
+import zipfile
 from collections import OrderedDict
 from functools import cache
 
@@ -163,7 +164,7 @@ def test_a_name_that_is_there_with_and_without_prefix(source, tmp_path):
 
 def test_two_tensors_of_the_same_joined_name_are_refused(source, tmp_path):
     twice = {'module.conv1.weight':torch.zeros(1), 'module':{'conv1.weight':torch.ones(1)}}
-    with pytest.raises(ValueError, match='two tensors with the name module.conv1.weight'): load(twice, tmp_path)
+    with pytest.raises(ValueError, match='w.pth has two tensors with the name module.conv1'): load(twice, tmp_path)
 
 # Types
 
@@ -347,6 +348,9 @@ def test_damaged_files_are_not_recommended_for_unsafe_loading(tmp_path, name):
 
 def test_what_is_not_a_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='There is no weight file'): read_weights(tmp_path/'none.pth')
+    if os.name!='nt':
+        (tmp_path/'link.pth').symlink_to(tmp_path/'none.pth')
+        with pytest.raises(FileNotFoundError, match='There is no weight file'): read_weights(tmp_path/'link.pth')
     with pytest.raises(NotRegularError, match='a folder: give the path of a weight file'): read_weights(tmp_path)
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='Windows has no pipes')
@@ -360,6 +364,20 @@ def test_a_tensor_that_claims_to_be_enormous(source, tmp_path):
     torch.save({**source, 'conv1.weight':enormous}, tmp_path/'misfit.pth')
     with pytest.raises(ValueError, match=r'conv1.weight \(1000000, 1000000\), not'):
         load_backbone_weights(new_model(resnet10), tmp_path/'misfit.pth')
+
+def packed(source, dest, **options):
+    "The same archive, with other options for its entries"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(dest, 'w', **options) as new:
+        for name in old.namelist(): new.writestr(name, old.read(name))
+
+def test_a_small_file_that_unpacks_to_a_large_one(tmp_path):
+    "torch would read it: 4 MB from a few thousand bytes, or gigabytes from some millions"
+    torch.save({'conv1.weight':torch.zeros(10**6)}, tmp_path/'w.pth')
+    packed(tmp_path/'w.pth', tmp_path/'stored.pth')
+    assert len(read_weights(tmp_path/'stored.pth')['conv1.weight'])==10**6
+    packed(tmp_path/'w.pth', tmp_path/'bomb.pth', compression=zipfile.ZIP_DEFLATED)
+    assert len(torch.load(tmp_path/'bomb.pth', weights_only=True)['conv1.weight'])==10**6
+    with pytest.raises(ValueError, match=r'bomb.pth.*unpack to 4,00\d,\d{3} bytes'): read_weights(tmp_path/'bomb.pth')
 
 def test_names_of_strangers_cannot_write_to_the_terminal_nor_take_for_ever(source, tmp_path):
     long,bad = '.'.join('a'*100_000),'x\x1b[2Jy'

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['read_weights', 'load_backbone_weights']
 
-# %% ../../nbs/models/07_weight_files.ipynb #90128f23
+# %% ../../nbs/models/07_weight_files.ipynb #1d818b54
 import os
 import re
 import warnings
 from collections import Counter
 from pickle import UnpicklingError
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ from torch import nn
 
 from ..core import ReIDWarning, TextLines, clean_errors, regular_size, shown_text
 
-# %% ../../nbs/models/07_weight_files.ipynb #c2ca5349
+# %% ../../nbs/models/07_weight_files.ipynb #54de1c74
 _OBJECT_NAME = re.compile(r'GLOBAL (\S+)(.*)')
 
 def _refusal(fname, name, blocked):
@@ -35,22 +36,29 @@ The weights may be saved['model'] or saved['teacher'] instead, or saved.state_di
 def _damaged(fname, reason):
     return ValueError(f"{fname} contains no safetensors or torch weights, or is cut off: {reason}")
 
+def _check_packed(fname):
+    "Raise a `ValueError` for an archive that unpacks to more bytes than it has: `torch.save` does not pack"
+    if not is_zipfile(fname): return # written by a torch before 1.6
+    with ZipFile(fname) as archive: n_bytes = sum(entry.file_size for entry in archive.infolist())
+    if n_bytes>os.path.getsize(fname): raise ValueError(f'it is packed, and would unpack to {n_bytes:,} bytes')
+
 def _load_content(fname):
     "What a file holds. Raises `ValueError` if it is damaged or could run code"
     try:
         if str(fname).endswith('.safetensors'): return load_file(fname)
+        _check_packed(fname)
         return torch.load(fname, map_location='cpu', weights_only=True)
     except UnpicklingError as e: # torch's own message recommends to load the file without protection
         found = _OBJECT_NAME.search(str(e))
         if found: raise _refusal(fname, found[1], blocked='is blocked' in found[2]) from None
-        raise _damaged(fname, 'torch.save does not write such files') from None
+        raise _damaged(fname, 'it is not a file that torch.save writes') from None
     except Exception as e: # a damaged file can raise any
         raise _damaged(fname, str(e).split('\n')[0][:200] or type(e).__name__) from e
 
-# %% ../../nbs/models/07_weight_files.ipynb #72455801
+# %% ../../nbs/models/07_weight_files.ipynb #c3d6e569
 _MOST_NESTED = 4 # dicts within each other
 
-def _named_tensors(content):
+def _named_tensors(content, fname):
     "The tensors in a dict and in the dicts in it, with names joined by dots, those of the outer dicts first"
     res,dicts,seen = {},[('',content,1)],set()
     for where,found,depth in dicts: # grows on the way
@@ -60,14 +68,14 @@ def _named_tensors(content):
             if not isinstance(key, str): continue
             if isinstance(value, dict): dicts.append((f'{where}{key}.', value, depth+1))
             if not isinstance(value, torch.Tensor): continue
-            if where+key in res: raise ValueError(f"it has two tensors with the name {where}{key}")
+            if where+key in res: raise ValueError(f"{fname} has two tensors with the name {where}{key}")
             res[where+key] = value
     return res
 
 def _is_plain(value):
     return value.layout==torch.strided and not (value.is_quantized or value.is_complex() or value.is_meta)
 
-# %% ../../nbs/models/07_weight_files.ipynb #9ce09f50
+# %% ../../nbs/models/07_weight_files.ipynb #164870b0
 @clean_errors()
 def read_weights(
     fname # A safetensors or torch file
@@ -75,10 +83,10 @@ def read_weights(
     """Return the tensors in a file by name. A tensor in dicts within dicts, up to four deep, is named by all of them,
     as in `state_dict.conv1.weight`. Raises `ValueError` if the file is damaged, could run code or holds no tensors by
     name, `FileNotFoundError` if there is none."""
-    if not os.path.lexists(fname): raise FileNotFoundError(f"There is no weight file {fname}")
-    regular_size(fname, 'weight file')
+    try: regular_size(fname, 'weight file')
+    except FileNotFoundError as e: raise FileNotFoundError(f"There is no weight file {fname}") from e
     content = _load_content(fname)
-    tensors = _named_tensors(content) if isinstance(content, dict) else {}
+    tensors = _named_tensors(content, fname) if isinstance(content, dict) else {}
     if not tensors:
         got = list(content)[:3] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{fname} does not hold a state dict: expected tensors by name, got {got!r:.200}")
@@ -89,7 +97,7 @@ def read_weights(
 
 def _first_three(names): return ', '.join(f'{name:.200}' for name in names[:3]) + (', …' if len(names)>3 else '')
 
-# %% ../../nbs/models/07_weight_files.ipynb #bbfbca37
+# %% ../../nbs/models/07_weight_files.ipynb #86c5aab0
 def _names_by_prefix(names, own):
     "Which of a backbone's `own` names are found behind which prefix"
     most = max((name.count('.') for name in own), default=0)
@@ -101,7 +109,7 @@ def _names_by_prefix(names, own):
             if end in own: found.setdefault(name[:len(name)-len(end)], []).append(end)
     return found
 
-# %% ../../nbs/models/07_weight_files.ipynb #18c45ebc
+# %% ../../nbs/models/07_weight_files.ipynb #438a1cc9
 _PREFERRED = ('ema','teacher','encoder_q')
 
 def _preference(prefix):
@@ -119,7 +127,7 @@ def _best_prefixes(weights, needed):
     best = max(scores.values(), default=None)
     return sorted((prefix for prefix,score in scores.items() if score==best), key=_preference)
 
-# %% ../../nbs/models/07_weight_files.ipynb #1dca4234
+# %% ../../nbs/models/07_weight_files.ipynb #a971986f
 _HEAD = re.compile(r'(fc|classifier|heads?|bottleneck|bnneck)\d*')
 _CLASSIFIER = re.compile(r'(fc|classifier)\d*')
 
@@ -155,7 +163,7 @@ def _warn_of_others(fname, left, prefix):
 
 def _under(prefix): return f', under {prefix!r}' if prefix else ''
 
-# %% ../../nbs/models/07_weight_files.ipynb #db18bc92
+# %% ../../nbs/models/07_weight_files.ipynb #4739d27f
 _RESNETS = {((1,1,1,1),False):'resnet10', ((2,2,2,2),False):'resnet18', ((3,4,6,3),False):'resnet34',
             ((3,4,6,3),True):'resnet50', ((3,4,23,3),True):'resnet101', ((3,8,36,3),True):'resnet152'}
 
@@ -191,7 +199,7 @@ def _kind(names):
     resnet = _resnet(names)
     return resnet and (resnet, f'pass arch={resnet}')
 
-# %% ../../nbs/models/07_weight_files.ipynb #25336ae1
+# %% ../../nbs/models/07_weight_files.ipynb #3e2ed703
 def _misfits(found, body, unknown):
     "What is wrong with the weights `found` for a body, and the names that it concerns"
     shapes = [f'{name} {tuple(value.shape)}, not {tuple(body[name].shape)}'
@@ -210,7 +218,7 @@ def _advice(names, own):
     return (f"The names are those of {kind}, like the backbone's, so it is another version of it or only a part: pass "
             "the function that builds this version as arch, or another file")
 
-# %% ../../nbs/models/07_weight_files.ipynb #1ce51bf9
+# %% ../../nbs/models/07_weight_files.ipynb #a47c6aa0
 _COUNTER = 'num_batches_tracked' # of a batch norm, which older files do not have
 
 @clean_errors()
