@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['body_shape', 'map_height', 'keep_last_resolution', 'arch_name', 'arch_source', 'start_words',
-           'DownloadError', 'create_backbone', 'read_weights', 'load_backbone_weights', 'backbone_stats', 'resnet10']
+           'DownloadError', 'create_backbone', 'backbone_stats', 'resnet10', 'load_backbone_weights', 'read_weights']
 
 # %% ../../nbs/models/01_backbone.ipynb #bbaf6cd5
 import inspect
@@ -15,11 +15,12 @@ import torch
 import torchvision
 from fastai.vision.all import *
 from fastai.vision.learner import TimmBody, _default_meta, model_meta
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from ..core import clean_errors, require_extra
+from ..core import require_extra
+from .weight_files import load_backbone_weights, read_weights  # noqa: F401
+
+_all_ = ['load_backbone_weights', 'read_weights'] # they were here before they had a module
 
 # %% ../../nbs/models/01_backbone.ipynb #5b786b9f
 def _is_striding(m):
@@ -255,52 +256,6 @@ def create_backbone(
     body = _cut_body(model, arch)
     _check_map(body, arch_name(arch))
     return keep_last_resolution(body, arch_name(arch)) if last_stride==1 else body
-
-# %% ../../nbs/models/01_backbone.ipynb #21a0f4ae
-@clean_errors()
-def read_weights(fname): # A safetensors or torch file
-    "Return the state dict in a file. Raises `ValueError` if the file is damaged or holds something else."
-    fname = Path(fname)
-    if not fname.is_file(): raise FileNotFoundError(f"There is no weight file {fname}")
-    try:
-        if fname.suffix=='.safetensors': sd = load_file(fname)
-        else: sd = torch.load(fname, map_location='cpu', weights_only=True)
-    except (SafetensorError,RuntimeError,EOFError,ValueError,OSError,pickle.UnpicklingError) as e:
-        raise ValueError(f"{fname} contains no safetensors or torch weights, or is cut off: {e}") from e
-    if isinstance(sd, dict) and all(isinstance(v, torch.Tensor) for v in sd.values()): return sd
-    got = list(sd)[:3] if isinstance(sd, dict) else type(sd).__name__
-    raise ValueError(f"{fname} does not hold a state dict: expected tensors by name, got {got}")
-
-# %% ../../nbs/models/01_backbone.ipynb #47f6a14b
-def _classifier_prefixes(model):
-    "What the names of the classifier's weights begin with"
-    if isinstance(model, nn.Sequential): return (f'{len(model)-1}.',)
-    return ('fc.','classifier.','head.fc.')
-
-def _misfits(sd, own, classifier):
-    "Names of weights in `sd` that do not fit the model's `own`, by what is wrong with them"
-    body = {name:value for name,value in own.items() if not name.startswith(classifier)}
-    needed = [name for name in body if not name.endswith('num_batches_tracked')]
-    def shapes(name): return f'{name} {tuple(sd[name].shape)}, not {tuple(body[name].shape)}'
-    return {
-        'missing': [name for name in needed if name not in sd],
-        'unknown': [name for name in sd if name not in own and not name.startswith(classifier)],
-        'of another shape': [shapes(name) for name in body if name in sd and sd[name].shape!=body[name].shape]}
-
-def _first_three(names): return ', '.join(names[:3]) + (', …' if len(names)>3 else '')
-
-def load_backbone_weights(
-    model, # A classifier, changed in place
-    fname  # File of its weights
-):
-    "Load all weights but the classifier's. Raises `ValueError` if a weight is missing, unknown or of another shape."
-    sd,own = read_weights(fname),model.state_dict()
-    classifier = _classifier_prefixes(model)
-    misfits = _misfits(sd, own, classifier)
-    problems = [f'{len(names)} {what} ({_first_three(names)})' for what,names in misfits.items() if names]
-    if problems: raise ValueError(f"{fname} does not fit {type(model).__name__}: {'; '.join(problems)}")
-    use = [name for name in own if name in sd and not name.startswith(classifier)]
-    model.load_state_dict({**own, **{name:sd[name].to(own[name].dtype) for name in use}})
 
 # %% ../../nbs/models/01_backbone.ipynb #aa16afee
 def backbone_stats(arch): # A function such as `resnet50`, or the name of a timm model
