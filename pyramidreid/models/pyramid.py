@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pyramid_windows', 'part_height', 'PlainBranch', 'PlainPyramidHead', 'BranchLinear', 'pool_windows',
-           'PyramidHead', 'fuse_state', 'has_neck', 'neck_misfit', 'join_branches', 'PyramidNet', 'pyramid_split',
-           'pyramid_words']
+           'PyramidHead', 'fuse_state', 'join_branches', 'PyramidNet', 'pyramid_split', 'pyramid_words', 'has_neck',
+           'neck_misfit']
 
 # %% ../../nbs/models/02_pyramid.ipynb #cb8ac31f
 import copy
@@ -213,29 +213,6 @@ def fuse_state(sd): # State dict of a `PlainPyramidHead`
     fused['bn.num_batches_tracked'] = sd['branches.0.bn.num_batches_tracked']
     return fused
 
-# %% ../../nbs/models/02_pyramid.ipynb #b4f66c7b
-def has_neck(
-    sd,            # State dict of a `PyramidNet`
-    prefix='head.' # Of the names of the head's weights
-):
-    "Are these the weights of a head with a BNNeck? None if there is no head among them"
-    if f'{prefix}bn.running_mean' not in sd: return None
-    return f'{prefix}bn.bias' not in sd
-
-def neck_misfit(
-    found, # Has the model that is loaded a BNNeck?
-    which  # More words about that model, as in 'The model in FILE'
-):
-    "Return what is wrong, and what to do, where weights do not fit a model because only one of both has a BNNeck"
-    return (f"The model {which} has {'a' if found else 'no'} BNNeck, and this one has {'none' if found else 'one'}: "
-            f"pass neck={found} to pyramid_learner")
-
-@patch
-def _load_from_state_dict(self:PyramidHead, state_dict, prefix, local_metadata, strict, *args):
-    super(PyramidHead, self)._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
-    found,errors = has_neck(state_dict, prefix),args[-1]
-    if strict and found not in (None,self.neck): errors.append(neck_misfit(found, 'of these weights'))
-
 # %% ../../nbs/models/02_pyramid.ipynb #a0b04e7f
 def _check_norm(norm):
     if norm in ('branch','whole',None): return
@@ -320,3 +297,30 @@ def full_history(self:PyramidNet):
 def trained(self:PyramidNet):
     "Have the weights been trained, as far as is known?"
     return is_trained(self.full_history())
+
+# %% ../../nbs/models/02_pyramid.ipynb #f151da40
+def has_neck(
+    sd # State dict of a `PyramidNet`
+):
+    "Are these the weights of a model with a BNNeck? None if there is no head among them"
+    if 'head.bn.running_mean' not in sd: return None
+    return 'head.bn.bias' not in sd
+
+def neck_misfit(
+    found, # Has the model that is loaded a BNNeck?
+    which  # What else to call that model, such as 'in FILE'
+):
+    "Return what is wrong, and what to do, where weights do not fit a model because only one of both has a BNNeck"
+    return (f"The model {which} has {'a' if found else 'no'} BNNeck, and this one has {'none' if found else 'one'}: "
+            f"pass neck={found} to pyramid_learner")
+
+@patch
+def load_state_dict(self:PyramidNet,
+    state_dict,  # From `state_dict` of such a model
+    strict=True, # Must every weight fit?
+    assign=False # Keep the given tensors, instead of copying their values?
+):
+    "Load weights and their history, as any PyTorch module. Raises `RuntimeError` if they do not fit"
+    found = has_neck(state_dict)
+    if strict and found not in (None,self.head.neck): raise RuntimeError(neck_misfit(found, 'of these weights'))
+    return super(PyramidNet, self).load_state_dict(state_dict, strict, assign)
