@@ -50,6 +50,7 @@ _data_options = combine_options(
     click.option('--workers', type=click.IntRange(0),
         help='Processes that load images.  [default: one per core, at most 16; none with --cache]'))
 
+# %% ../../nbs/cli/05_models.ipynb #818ac1b2
 _network_options = combine_options(
     click.option('--arch', metavar='NAME',
         help='Backbone from torchvision or timm, or resnet10.  [default: resnet50]'),
@@ -119,6 +120,7 @@ def _learner_from_model(dls, opt):
                          f"Leave out {option}")
     return learner_from(opt.weights, dls, path=opt.out)
 
+# %% ../../nbs/cli/05_models.ipynb #4dcb96c9
 def _train_learner(dls, opt):
     "Return the untrained learner that the options of `train` describe"
     from pyramidreid.models.backbone import DownloadError

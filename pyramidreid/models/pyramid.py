@@ -72,6 +72,7 @@ class PlainBranch(nn.Module):
         feat = F.relu(normed)
         return feat,self.fc(self.drop(feat))
 
+# %% ../../nbs/models/02_pyramid.ipynb #867f7570
 class PlainPyramidHead(nn.Module):
     "The pyramid as a loop over its branches: the reference for `PyramidHead`"
     def __init__(self,
@@ -172,31 +173,34 @@ class PyramidHead(nn.Module):
         nn.init.normal_(self.reduce.weight, std=(2/nf)**0.5)
         nn.init.normal_(self.classify.weight, std=0.001)
 
-    def extra_repr(self): return 'neck=True' if self.neck else ''
+    def extra_repr(self):
+        "Return what the layers do not show, for PyTorch's description"
+        return 'neck=True' if self.neck else ''
 
-    def _reduced(self, fmap): return self.reduce(pool_windows(fmap, self.n_parts, self.levels)).transpose(0,1)
+# %% ../../nbs/models/02_pyramid.ipynb #574f796c
+@patch
+def _reduced(self:PyramidHead, fmap):
+    return self.reduce(pool_windows(fmap, self.n_parts, self.levels)).transpose(0,1)
 
-    def _normed(self, reduced):
-        x = self.bn(reduced.flatten(1))
-        return (x if self.neck else F.relu(x)).view_as(reduced)
+@patch
+def _normed(self:PyramidHead, reduced):
+    x = self.bn(reduced.flatten(1))
+    return (x if self.neck else F.relu(x)).view_as(reduced)
 
-    def features(self, fmap): # Feature map (N, C, H, W)
-        "Return the branch features (N, B, emb_sz), of which the embedding is made"
-        return self._normed(self._reduced(fmap))
+@patch
+def features(self:PyramidHead,
+    fmap # Feature map (N, C, H, W)
+):
+    "Return the branch features (N, B, emb_sz) that the embedding is made of"
+    return self._normed(self._reduced(fmap))
 
-    def forward(self, fmap): # Feature map (N, C, H, W)
-        "Return branch features (N, B, emb_sz), as the triplet loss gets them, and identity logits (N, B, n_ids)"
-        reduced = self._reduced(fmap)
-        feats = self._normed(reduced)
-        logits = self.classify(self.drop(feats).transpose(0,1)).transpose(0,1)
-        return (reduced if self.neck else feats),logits
-
-    def embed(self,
-        fmap,         # Feature map (N, C, H, W)
-        norm='branch' # Normalisation, as for `join_branches`
-    ):
-        "Return the embedding (N, B·emb_sz)"
-        return join_branches(self.features(fmap), norm)
+@patch
+def forward(self:PyramidHead, fmap): # Feature map (N, C, H, W)
+    "Return branch features (N, B, emb_sz), as the triplet loss needs them, and identity logits (N, B, n_ids)"
+    reduced = self._reduced(fmap)
+    feats = self._normed(reduced)
+    logits = self.classify(self.drop(feats).transpose(0,1)).transpose(0,1)
+    return (reduced if self.neck else feats),logits
 
 # %% ../../nbs/models/02_pyramid.ipynb #37796656
 def fuse_state(sd): # State dict of a `PlainPyramidHead`
@@ -227,6 +231,14 @@ def join_branches(
     if norm is None: return feats.flatten(1)
     if norm=='branch': feats = F.normalize(feats.float(), dim=-1)
     return F.normalize(feats.flatten(1).float(), dim=-1)
+
+@patch
+def embed(self:PyramidHead,
+    fmap,         # Feature map (N, C, H, W)
+    norm='branch' # Normalisation, as for `join_branches`
+):
+    "Return the embedding (N, B·emb_sz)"
+    return join_branches(self.features(fmap), norm)
 
 # %% ../../nbs/models/02_pyramid.ipynb #70f68f7d
 class PyramidNet(nn.Module):

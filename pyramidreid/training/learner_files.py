@@ -105,6 +105,7 @@ def _saved_file(self:ReIDLearner, file):
     if not isinstance(file, (str,Path)) or path.exists() or Path(file).suffix!='.pth': return path
     return self.path/self.model_dir/file
 
+# %% ../../nbs/training/07_learner_files.ipynb #44be3bd4
 def _check_classifiers(saved, own, file):
     "Raise a `ValueError` if saved weights belong to another number of identities; `own` are the model's classifiers"
     weight,own_weight = [weights.get('head.classify.weight') for weights in (saved,own)]
@@ -121,6 +122,7 @@ def _check_neck(saved, own, file):
     if None in (found,needed) or found==needed: return
     raise ValueError(neck_misfit(found, f'in {file}'))
 
+# %% ../../nbs/training/07_learner_files.ipynb #70791361
 def _uncompiled(weights):
     "Saved weights by the model's own names, which earlier versions saved with a prefix if the model was compiled"
     prefix = '_orig_mod.'
