@@ -104,7 +104,7 @@ _ENTRIES = dict( # of a description, with their types
     format=int, arch=str, arch_from=str, last_stride=int, n_parts=int, levels=list, emb_sz=int, norm=(str, _NONE),
     drop=(int, float), size=list, mean=(list, _NONE), std=(list, _NONE), resize=str, data=str, n_ids=int,
     fingerprint=str, card=(dict, _NONE), versions=dict)
-_OPTIONAL = dict(pixel_range=(list, _NONE), neck=bool) # Entries that only files have that need them
+_OPTIONAL = dict(pixel_range=(list, _NONE), neck=bool) # Entries of files that need them; older files have none
 
 def _has_type(value, kind):
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) # true is an int to Python
