@@ -261,6 +261,7 @@ def test_a_shared_model(neck, shared, files, truth):
     model = load_embedder(shared)
     assert model.about['neck'] is True and model.model.head.neck
     assert abs(model.embed(files)-truth).max()<=1e-4 and truth.min()<0
+    assert repr(model).startswith('Embedder: resnet10 with a BNNeck at 48×24, 48 dimensions, trained on ')
     assert model.fingerprint==learner_fingerprint(neck)
     assert _describe_model(model, 'these', flip=False)['pyramid']==neck.about(neck.dls.valid)['pyramid']
 

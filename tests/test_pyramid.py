@@ -314,11 +314,12 @@ def outputs_and_grads(run, head, x):
     return [*outs, x.grad, *(weight.grad for weight in head.parameters() if weight.grad is not None)]
 
 @pytest.mark.slow
+@pytest.mark.parametrize('neck', [False,True])
 @pytest.mark.parametrize('train', [True,False])
-def test_head_compiles_as_one_graph(train):
+def test_head_compiles_as_one_graph(train, neck):
     "No part of it falls back to Python, and features, logits and gradients stay the same"
     torch.manual_seed(0)
-    _,head = pair(3, dtype=torch.float)
+    _,head = pair(3, dtype=torch.float, neck=neck)
     head.train(train)
     compiled = torch.compile(head, fullgraph=True, backend='aot_eager')
     x = random_map(6, 2, torch.float)

@@ -44,7 +44,8 @@ class BaseEmbedder:
 
     def __repr__(self):
         h,w = self.size
-        network = f"{self.about['arch']} at {h}×{w}, {self.emb_sz} dimensions"
+        neck = ' with a BNNeck' if self.about.get('neck') else ''
+        network = f"{self.about['arch']}{neck} at {h}×{w}, {self.emb_sz} dimensions"
         trained = trained_on(described_history(self.about))
         return shown_text(f"{type(self).__name__}: {network}, trained on {trained}, fingerprint {self.fingerprint}")
 
