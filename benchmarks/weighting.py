@@ -14,7 +14,7 @@ from common import markdown, mean_std, noted, results, run_grid, train_folder, w
 from fastai.callback.core import Callback
 
 from pyramidreid.models.losses import PyramidLoss, triplet_loss
-from pyramidreid.models.pyramid import PyramidHead, join_branches, pool_windows
+from pyramidreid.models.pyramid import join_branches
 from pyramidreid.training.dynamic_losses import LossDynamics
 from pyramidreid.training.loss_rules import FixedWeights, LossRatioWeights, MixedBatches, UncertaintyWeights
 
@@ -60,22 +60,6 @@ def project_gradients(learn): learn.add_cb(ProjectedGradients())
 
 # ---- where the losses act
 
-class NeckHead(PyramidHead):
-    "BNNeck in each branch (Luo et al., 2019): triplet loss before the batch norm, ID loss and embedding after it"
-    def reduced(self, fmap): return self.reduce(pool_windows(fmap, self.n_parts, self.levels)).transpose(0,1)
-    def normed(self, x): return self.bn(x.flatten(1)).view_as(x)
-    def features(self, fmap): return self.normed(self.reduced(fmap))
-    def forward(self, fmap):
-        x = self.reduced(fmap)
-        return x,self.classify(self.drop(self.normed(x)).transpose(0,1)).transpose(0,1)
-
-def add_neck(learn):
-    "Turn the head of a learner into one with a BNNeck, whose batch norm and classifiers have no bias"
-    head = learn.model.head
-    head.__class__ = NeckHead
-    head.bn.bias.requires_grad_(False)
-    head.classify.bias.requires_grad_(False)
-
 class WholeTriplet(PyramidLoss):
     "The triplet loss on the concatenated embedding, as heavy as those of all branches together"
     def _training_parts(self, feats, logits, labels, wanted):
@@ -108,8 +92,8 @@ def questions(share):
             'loss ratios (DWA)': dict(dynamic=partial(LossRatioWeights, period=160)),
             'PCGrad': dict(dynamic=False, change=project_gradients)},
         'Where the losses act': {
-            'fixed sum, BNNeck': dict(dynamic=False, change=add_neck),
-            'mix, BNNeck': dict(mixed(.5), change=add_neck), 'rule, BNNeck': dict(dynamic='gate', change=add_neck),
+            'fixed sum, BNNeck': dict(dynamic=False, neck=True),
+            'mix, BNNeck': dict(mixed(.5), neck=True), 'rule, BNNeck': dict(dynamic='gate', neck=True),
             'fixed sum, whole triplet': dict(dynamic=False, loss=WholeTriplet),
             'mix, whole triplet': dict(mixed(.5), loss=WholeTriplet),
             'rule, whole triplet': dict(dynamic='gate', loss=WholeTriplet)},

@@ -469,6 +469,19 @@ def test_training_continues_a_model(desk, people, cli, tmp_path):
     assert done.code==0, done.err
     assert open_model(done.json['model']).about['n_parts']==3
     assert cli(*base, '--out', tmp_path/'other', '--arch', 'resnet18').code==2
+    refused = cli(*base, '--out', tmp_path/'other', '--neck')
+    assert refused.code==2 and 'has its own head, with or without a neck. Leave out --neck' in refused.err
+
+def test_training_with_a_neck(people, cli, tmp_path):
+    small = [*SMALLER, '--arch', 'resnet10', '--weights', 'none']
+    small[small.index('48'):small.index('48')+2] = ['96','24'] # of which a map has six rows
+    done = cli('train', people, '--out', tmp_path/'run', *small, '--neck', '--json')
+    assert done.code==0, done.err
+    assert open_model(done.json['model']).about['neck'] is True
+    card = json.loads((tmp_path/'run'/'card.json').read_text(encoding='utf-8'))
+    assert 'neck=True' in str(card)
+    again = cli('evaluate', done.json['model'], people, '--json', '-q')
+    assert again.json['mAP']==pytest.approx(card['mAP'], abs=1e-5) and 'neck=True' in again.json['choices']['pyramid']
 
 def test_old_run_is_not_overwritten(people, cli, tmp_path):
     (tmp_path/'checkpoints').mkdir()

@@ -21,9 +21,9 @@ def level_subsets(n):
     sizes = range(1,n+1)
     return [list(levels) for size in sizes for levels in itertools.combinations(range(1,n+1), size)]
 
-def pair(n_parts, levels=None, dtype=torch.double, drop=0.):
+def pair(n_parts, levels=None, dtype=torch.double, drop=0., neck=False):
     "A plain head with random weights, statistics and classifiers, and a fused one with the same"
-    args = dict(n_parts=n_parts, emb_sz=EMB, levels=levels, drop=drop)
+    args = dict(n_parts=n_parts, emb_sz=EMB, levels=levels, drop=drop, neck=neck)
     plain = PlainPyramidHead(CHANNELS, IDS, **args).to(dtype)
     with torch.no_grad():
         for name,value in itertools.chain(plain.named_parameters(), plain.named_buffers()):
@@ -45,9 +45,9 @@ def check_same_statistics(plain, fused, tol=1e-12):
     state = fused.state_dict()
     for name,value in fuse_state(plain.state_dict()).items(): check_close(value, state[name], tol)
 
-def compare(fmap, n_parts, levels=None, train=True, tol=1e-10):
+def compare(fmap, n_parts, levels=None, train=True, tol=1e-10, neck=False):
     "Compare outputs, input gradient, parameter gradients and running statistics of both heads; the fused outputs"
-    plain,fused = pair(n_parts, levels, fmap.dtype)
+    plain,fused = pair(n_parts, levels, fmap.dtype, neck=neck)
     plain_in,fused_in = (fmap.detach().clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2))
     plain_out,fused_out = plain.train(train)(plain_in),fused.train(train)(fused_in)
     for a,b in zip(plain_out, fused_out):
@@ -68,6 +68,24 @@ def compare(fmap, n_parts, levels=None, train=True, tol=1e-10):
 def test_fused_equals_plain(n, train):
     torch.manual_seed(n)
     for levels in level_subsets(n): compare(random_map(2*n, 3), n, levels, train)
+
+@pytest.mark.parametrize('train', [True,False])
+@pytest.mark.parametrize('n', [1,2,3,6])
+def test_fused_equals_plain_with_a_neck(n, train):
+    torch.manual_seed(n)
+    for levels in level_subsets(n): compare(random_map(2*n, 3), n, levels, train, neck=True)
+
+@pytest.mark.parametrize('train', [True,False])
+def test_a_neck_classifies_the_normed_features(train):
+    torch.manual_seed(0)
+    _,fused = pair(3, neck=True)
+    x = random_map(6, 2)
+    feats,logits = fused.train(train)(x)
+    normed = fused.features(x) if not train else fused.bn(feats.flatten(1)).view_as(feats)
+    assert (feats<0).any() and (normed<0).any()
+    check_close(logits, torch.einsum('nbe,bei->nbi', normed, fused.classify.weight), tol=1e-10)
+    check_close(feats, torch.einsum('bnc,bce->nbe', pool_windows(x, 3, [1,2,3]), fused.reduce.weight)
+                + fused.reduce.bias, tol=1e-10)
 
 @pytest.mark.parametrize('n', [1,4,6])
 @pytest.mark.parametrize('rows,width', [(1,1),(1,4),(3,1)])
@@ -296,11 +314,12 @@ def outputs_and_grads(run, head, x):
     return [*outs, x.grad, *(weight.grad for weight in head.parameters() if weight.grad is not None)]
 
 @pytest.mark.slow
+@pytest.mark.parametrize('neck', [False,True])
 @pytest.mark.parametrize('train', [True,False])
-def test_head_compiles_as_one_graph(train):
+def test_head_compiles_as_one_graph(train, neck):
     "No part of it falls back to Python, and features, logits and gradients stay the same"
     torch.manual_seed(0)
-    _,head = pair(3, dtype=torch.float)
+    _,head = pair(3, dtype=torch.float, neck=neck)
     head.train(train)
     compiled = torch.compile(head, fullgraph=True, backend='aot_eager')
     x = random_map(6, 2, torch.float)

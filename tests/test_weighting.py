@@ -56,11 +56,12 @@ def test_gradients_of_the_backbone_are_those_without_conflict(make_learner):
     for name,grad in zip(head, want): torch.testing.assert_close(keep.grads[f'head.{name}'], grad, rtol=1e-3, atol=1e-6)
 
 def test_a_neck_puts_the_batch_norm_between_the_losses(make_learner):
-    learn = make_learner(dynamic=False, drop=0.)
-    weighting.add_neck(learn)
+    learn = make_learner(**weighting.questions(.5)['Where the losses act']['fixed sum, BNNeck'], drop=0.)
     head = learn.model.head.train()
     fmap = torch.randn(8, head.reduce.weight.shape[1], 6, 3)
-    plain = PyramidHead.features(head, fmap) # With ReLU
+    without = PyramidHead(*head.classify.weight.shape[1:], n_parts=3, emb_sz=8) # Of which the ReLU is wanted
+    for name in ('reduce','bn'): setattr(without, name, getattr(head, name))
+    plain = without.features(fmap)
     feats,logits = head(fmap)
     normed = (feats-feats.mean(0))/(feats.var(0, unbiased=False)+head.bn.eps).sqrt()*head.bn.weight.view_as(feats[0])
     torch.testing.assert_close(normed.relu(), plain, rtol=1e-4, atol=1e-5)

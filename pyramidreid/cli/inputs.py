@@ -183,13 +183,14 @@ def embed_files(
 def _describe_model(model, name, flip):
     "Describe a model and its data as a learner's card does"
     from pyramidreid.models.history import described_history, history_entries
+    from pyramidreid.models.pyramid import pyramid_words
     about = model.about
     height,width = about['size']
     return {'data':name,
             **history_entries(described_history(about), name),
             'backbone':about['arch'],
             'input':f'{height}×{width}',
-            'pyramid':f"n_parts={about['n_parts']}, levels={about['levels']}, {model.n_branches} branches",
+            'pyramid':pyramid_words(about['n_parts'], about['levels'], about.get('neck', False)),
             'embedding':f"{model.emb_sz}-d, norm={about['norm']}",
             'flip':'mean of both' if flip else 'none',
             're-ranking':'none'}

@@ -50,13 +50,17 @@ _data_options = combine_options(
     click.option('--workers', type=click.IntRange(0),
         help='Processes that load images.  [default: one per core, at most 16; none with --cache]'))
 
+# %% ../../nbs/cli/05_models.ipynb #818ac1b2
 _network_options = combine_options(
     click.option('--arch', metavar='NAME',
         help='Backbone from torchvision or timm, or resnet10.  [default: resnet50]'),
     click.option('--weights', metavar='SOURCE', default='imagenet', show_default=True,
         help='Initial weights: imagenet (downloaded), none, a file for the backbone, or a model folder.'),
     click.option('--size', type=click.IntRange(1), nargs=2, default=(384,128), show_default=True, metavar='H W',
-        help='Height and width of the input in pixels.'))
+        help='Height and width of the input in pixels.'),
+    click.option('--neck/--no-neck', default=None,
+        help='BNNeck: the triplet loss before the batch norm of each branch, the ID loss and the embedding after it.  '
+             "[default: no neck; a model folder's own]"))
 
 _schedule_options = combine_options(
     click.option('--recipe', type=click.Choice(['modern','paper']), default='modern', show_default=True,
@@ -110,8 +114,13 @@ def _learner_from_model(dls, opt):
     from pyramidreid.export.model_files import learner_from
     if opt.arch:
         raise ValueError(f"--arch {opt.arch}: the model in {opt.weights} has its own backbone. Leave out --arch")
+    if opt.neck is not None:
+        option = '--neck' if opt.neck else '--no-neck'
+        raise ValueError(f"{option}: the model in {opt.weights} has its own head, with or without a neck. "
+                         f"Leave out {option}")
     return learner_from(opt.weights, dls, path=opt.out)
 
+# %% ../../nbs/cli/05_models.ipynb #4dcb96c9
 def _train_learner(dls, opt):
     "Return the untrained learner that the options of `train` describe"
     from pyramidreid.models.backbone import DownloadError
@@ -122,8 +131,9 @@ def _train_learner(dls, opt):
     if weights_file and not Path(weights_file).is_file():
         raise FileNotFoundError(f"--weights {weights_file} is not imagenet, none, a file of weights, "
                                 "or a folder with a model.json")
-    pretrained = opt.weights=='imagenet'
-    try: return pyramid_learner(dls, _backbone(arch), pretrained=pretrained, weights=weights_file, path=opt.out)
+    settings = dict(pretrained=opt.weights=='imagenet', weights=weights_file, path=opt.out)
+    if opt.neck is not None: settings['neck'] = opt.neck
+    try: return pyramid_learner(dls, _backbone(arch), **settings)
     except DownloadError as e:
         raise OSError(f"The pretrained weights of {arch} could not be downloaded ({e.reason}). "
                       "Pass a file with them as --weights FILE, or train from scratch with --weights none") from e

@@ -48,7 +48,7 @@ from pyramidreid.models.fingerprints import (
     shareable_weights,
 )
 from ..models.history import data_entries, described_history, warn_if_untrained
-from ..models.pyramid import PyramidNet, pyramid_windows
+from ..models.pyramid import PyramidNet, neck_misfit, pyramid_windows
 from ..training.learner import ReIDLearner, pyramid_learner
 
 # %% ../../nbs/export/02_model_files.ipynb #9a5643d3
@@ -98,12 +98,15 @@ def _arch_source(learn):
     if isinstance(inner_model(learn.model).body, TimmBody): return 'timm' # learners pickled by earlier versions
     return 'pyramidreid' if learn.arch_name=='resnet10' else 'torchvision'
 
+def _neck(about): return about.get('neck', False)
+
 def _build_model(about, arch=None):
     "An untrained model as `about` describes it, with a classifier of one class"
     arch = _described_arch(about, arch)
     with no_random():
         body = create_backbone(arch, pretrained=False, last_stride=about['last_stride'])
-        return PyramidNet(body, 1, about['n_parts'], about['emb_sz'], about['levels'], about['drop'], about['norm'])
+        return PyramidNet(body, 1, about['n_parts'], about['emb_sz'], about['levels'], about['drop'], about['norm'],
+                          _neck(about))
 
 # %% ../../nbs/export/02_model_files.ipynb #515ef79b
 def _card_entries(card):
@@ -132,6 +135,7 @@ def describe_model(
         size=list(size), mean=stats and stats[0], std=stats and stats[1], resize='PIL bicubic',
         **data_entries(history), history=history, fingerprint=fingerprint(model, size, stats, input_range(learn)),
         **({'pixel_range': list(input_range(learn))} if input_range(learn) else {}), # else as in older files
+        **({'neck': True} if head.neck else {}),
         card=_card_entries(card),
         versions={name: version(name) for name in ('pyramidreid', 'torch', 'torchvision', 'fastai')})
 
@@ -358,6 +362,8 @@ def _take_weights(learn, shared, where):
     if own.windows!=other.windows:
         raise ValueError(f"The model in {where} has n_parts={other.n_parts}, levels={other.levels}, and this learner "
                          f"n_parts={own.n_parts}, levels={own.levels}: their branches see different windows")
+    if own.neck!=other.neck:
+        raise ValueError(f"{neck_misfit(other.neck, f'in {where}')}, or use learner_from, which makes a model like it")
     _load_weights(inner_model(learn.model), shareable_weights(shared.model.state_dict(), where), where)
     inner_model(learn.model).history = copy.deepcopy(shared.model.history)
     return learn
@@ -381,7 +387,7 @@ def learner_from(
     shared = load_embedder(folder, arch=arch)
     about = shared.about
     same = {name: about[name] for name in ('n_parts', 'levels', 'emb_sz', 'last_stride', 'drop', 'norm')}
-    settings = {**same, 'pretrained': False, 'normalize': False, **kwargs}
+    settings = {**same, 'neck': _neck(about), 'pretrained': False, 'normalize': False, **kwargs}
     learn = pyramid_learner(dls, _described_arch(about, arch), **settings)
     if shared.stats and not input_stats(learn): dls.add_tfms([Normalize.from_stats(*shared.stats)], 'after_batch')
     return _take_weights(learn, shared, folder)

@@ -44,7 +44,8 @@ class BaseEmbedder:
 
     def __repr__(self):
         h,w = self.size
-        network = f"{self.about['arch']} at {h}×{w}, {self.emb_sz} dimensions"
+        neck = ' with a BNNeck' if self.about.get('neck') else ''
+        network = f"{self.about['arch']}{neck} at {h}×{w}, {self.emb_sz} dimensions"
         trained = trained_on(described_history(self.about))
         return shown_text(f"{type(self).__name__}: {network}, trained on {trained}, fingerprint {self.fingerprint}")
 
@@ -104,9 +105,10 @@ _ENTRIES = dict( # of a description, with their types
     format=int, arch=str, arch_from=str, last_stride=int, n_parts=int, levels=list, emb_sz=int, norm=(str, _NONE),
     drop=(int, float), size=list, mean=(list, _NONE), std=(list, _NONE), resize=str, data=str, n_ids=int,
     fingerprint=str, card=(dict, _NONE), versions=dict)
-_OPTIONAL = dict(pixel_range=(list, _NONE)) # Entries that older files do not have, nor those that do not need them
+_OPTIONAL = dict(pixel_range=(list, _NONE), neck=bool) # Entries of files that need them; older files have none
 
-def _has_type(value, kind): return isinstance(value, kind) and not isinstance(value, bool) # true is an int to Python
+def _has_type(value, kind):
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) # true is an int to Python
 
 def _numbers(value, n, kind, above, below):
     "Is `value` a list of `n` numbers of type `kind`, all between `above` and `below`?"

@@ -67,7 +67,7 @@ class LearnerEmbedder:
         from pyramidreid.models.fingerprints import inner_model, input_stats, layer_settings
         model = inner_model(self.learn.model)
         return dict(loaders=self.learn.dls, stats=input_stats(self.learn), norm=model.norm, windows=model.head.windows,
-                    pixel_range=self.pixel_range,
+                    neck=model.head.neck, pixel_range=self.pixel_range,
                     layers=list(layer_settings(model)), weights=_weight_state(model))
 
 # %% ../../nbs/gallery/01_entries.ipynb #457719b6

@@ -61,6 +61,7 @@ def fingerprint(
     about = dict(size=[int(o) for o in size], stats=rounded_stats(stats), windows=model.head.windows, norm=model.norm,
                  work=list(layer_settings(model)))
     if pixel_range is not None: about['pixel_range'] = [float(o) for o in pixel_range]
+    if model.head.neck: about['neck'] = True
     checksum = hashlib.sha256(json.dumps(about).encode())
     for name,value in sorted(model.state_dict().items()):
         if _is_training_only(name): continue

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['pyramid_windows', 'part_height', 'PlainBranch', 'PlainPyramidHead', 'BranchLinear', 'pool_windows',
-           'PyramidHead', 'fuse_state', 'join_branches', 'PyramidNet', 'pyramid_split']
+           'PyramidHead', 'fuse_state', 'join_branches', 'PyramidNet', 'pyramid_split', 'pyramid_words', 'has_neck',
+           'neck_misfit']
 
 # %% ../../nbs/models/02_pyramid.ipynb #cb8ac31f
 import copy
@@ -49,22 +50,29 @@ def part_height(
 class PlainBranch(nn.Module):
     "One branch: pooled window → 1×1 convolution → batch norm → ReLU = feature; dropout → linear = logits"
     def __init__(self,
-        nf,     # Channels of the feature map
-        emb_sz, # Dimensions of the feature
-        n_ids,  # Training identities
-        drop    # Dropout before the classifier
+        nf,        # Channels of the feature map
+        emb_sz,    # Dimensions of the feature
+        n_ids,     # Training identities
+        drop,      # Dropout before the classifier
+        neck=False # BNNeck: batch norm between feature and classifier, no ReLU?
     ):
         super().__init__()
+        self.neck = neck
         self.conv = nn.Conv2d(nf, emb_sz, 1)
         self.bn = nn.BatchNorm2d(emb_sz)
-        self.fc = nn.Linear(emb_sz, n_ids)
+        self.fc = nn.Linear(emb_sz, n_ids, bias=not neck)
         self.drop = nn.Dropout(drop)
+        if neck: self.bn.register_parameter('bias', None)
 
     def forward(self, window): # Rows of the feature map (N, C, h, W)
         pooled = F.adaptive_avg_pool2d(window, 1) + F.adaptive_max_pool2d(window, 1)
-        feat = F.relu(self.bn(self.conv(pooled))).flatten(1)
+        reduced = self.conv(pooled)
+        normed = self.bn(reduced).flatten(1)
+        if self.neck: return reduced.flatten(1),self.fc(self.drop(normed))
+        feat = F.relu(normed)
         return feat,self.fc(self.drop(feat))
 
+# %% ../../nbs/models/02_pyramid.ipynb #867f7570
 class PlainPyramidHead(nn.Module):
     "The pyramid as a loop over its branches: the reference for `PyramidHead`"
     def __init__(self,
@@ -73,11 +81,12 @@ class PlainPyramidHead(nn.Module):
         n_parts=6,   # Number of basic parts
         emb_sz=128,  # Dimensions of a branch's feature
         levels=None, # Levels to use; None: all
-        drop=0.2     # Dropout before the classifiers
+        drop=0.2,    # Dropout before the classifiers
+        neck=False   # BNNeck in each branch?
     ):
         super().__init__()
         self.n_parts,self.windows = n_parts,pyramid_windows(n_parts, levels)
-        self.branches = nn.ModuleList(PlainBranch(nf, emb_sz, n_ids, drop) for _ in self.windows)
+        self.branches = nn.ModuleList(PlainBranch(nf, emb_sz, n_ids, drop, neck) for _ in self.windows)
 
     def forward(self, fmap): # Feature map (N, C, H, W)
         rows = part_height(fmap.shape[-2], self.n_parts)
@@ -91,13 +100,15 @@ class BranchLinear(nn.Module):
     def __init__(self,
         n_branches, # Branches, B
         n_in,       # Input dimensions
-        n_out       # Output dimensions
+        n_out,      # Output dimensions
+        bias=True   # Add a bias?
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_branches, n_in, n_out))
-        self.bias = nn.Parameter(torch.zeros(n_branches, n_out))
+        self.bias = nn.Parameter(torch.zeros(n_branches, n_out)) if bias else None
 
     def forward(self, x): # (B, N, n_in)
+        if self.bias is None: return torch.bmm(x, self.weight.to(x.dtype))
         return torch.baddbmm(self.bias[:,None].to(x.dtype), x, self.weight.to(x.dtype))
 
 # %% ../../nbs/models/02_pyramid.ipynb #78eaad8c
@@ -140,41 +151,56 @@ def pool_windows(
 # %% ../../nbs/models/02_pyramid.ipynb #9f74a174
 class PyramidHead(nn.Module):
     "The pyramid as batched products: equal to `PlainPyramidHead`, and faster (see `benchmarks/head.py`)"
+    neck = False # Heads pickled by earlier versions have none
     def __init__(self,
         nf,          # Channels of the feature map
         n_ids,       # Training identities
         n_parts=6,   # Number of basic parts
         emb_sz=128,  # Dimensions of a branch's feature
         levels=None, # Levels to use; None: all, [1]: single parts only, [n_parts]: one global branch
-        drop=0.2     # Dropout before the classifiers
+        drop=0.2,    # Dropout before the classifiers
+        neck=False   # BNNeck: triplet loss before the batch norm, ID loss and embedding after it, no ReLU?
     ):
         super().__init__()
-        self.n_parts,self.windows = n_parts,pyramid_windows(n_parts, levels)
+        self.n_parts,self.windows,self.neck = n_parts,pyramid_windows(n_parts, levels),bool(neck)
         self.levels = sorted({level for _,level in self.windows})
         n_branches = len(self.windows)
         self.reduce = BranchLinear(n_branches, nf, emb_sz)
         self.bn = nn.BatchNorm1d(n_branches*emb_sz)
         self.drop = nn.Dropout(drop)
-        self.classify = BranchLinear(n_branches, emb_sz, n_ids)
+        self.classify = BranchLinear(n_branches, emb_sz, n_ids, bias=not neck)
+        if neck: self.bn.register_parameter('bias', None)
         nn.init.normal_(self.reduce.weight, std=(2/nf)**0.5)
         nn.init.normal_(self.classify.weight, std=0.001)
 
-    def features(self, fmap): # Feature map (N, C, H, W)
-        "Return the branch features (N, B, emb_sz)"
-        x = self.reduce(pool_windows(fmap, self.n_parts, self.levels)).transpose(0,1)
-        return F.relu(self.bn(x.flatten(1))).view_as(x)
+    def extra_repr(self):
+        "Return what the layers do not show, for PyTorch's description"
+        return 'neck=True' if self.neck else ''
 
-    def forward(self, fmap): # Feature map (N, C, H, W)
-        "Return branch features (N, B, emb_sz) and identity logits (N, B, n_ids)"
-        feats = self.features(fmap)
-        return feats,self.classify(self.drop(feats).transpose(0,1)).transpose(0,1)
+# %% ../../nbs/models/02_pyramid.ipynb #574f796c
+@patch
+def _reduced(self:PyramidHead, fmap):
+    return self.reduce(pool_windows(fmap, self.n_parts, self.levels)).transpose(0,1)
 
-    def embed(self,
-        fmap,         # Feature map (N, C, H, W)
-        norm='branch' # Normalisation, as for `join_branches`
-    ):
-        "Return the embedding (N, B·emb_sz)"
-        return join_branches(self.features(fmap), norm)
+@patch
+def _normed(self:PyramidHead, reduced):
+    x = self.bn(reduced.flatten(1))
+    return (x if self.neck else F.relu(x)).view_as(reduced)
+
+@patch
+def features(self:PyramidHead,
+    fmap # Feature map (N, C, H, W)
+):
+    "Return the branch features (N, B, emb_sz) that the embedding is made of"
+    return self._normed(self._reduced(fmap))
+
+@patch
+def forward(self:PyramidHead, fmap): # Feature map (N, C, H, W)
+    "Return branch features (N, B, emb_sz), as the triplet loss needs them, and identity logits (N, B, n_ids)"
+    reduced = self._reduced(fmap)
+    feats = self._normed(reduced)
+    logits = self.classify(self.drop(feats).transpose(0,1)).transpose(0,1)
+    return (reduced if self.neck else feats),logits
 
 # %% ../../nbs/models/02_pyramid.ipynb #37796656
 def fuse_state(sd): # State dict of a `PlainPyramidHead`
@@ -184,9 +210,10 @@ def fuse_state(sd): # State dict of a `PlainPyramidHead`
     fused = {
         'reduce.weight':   stacked('conv.weight').flatten(2).transpose(1,2),
         'reduce.bias':     stacked('conv.bias'),
-        'classify.weight': stacked('fc.weight').transpose(1,2),
-        'classify.bias':   stacked('fc.bias')}
-    for name in ('weight','bias','running_mean','running_var'): fused[f'bn.{name}'] = stacked(f'bn.{name}').flatten()
+        'classify.weight': stacked('fc.weight').transpose(1,2)}
+    if 'branches.0.fc.bias' in sd: fused['classify.bias'] = stacked('fc.bias')
+    for name in ('weight','bias','running_mean','running_var'):
+        if f'branches.0.bn.{name}' in sd: fused[f'bn.{name}'] = stacked(f'bn.{name}').flatten()
     fused['bn.num_batches_tracked'] = sd['branches.0.bn.num_batches_tracked']
     return fused
 
@@ -205,23 +232,32 @@ def join_branches(
     if norm=='branch': feats = F.normalize(feats.float(), dim=-1)
     return F.normalize(feats.flatten(1).float(), dim=-1)
 
+@patch
+def embed(self:PyramidHead,
+    fmap,         # Feature map (N, C, H, W)
+    norm='branch' # Normalisation, as for `join_branches`
+):
+    "Return the embedding (N, B·emb_sz)"
+    return join_branches(self.features(fmap), norm)
+
 # %% ../../nbs/models/02_pyramid.ipynb #70f68f7d
 class PyramidNet(nn.Module):
     "Backbone and pyramid head. Training: (branch features, logits); evaluation: the embedding"
     def __init__(self,
-        body,         # Backbone with a feature map (N, C, H, W)
-        n_ids,        # Training identities
-        n_parts=6,    # Number of basic parts
-        emb_sz=128,   # Dimensions of a branch's feature
-        levels=None,  # Levels to use; None: all
-        drop=0.2,     # Dropout before the classifiers
-        norm='branch' # Normalisation of the embedding, as for `join_branches`
+        body,          # Backbone with a feature map (N, C, H, W)
+        n_ids,         # Training identities
+        n_parts=6,     # Number of basic parts
+        emb_sz=128,    # Dimensions of a branch's feature
+        levels=None,   # Levels to use; None: all
+        drop=0.2,      # Dropout before the classifiers
+        norm='branch', # Normalisation of the embedding, as for `join_branches`
+        neck=False     # BNNeck in each branch?
     ):
         super().__init__()
         _check_norm(norm)
         nf,self.stride = body_shape(body)
         self.body,self.norm = body,norm
-        self.head = PyramidHead(nf, n_ids, n_parts, emb_sz, levels, drop)
+        self.head = PyramidHead(nf, n_ids, n_parts, emb_sz, levels, drop, neck)
         self.history = new_history() # What the weights were trained on; a learner writes it
 
     def forward(self, x): # Images (N, 3, H, W)
@@ -239,6 +275,16 @@ def pyramid_split(m): # A `PyramidNet`
     "Return parameter groups for discriminative learning rates: first and second half of the body, and the head"
     body = params(m.body)
     return L(body[:len(body)//2], body[len(body)//2:], params(m.head))
+
+# %% ../../nbs/models/02_pyramid.ipynb #3f0083ea
+def pyramid_words(
+    n_parts,   # Number of basic parts
+    levels,    # Levels used, a list
+    neck=False # BNNeck in each branch?
+):
+    "Return the settings of a pyramid as text"
+    text = f'n_parts={n_parts}, levels={levels}, {len(pyramid_windows(n_parts, levels))} branches'
+    return f'{text}, neck=True' if neck else text
 
 # %% ../../nbs/models/02_pyramid.ipynb #f6a57f58
 @patch
@@ -263,3 +309,30 @@ def full_history(self:PyramidNet):
 def trained(self:PyramidNet):
     "Have the weights been trained, as far as is known?"
     return is_trained(self.full_history())
+
+# %% ../../nbs/models/02_pyramid.ipynb #f151da40
+def has_neck(
+    sd # State dict of a `PyramidNet`
+):
+    "Are these the weights of a model with a BNNeck? None if there is no head among them"
+    if 'head.bn.running_mean' not in sd: return None
+    return 'head.bn.bias' not in sd
+
+def neck_misfit(
+    found, # Has the model that is loaded a BNNeck?
+    which  # What else to call that model, such as 'in FILE'
+):
+    "Return what is wrong, and what to do, where weights do not fit a model because only one of both has a BNNeck"
+    return (f"The model {which} has {'a' if found else 'no'} BNNeck, and this one has {'none' if found else 'one'}: "
+            f"pass neck={found} to pyramid_learner")
+
+@patch
+def load_state_dict(self:PyramidNet,
+    state_dict,  # From `state_dict` of such a model
+    strict=True, # Must every weight fit?
+    assign=False # Keep the given tensors, instead of copying their values?
+):
+    "Load weights and their history, as any PyTorch module. Raises `RuntimeError` if they do not fit"
+    found = has_neck(state_dict)
+    if strict and found not in (None,self.head.neck): raise RuntimeError(neck_misfit(found, 'of these weights'))
+    return super(PyramidNet, self).load_state_dict(state_dict, strict, assign)

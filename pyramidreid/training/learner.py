@@ -62,7 +62,8 @@ def summary(self:ReIDLearner):
     model = inner_model(self.model)
     image = torch.zeros(1, 3, *loader_image_size(self.dls.valid), device=next(model.parameters()).device)
     rows = _layer_rows(model, image)
-    lines = [f"{type(model).__name__} (Input shape: {_shape_text(image)})",
+    name = type(model).__name__ + (' with a BNNeck' if getattr(getattr(model, 'head', None), 'neck', False) else '')
+    lines = [f"{name} (Input shape: {_shape_text(image)})",
              _table_line('Layer (type)', 'Output Shape', 'Param #', 'Trainable'),
              *(_table_line(*row) for row in rows), '',
              *_totals(model), '',
@@ -118,6 +119,7 @@ def pyramid_learner(
     last_stride=1,          # Stride of the backbone's last stage; 1 keeps the resolution
     drop=0.2,               # Dropout before the identity classifiers
     norm='branch',          # Normalise the embedding per 'branch', as a 'whole', or not at all (None)
+    neck=False,             # BNNeck: triplet loss before the batch norm of each branch, ID loss and embedding after it?
     loss_func=None,         # A loss with named `parts`; None: `PyramidLoss()`
     dynamic=True,           # Dynamic training: True, False, a rule such as `MixedBatches`, or a `DynamicLossWeights`
     metrics=None,           # None: `mAP`, `rank1` and `rank5`
@@ -129,7 +131,7 @@ def pyramid_learner(
     "Create a learner for the pyramid model (paper §3). Raises `ValueError` if parts, images and weights do not fit"
     _check_loaders(dls)
     body = create_backbone(arch, pretrained, weights, last_stride)
-    model = PyramidNet(body, dls.c, n_parts, emb_sz, levels, drop, norm)
+    model = PyramidNet(body, dls.c, n_parts, emb_sz, levels, drop, norm, neck)
     model.history = new_history(start_words(arch, pretrained, weights))
     model.check_size(loader_image_size(dls.valid)[0])
     if normalize and not dls.after_batch.fs.filter(risinstance(Normalize)):

@@ -24,7 +24,7 @@ from ..evaluation.reranking import rerank as k_reciprocal
 from ..evaluation.retrieval import evaluate_distances, known_cams, shared_images
 from ..models.fingerprints import inner_model
 from ..models.history import history_entries, warn_if_untrained
-from ..models.pyramid import join_branches
+from ..models.pyramid import join_branches, pyramid_words
 from .base_learner import ReIDLearner
 
 # %% ../../nbs/training/06_learner_evaluation.ipynb #2a58e3da
@@ -121,7 +121,7 @@ def about(self:ReIDLearner,
         **history_entries(inner_model(model).full_history(), data),
         'backbone':self.arch_name,
         'input':'{}×{}'.format(*loader_image_size(dl)),
-        'pyramid':f'n_parts={head.n_parts}, levels={head.levels}, {len(head.windows)} branches',
+        'pyramid':pyramid_words(head.n_parts, head.levels, head.neck),
         'embedding':f"{head.bn.num_features}-d, norm={model.norm}"}
 
 # %% ../../nbs/training/06_learner_evaluation.ipynb #551e6dbc

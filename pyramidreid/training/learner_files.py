@@ -13,6 +13,7 @@ from fastai.vision.all import *
 from ..core import atomic_write
 from ..models.fingerprints import inner_model
 from ..models.history import loaded_history
+from ..models.pyramid import has_neck, neck_misfit
 from .base_learner import ReIDLearner
 
 # %% ../../nbs/training/07_learner_files.ipynb #548f8ab0
@@ -104,16 +105,24 @@ def _saved_file(self:ReIDLearner, file):
     if not isinstance(file, (str,Path)) or path.exists() or Path(file).suffix!='.pth': return path
     return self.path/self.model_dir/file
 
+# %% ../../nbs/training/07_learner_files.ipynb #44be3bd4
 def _check_classifiers(saved, own, file):
     "Raise a `ValueError` if saved weights belong to another number of identities; `own` are the model's classifiers"
-    bias,own_bias = [weights.get('head.classify.bias') for weights in (saved,own)]
-    if bias is None or own_bias is None: return # another kind of model
-    if bias.shape==own_bias.shape or bias.shape[:-1]!=own_bias.shape[:-1]: return
+    weight,own_weight = [weights.get('head.classify.weight') for weights in (saved,own)]
+    if weight is None or own_weight is None: return # another kind of model
+    if weight.shape==own_weight.shape or weight.shape[:1]!=own_weight.shape[:1]: return
     raise ValueError(
-        f"{file} was trained on {bias.shape[-1]:,} identities, but the loaders of this learner have "
-        f"{own_bias.shape[-1]:,}, so the identity classifiers do not fit. Use load(…, classifier=False) to load "
+        f"{file} was trained on {weight.shape[-1]:,} identities, but the loaders of this learner have "
+        f"{own_weight.shape[-1]:,}, so the identity classifiers do not fit. Use load(…, classifier=False) to load "
         "backbone and head without classifiers")
 
+def _check_neck(saved, own, file):
+    "Raise a `ValueError` if only one of saved weights and those of the model, `own`, belongs to a head with a BNNeck"
+    found,needed = has_neck(saved),has_neck(own)
+    if None in (found,needed) or found==needed: return
+    raise ValueError(neck_misfit(found, f'in {file}'))
+
+# %% ../../nbs/training/07_learner_files.ipynb #70791361
 def _uncompiled(weights):
     "Saved weights by the model's own names, which earlier versions saved with a prefix if the model was compiled"
     prefix = '_orig_mod.'
@@ -167,12 +176,14 @@ def _read_saved(self:ReIDLearner, file, device, **kwargs):
 def _take_over(self:ReIDLearner, state, file, device, with_opt, strict, classifier):
     "Load what was read from a file"
     if in_group() and 'opt' in state: state['opt'] = to_device(state['opt'], device)
-    state = _saved_parts(state, inner_model(self.model), classifier, file)
+    model = inner_model(self.model)
+    state = _saved_parts(state, model, classifier, file)
     if 'model' not in state: raise ValueError(
         f"{file} was not written by `save`. Load backbone weights with pyramid_learner(weights=…), "
         "and released checkpoints with released_state_dict")
-    inner_model(self.model).load_state_dict(state['model'], strict=strict)
-    inner_model(self.model).history = _history_in(state['model'], file)
+    if strict: _check_neck(state['model'], model.state_dict(), file)
+    model.load_state_dict(state['model'], strict=strict)
+    model.history = _history_in(state['model'], file)
     if with_opt and 'opt' in state:
         self.model.to(self.dls.device) # An optimizer's state lies where the weights are
         if self.opt is None: self.create_opt()
