@@ -37,7 +37,14 @@ from pyramidreid.export.onnx_runtime import (
     parse_description,
 )
 from ..images import load_pixels
-from ..models.backbone import body_shape, create_backbone, read_weights, resnet10
+from pyramidreid.models.backbone import (
+    TimmFeatures,
+    body_shape,
+    create_backbone,
+    fitted_weights,
+    read_weights,
+    resnet10,
+)
 from pyramidreid.models.fingerprints import (
     fingerprint,
     inner_model,
@@ -102,7 +109,7 @@ def _build_model(about, arch=None):
     "An untrained model as `about` describes it, with a classifier of one class"
     arch = _described_arch(about, arch)
     with no_random():
-        body = create_backbone(arch, pretrained=False, last_stride=about['last_stride'])
+        body = create_backbone(arch, pretrained=False, last_stride=about['last_stride'], size=tuple(about['size']))
         return PyramidNet(body, 1, about['n_parts'], about['emb_sz'], about['levels'], about['drop'], about['norm'])
 
 # %% ../../nbs/export/02_model_files.ipynb #515ef79b
@@ -349,6 +356,12 @@ def load_embedder(
     return _load_embedder(about, Path(folder)/about['weights'], device, arch)
 
 # %% ../../nbs/export/02_model_files.ipynb #6de298aa
+def _weights_for(learn, shared):
+    "The weights of an `Embedder`, whose body may be built for another size than a learner's"
+    body,other,weights = inner_model(learn.model).body,shared.model.body,shared.model.state_dict()
+    if not isinstance(body, TimmFeatures) or body.size==getattr(other, 'size', body.size): return weights
+    return weights | {f'body.{name}': value for name,value in fitted_weights(other, body).items()}
+
 def _take_weights(learn, shared, where):
     "Give a learner the weights of an `Embedder`, all but the classifiers"
     own,other,stats = inner_model(learn.model).head,shared.model.head,input_stats(learn)
@@ -358,7 +371,7 @@ def _take_weights(learn, shared, where):
     if own.windows!=other.windows:
         raise ValueError(f"The model in {where} has n_parts={other.n_parts}, levels={other.levels}, and this learner "
                          f"n_parts={own.n_parts}, levels={own.levels}: their branches see different windows")
-    _load_weights(inner_model(learn.model), shareable_weights(shared.model.state_dict(), where), where)
+    _load_weights(inner_model(learn.model), shareable_weights(_weights_for(learn, shared), where), where)
     inner_model(learn.model).history = copy.deepcopy(shared.model.history)
     return learn
 
