@@ -8,6 +8,7 @@ from torch import nn
 
 timm = pytest.importorskip('timm')
 
+import pyramidreid.explain.matching_bands  # adds explain  # noqa: E402, F401
 from pyramidreid.export.model_files import learner_from, load_embedder  # noqa: E402
 from pyramidreid.export.onnx_runtime import Runtime  # noqa: E402
 from pyramidreid.models.backbone import *  # noqa: E402
@@ -247,11 +248,11 @@ def test_a_learner_tells_its_body_the_size_of_its_loaders(learn):
     assert isinstance(body, TimmFeatures) and body.size==SIZE and inner_model(learn.model).stride==16
 
 def test_the_loss_falls_on_one_batch(make_learner, make_dls):
-    learn = vit_learner(make_learner, make_dls, dynamic=False)
+    learn = vit_learner(make_learner, make_dls, dynamic=False, drop=0.)
     x,y = [o.as_subclass(torch.Tensor) for o in learn.dls.train.one_batch()]
-    opt = torch.optim.AdamW(learn.model.parameters(), 1e-3)
+    opt = torch.optim.AdamW(learn.model.parameters(), 3e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(50):
         loss = learn.loss_func(learn.model.train()(x), y)
         losses.append(loss.item())
         opt.zero_grad()
