@@ -2,10 +2,10 @@
 `python benchmarks/bodies.py` measures what is not in `results/bodies.json` yet, `--again` everything; `NAME …` chooses
 backbones. Each line is written when it is measured.
 
-The model is the pyramid of 6 parts, all levels, 128 dimensions for each branch, 751 identities. A body of stride 16 has
-16 rows at 256×128, which 6 parts do not divide: there the model has 4. Multiply-adds are those of the embedding, counted
-by PyTorch (half of its FLOPs). Crops per second: PyTorch, float32, batches of 16 at the larger size, one thread, the median
-of several batches."""
+The model is the pyramid of 6 parts, all levels, 128 dimensions for each branch, 751 identities. A body of stride 16
+has 16 rows at 256×128, which 6 parts do not divide: there the model has 4. Multiply-adds are those of the embedding,
+counted by PyTorch (half of its FLOPs). Crops per second: PyTorch, float32, batches of 16 at the larger size, 1 thread,
+the median of several batches."""
 import argparse
 import json
 import os
@@ -90,7 +90,8 @@ def busy_words(runs):
 def page_table():
     "Table and conditions for the page on backbones, as Markdown"
     info,runs = json.loads((results/'bodies.json').read_text()),noted('bodies.json')
-    source = f"`python benchmarks/bodies.py` · {info['hardware']} · {info['date']} · torch {info['torch'].split('+')[0]}"
+    version = info['torch'].split('+')[0]
+    source = f"`python benchmarks/bodies.py` · {info['hardware']} · {info['date']} · torch {version}"
     return '\n\n'.join(filter(None, [markdown(table_of(runs)), source, busy_words(runs)]))
 
 def main():

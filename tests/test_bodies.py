@@ -1,4 +1,7 @@
 "Bodies of timm that are built for one size of image: their maps, weights of another size, and all that a learner does"
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 timm = pytest.importorskip('timm')
+
+import bodies  # noqa: E402
+import common  # noqa: E402
 
 import pyramidreid.explain.matching_bands  # adds explain  # noqa: E402, F401
 from pyramidreid.export.model_files import learner_from, load_embedder  # noqa: E402
@@ -176,7 +182,8 @@ def test_a_file_for_the_size_itself(tmp_path):
 
 def test_a_file_for_a_third_size_is_named(tmp_path):
     torch.save(timm.create_model('test_vit', num_classes=0, img_size=(80,80)).state_dict(), tmp_path/'w.pth')
-    with pytest.raises(ValueError, match=r'w\.pth does not fit.*pos_embed'): body_of('test_vit', weights=tmp_path/'w.pth')
+    words = r'w\.pth does not fit.*pos_embed'
+    with pytest.raises(ValueError, match=words): body_of('test_vit', weights=tmp_path/'w.pth')
 
 def test_weights_that_timm_cannot_fit(tmp_path):
     save_file(native('efficientformerv2_s0').state_dict(), tmp_path/'w.safetensors')
@@ -314,7 +321,8 @@ def test_a_learner_from_a_model_of_another_size(learn, make_dls, tmp_path):
 def test_a_learner_from_a_model_that_cannot_be_fitted(make_learner, make_dls, tmp_path):
     kwargs = dict(arch='efficientformerv2_s0', last_stride=2)
     vit_learner(make_learner, make_dls, (96,64), **kwargs).save_model(tmp_path)
-    with pytest.raises(ValueError, match='timm cannot fit .* to 192×128'): learner_from(tmp_path, make_dls(size=(192,128)))
+    larger = make_dls(size=(192,128))
+    with pytest.raises(ValueError, match='timm cannot fit .* to 192×128'): learner_from(tmp_path, larger)
     learner_from(tmp_path, make_dls(size=(96,64)))
 
 def test_fitted_weights_of_the_same_size_are_the_same():
@@ -337,13 +345,12 @@ def test_checkpoints(make_learner, make_dls, tmp_path):
 # The larger families do all of it
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name,size,last_stride,shape', [o for o in [
-    ('vit_tiny_patch16_224', SIZE, 1, None), ('deit_tiny_patch16_224', SIZE, 1, None),
-    ('eva02_tiny_patch14_224', (84,42), 1, None), ('swin_tiny_patch4_window7_224', SIZE, 1, None),
-    ('swinv2_tiny_window8_256', SIZE, 1, None), ('efficientformerv2_s0', (96,64), 2, None),
-    ('tiny_vit_5m_224', SIZE, 1, None), ('repvit_m0_9', SIZE, 1, None), ('fastvit_t8', SIZE, 1, None),
-    ('convnextv2_atto', SIZE, 1, None), ('mobilenetv4_conv_small', SIZE, 1, None)]])
-def test_from_training_to_onnx(make_learner, make_dls, tmp_path, name, size, last_stride, shape):
+@pytest.mark.parametrize('name,size,last_stride', [
+    ('vit_tiny_patch16_224', SIZE, 1), ('deit_tiny_patch16_224', SIZE, 1), ('eva02_tiny_patch14_224', (84,42), 1),
+    ('swin_tiny_patch4_window7_224', SIZE, 1), ('swinv2_tiny_window8_256', SIZE, 1),
+    ('efficientformerv2_s0', (96,64), 2), ('tiny_vit_5m_224', SIZE, 1), ('repvit_m0_9', SIZE, 1),
+    ('fastvit_t8', SIZE, 1), ('convnextv2_atto', SIZE, 1), ('mobilenetv4_conv_small', SIZE, 1)])
+def test_from_training_to_onnx(make_learner, make_dls, tmp_path, name, size, last_stride):
     learn = vit_learner(make_learner, make_dls, size, name, last_stride=last_stride, lr=1e-4)
     learn.fit(1)
     learn.save_model(tmp_path)
@@ -353,3 +360,31 @@ def test_from_training_to_onnx(make_learner, make_dls, tmp_path, name, size, las
     learn.to_onnx(tmp_path/'m.onnx')
     np.testing.assert_allclose(Runtime(tmp_path/'m.onnx').embed(noise(3, size)), expected, atol=1e-4)
     assert np.isfinite(learn.explain(*noise(2, size)).cosine)
+
+# The table of the backbones' page
+
+def test_multiply_adds_by_hand():
+    "A convolution to 8×6 cells, two tokens' attention, and a linear layer"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.linear = nn.Conv2d(3,5,4,4),nn.Linear(5,7)
+        def forward(self, x):
+            tokens = self.conv(x).flatten(2).transpose(1,2)[:,:2]
+            return self.linear(nn.functional.scaled_dot_product_attention(tokens, tokens, tokens))
+    conv,attention,linear = 8*6*5*3*4*4,2*(2*2*5),2*5*7
+    assert bodies.multiply_adds(Net(), (32,24))==conv+attention+linear
+
+def test_rows_of_the_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(bodies, 'results', tmp_path)
+    monkeypatch.setattr(common, 'results', tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['bodies.py', 'efficientformerv2_s0', '--seconds', '0'])
+    bodies.main()
+    run, = json.loads((tmp_path/'bodies.json').read_text())['runs']
+    body = timm.create_model('efficientformerv2_s0', num_classes=0, img_size=(384,128))
+    head = 21*(176*128 + 128 + 2*128 + 128*751 + 751)
+    assert run['parameters']==sum(p.numel() for p in body.parameters())+head
+    assert run['map']==[12,4] and run['crops_per_second']>0 and run['macs']>run['small_macs']>1e8
+    assert '| efficientformerv2_s0 | 12×4 |' in bodies.page_table()
+    monkeypatch.setattr(bodies, 'measure', None) # measured already: nothing is left to do
+    bodies.main()

@@ -355,13 +355,14 @@ def load_embedder(
     about = read_description(folder)
     return _load_embedder(about, Path(folder)/about['weights'], device, arch)
 
-# %% ../../nbs/export/02_model_files.ipynb #6de298aa
+# %% ../../nbs/export/02_model_files.ipynb #2bb7797a
 def _weights_for(learn, shared):
     "The weights of an `Embedder`, whose body may be built for another size than a learner's"
     body,other,weights = inner_model(learn.model).body,shared.model.body,shared.model.state_dict()
     if not isinstance(body, TimmFeatures) or body.size==getattr(other, 'size', body.size): return weights
     return weights | {f'body.{name}': value for name,value in fitted_weights(other, body).items()}
 
+# %% ../../nbs/export/02_model_files.ipynb #6de298aa
 def _take_weights(learn, shared, where):
     "Give a learner the weights of an `Embedder`, all but the classifiers"
     own,other,stats = inner_model(learn.model).head,shared.model.head,input_stats(learn)
