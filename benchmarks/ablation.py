@@ -233,7 +233,8 @@ def map_rows(args):
     import pyramidreid.all as lib
     from pyramidreid.models.backbone import create_backbone, map_height
     from pyramidreid.models.pyramid import part_height
-    rows = map_height(create_backbone(getattr(lib, args.arch, args.arch), pretrained=False), args.size[0])
+    arch = getattr(lib, args.arch, args.arch)
+    rows = map_height(create_backbone(arch, pretrained=False, size=tuple(args.size)), args.size[0])
     part_height(rows, args.n_parts)
     return rows
 

@@ -70,7 +70,8 @@ def head_and_loss(kind, nf, n_ids):
 def measure(kind, args, device, amp, compiled=False):
     "Median seconds of each lap, and the peak of GPU memory in MB"
     torch.manual_seed(0)
-    body = create_backbone(args.arch, pretrained=False).to(device, memory_format=torch.channels_last).train()
+    body = create_backbone(args.arch, pretrained=False, size=tuple(args.size))
+    body = body.to(device, memory_format=torch.channels_last).train()
     x = torch.randn(args.batch, 3, *args.size, device=device).contiguous(memory_format=torch.channels_last)
     y = (torch.arange(args.batch)//args.k).to(device)
     with torch.no_grad(): nf = body(x[:2]).shape[1]
