@@ -55,8 +55,7 @@ _network_options = combine_options(
     click.option('--arch', metavar='NAME',
         help='Backbone from torchvision or timm, or resnet10.  [default: resnet50]'),
     click.option('--weights', metavar='SOURCE', default='imagenet', show_default=True,
-        help='Initial weights: imagenet (downloaded), none, a file for the backbone, a model folder, or the name of a '
-             'pretrained model to fine-tune.'),
+        help='Initial weights: imagenet (downloaded), none, a file for the backbone, or a model folder.'),
     click.option('--size', type=click.IntRange(1), nargs=2, default=(384,128), show_default=True, metavar='H W',
         help='Height and width of the input in pixels.'))
 
@@ -107,7 +106,6 @@ def _backbone(name):
                              "Try resnet50, or our own resnet10")
     return name
 
-# %% ../../nbs/cli/05_models.ipynb #f0f2
 def _learner_from_model(dls, opt):
     "Return a learner that continues with the model in the folder `--weights`"
     from pyramidreid.export.model_files import learner_from
@@ -118,22 +116,28 @@ def _learner_from_model(dls, opt):
 def _train_learner(dls, opt):
     "Return the untrained learner that the options of `train` describe"
     from pyramidreid.models.backbone import DownloadError
-    from pyramidreid.models.pretrained import pretrained_names
     from pyramidreid.training.learner import pyramid_learner
     if (Path(opt.weights)/'model.json').is_file(): return _learner_from_model(dls, opt)
-    if not Path(opt.weights).exists() and opt.weights in pretrained_names():
-        backbone = dict(arch=_backbone(opt.arch)) if opt.arch else {}
-        return pyramid_learner(dls, pretrained=opt.weights, path=opt.out, **backbone)
     arch = opt.arch or 'resnet50'
     weights_file = None if opt.weights in ('imagenet','none') else opt.weights
     if weights_file and not Path(weights_file).is_file():
         raise FileNotFoundError(f"--weights {weights_file} is not imagenet, none, a file of weights, "
-                                "a folder with a model.json, or a name that pyramidreid models lists")
+                                "or a folder with a model.json")
     pretrained = opt.weights=='imagenet'
     try: return pyramid_learner(dls, _backbone(arch), pretrained=pretrained, weights=weights_file, path=opt.out)
     except DownloadError as e:
         raise OSError(f"The pretrained weights of {arch} could not be downloaded ({e.reason}). "
                       "Pass a file with them as --weights FILE, or train from scratch with --weights none") from e
+
+# %% ../../nbs/cli/05_models.ipynb #f0f4
+def _pretrained_learner(dls, opt):
+    "Return a learner that fine-tunes the pretrained model `--weights`; None if that is no name of one"
+    from pyramidreid.models.pretrained import pretrained_names
+    from pyramidreid.training.learner import pyramid_learner
+    if Path(opt.weights).exists() or opt.weights not in pretrained_names(): return None
+    given = dict(arch=opt.arch and _backbone(opt.arch), neck=getattr(opt, 'neck', None))
+    given = {name:value for name,value in given.items() if value is not None}
+    return pyramid_learner(dls, pretrained=opt.weights, path=opt.out, **given)
 
 # %% ../../nbs/cli/05_models.ipynb #a5b00005
 _LEARNING_RATES = dict(paper=.1, modern=1e-3) # of the new layers
@@ -213,7 +217,7 @@ def train_command(console, **options):
     from pyramidreid.training.checkpoints import Checkpoints
     set_seed(opt.seed)
     dls = _train_loaders(console, opt)
-    learn = _train_learner(dls, opt)
+    learn = _pretrained_learner(dls, opt) or _train_learner(dls, opt)
     console.say(f"{dls.data_name}: {len(dls.train.items):,} training images of {dls.c:,} people, "
                 f"{len(dls.valid.items):,} validation images")
     console.follow(learn)

@@ -10,7 +10,6 @@ import json
 import re
 
 from ..core import shown_text
-from .model_files import card_entries
 from ..models.history import described_history, trained_on
 
 # %% ../../nbs/export/03_model_cards.ipynb #d286425c
@@ -97,9 +96,10 @@ def _network(about):
     "Rows on the network and what it takes"
     n_branches = sum(about['n_parts']-level+1 for level in about['levels'])
     levels = ', '.join(map(str, about['levels']))
+    neck = ', BNNeck' if about.get('neck') else ''
     return [('backbone', f"{about['arch']} of {about['arch_from']}, last stride {about['last_stride']}"),
             ('input', '{}×{} pixels (height × width), RGB'.format(*about['size'])),
-            ('pyramid', f"{about['n_parts']} parts, levels {levels}: {n_branches} branches"),
+            ('pyramid', f"{about['n_parts']} parts, levels {levels}: {n_branches} branches{neck}"),
             ('embedding', f"{n_branches*about['emb_sz']:,} dimensions, norm={about['norm']!r}"),
             ('fingerprint', f"`{about['fingerprint']}`")]
 
@@ -113,6 +113,7 @@ a,b = model.embed(['ann.jpg', 'who.jpg']) # two pictures of one person each, cro
 print(a@b)                                # their similarity, at most 1
 ```"""
 
+# %% ../../nbs/export/03_model_cards.ipynb #f0g1
 def model_card(
     about,         # Description of a model, as in `model.json`
     name,          # Name of the model, or of its repository on the Hub
@@ -122,7 +123,7 @@ def model_card(
     data=None      # More about the training data, in Markdown
 )->str:
     "Return the model card of a model, in Markdown with a head in YAML"
-    cards = {title: card_entries(card) for title,card in (cards or {}).items()}
+    cards = {title: {**card.metrics(), **card.words()} for title,card in (cards or {}).items()}
     if not cards and about.get('card'): cards = {about['card'].get('data', 'Evaluation'): about['card']}
     trained = f"Trained on {_cell(trained_on(described_history(about)))}."
     return '\n\n'.join([

@@ -122,8 +122,7 @@ _ENTRIES = dict( # of a description, with their types
     format=int, arch=str, arch_from=str, last_stride=int, n_parts=int, levels=list, emb_sz=int, norm=(str, _NONE),
     drop=(int, float), size=list, mean=(list, _NONE), std=(list, _NONE), resize=str, data=str, n_ids=int,
     fingerprint=str, card=(dict, _NONE), versions=dict)
-_OPTIONAL = dict(pixel_range=(list, _NONE), # Entries that older files do not have, nor those that do not need them
-                 licence=str)
+_OPTIONAL = dict(pixel_range=(list, _NONE)) # Entries that older files do not have, nor those that do not need them
 
 def _has_type(value, kind): return isinstance(value, kind) and not isinstance(value, bool) # true is an int to Python
 
@@ -142,6 +141,9 @@ def _valid_stats(mean, std):
 
 def _valid_range(values):
     return values is None or _numbers(values, 2, (int, float), -1e12, 1e12) and values[0]<values[1]
+
+# %% ../../nbs/export/01_onnx_runtime.ipynb #f0b4
+_OPTIONAL['licence'] = str
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #1a6e0009
 _MOST_PIXELS = 2**22 # Of an image: 2048×2048
