@@ -248,7 +248,8 @@ def test_a_fine_tuned_model_keeps_start_and_licence(shelf, make_dls, tmp_path):
     assert again.licence==RESEARCH_ONLY
 
 @pytest.mark.parametrize('n_parts,levels,norm,emb_sz,stride', [
-    (3, [1,3], 'whole', 4, 2), (2, None, None, 5, 1), (1, [1], 'branch', 7, 1)])
+    (3, [1,3], 'whole', 4, 2), pytest.param(2, None, None, 5, 1, marks=pytest.mark.slow),
+    pytest.param(1, [1], 'branch', 7, 1, marks=pytest.mark.slow)])
 def test_the_shape_follows_the_model(make_dls, make_learner, shelf, n_parts, levels, norm, emb_sz, stride):
     small = make_learner(make_dls(size=(96,48)), n_parts=n_parts, levels=levels, norm=norm, emb_sz=emb_sz,
                          last_stride=stride, drop=.35)
@@ -369,11 +370,13 @@ def test_a_name_in_place_of_a_path(shelf, cli, tmp_path, learn, files, make_lear
     code,_,err = cli('embed', 'people-resnet', files[0], '--out', out)
     assert code==2 and re.search(rf"'people-resnet' does not exist.*Did you mean\s+'{NAME}'", err, re.S)
 
+@pytest.mark.slow
 @onnx
 def test_a_name_is_exported(shelf, cli, tmp_path):
     assert cli('export', NAME, '--to', 'onnx', '--out', tmp_path/'m.onnx')[0]==0
     assert Runtime(tmp_path/'m.onnx').fingerprint==load_pretrained(NAME).fingerprint
 
+@pytest.mark.slow
 def test_training_continues_a_pretrained_model(shelf, cli, people, tmp_path):
     base = ['train', people, '--weights', NAME, '--size', 96, 48, '--epochs', 1, '--p', 4, '--k', 2, '--workers', 0]
     code,_,err = cli(*base, '--out', tmp_path/'run', '-q')
