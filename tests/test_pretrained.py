@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torchvision.models.resnet import BasicBlock, ResNet
 from toys import quiet
 
 import pyramidreid.models.pretrained as pretrained
@@ -128,6 +129,15 @@ def test_weights_too_large_for_half_precision(learn, tmp_path):
     with pytest.raises(ValueError, match='head.reduce.weight has values up to 1e.05, and half precision holds 65,504'):
         large.save_model(tmp_path, half=True)
     assert not list(tmp_path.iterdir())
+
+def own_net(): return ResNet(BasicBlock, [1,1,1,1])
+
+def test_a_backbone_of_ones_own(make_learner, make_dls, tmp_path):
+    "Is shared with its card, and needs the function to be loaded"
+    learn = make_learner(make_dls(size=(48,24)), arch=own_net)
+    folder = learn.save_pretrained(tmp_path/'own')
+    assert 'own_net of own' in (folder/'README.md').read_text(encoding='utf-8')
+    assert load_embedder(folder, arch=own_net).fingerprint==read_description(folder)['fingerprint']
 
 # by name
 
