@@ -270,6 +270,17 @@ def test_the_shape_follows_the_model(make_dls, make_learner, shelf, n_parts, lev
     changed = pyramid_learner(make_dls(size=(96,48)), pretrained='small', drop=.1, n_parts=n_parts, levels=levels)
     assert changed.model.head.drop.p==.1
 
+@pytest.mark.skipif('neck' not in inspect.signature(pyramid_learner).parameters, reason='there is no neck to take over')
+def test_a_neck_is_taken_over(make_dls, make_learner, shelf):
+    necked = make_learner(make_dls(size=(96,48)), n_parts=3, emb_sz=4, neck=True)
+    necked.save_pretrained(shelf/'necked', half=False)
+    mine = pyramid_learner(make_dls(size=(96,48)), pretrained='necked', neck=True)
+    assert mine.model.head.neck and learner_fingerprint(mine)==learner_fingerprint(necked)
+    assert not pyramid_learner(make_dls(size=(96,48)), pretrained=NAME).model.head.neck
+    for name,neck in {'necked':False, NAME:True}.items():
+        with pytest.raises(ValueError, match=f'has neck={not neck}, which neck={neck} contradicts'):
+            pyramid_learner(make_dls(size=(96,48)), pretrained=name, neck=neck)
+
 CONTRADICTIONS = dict(
     n_parts=(dict(n_parts=3), 'has n_parts=6, which n_parts=3 contradicts'),
     default=(dict(emb_sz=128), 'has emb_sz=32, which emb_sz=128 contradicts'),
