@@ -15,6 +15,7 @@ _HOMES = {
     'ReIDInterpretation': 'explain.interpretation',
     'Gallery':            'gallery.gallery',
     'Runtime':            'export.onnx_runtime',
+    'load_pretrained':    'export.pretrained_models',
     'synth_persons':      'synth.dataset',
 }
 __all__ = list(_HOMES)

@@ -35,12 +35,15 @@ from pyramidreid.evaluation.reranking import expand_queries, rerank, rerank_dist
 from pyramidreid.evaluation.retrieval import evaluate, evaluate_distances
 from pyramidreid.explain.interpretation import ReIDInterpretation
 from pyramidreid.explain.matching_bands import plot_explanations
+from pyramidreid.export.hub import from_pretrained
 from pyramidreid.export.model_files import load_embedder
 from pyramidreid.export.onnx_runtime import Runtime
+from pyramidreid.export.pretrained_models import load_pretrained
 from pyramidreid.gallery.entries import Embeddings
 from pyramidreid.gallery.gallery import Gallery
 from pyramidreid.models.backbone import resnet10
 from pyramidreid.models.losses import PyramidLoss
+from pyramidreid.models.pretrained import pretrained_models
 from pyramidreid.models.pyramid import PyramidNet
 from pyramidreid.models.released import released_state_dict
 from pyramidreid.synth.dataset import contact_sheet, synth_persons

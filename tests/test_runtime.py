@@ -207,7 +207,7 @@ def test_a_later_format(file, tmp_path):
     import onnx
     model = onnx.load(file)
     for o in model.metadata_props:
-        if o.key=='pyramidreid': o.value = json.dumps({**json.loads(o.value), 'format':3})
+        if o.key=='pyramidreid': o.value = json.dumps({**json.loads(o.value), 'format':FORMAT+1})
         else: o.value = BLANK_CHECKSUM
     (tmp_path/'later.onnx').write_bytes(add_checksum(model.SerializeToString()))
     with pytest.raises(ValueError, match='later version'): Runtime(tmp_path/'later.onnx')

@@ -147,13 +147,17 @@ def _save_added(people, folder):
         raise type(e)(f"{e}. Nothing was added: run the command again") from e
 
 # %% ../../nbs/cli/06_galleries.ipynb #a6b00006
-def _open_or_create(folder, model):
-    "Return the gallery in `folder`, or a new one"
-    from pyramidreid.gallery.gallery import Gallery
+def _saved_fingerprint(folder):
+    "The fingerprint of the model that a gallery was filled with; None for a new gallery"
     from pyramidreid.gallery.store import read_manifest
     manifest = read_manifest(folder)
     is_saved = manifest and manifest['generation'] # generation 0: created, but nothing was ever saved
-    return Gallery.load(folder, model) if is_saved else Gallery(model)
+    return manifest['fingerprint'] if is_saved else None
+
+def _open_or_create(folder, model):
+    "Return the gallery in `folder`, or a new one"
+    from pyramidreid.gallery.gallery import Gallery
+    return Gallery(model) if _saved_fingerprint(folder) is None else Gallery.load(folder, model)
 
 def _embed_and_add(console, people, model, df):
     "Embed new entries and add them to a gallery in memory"
@@ -166,8 +170,31 @@ def _embed_and_add(console, people, model, df):
     embeddings = embed_files(console, model, df.fn.tolist())
     people.add(df, embs=Embeddings(embeddings, model.fingerprint))
 
+# %% ../../nbs/cli/06_galleries.ipynb #f0e5
+def _pretrained_for(folder):
+    "The name of the pretrained model for a gallery: the one that it was filled with, or the default for a new one"
+    from pyramidreid.models.pretrained import default_pretrained, pretrained_by_fingerprint, pretrained_names
+    fingerprint = _saved_fingerprint(folder)
+    if fingerprint is None:
+        if pretrained_names(): return default_pretrained()
+        raise click.UsageError("Missing option '--model': this version of pyramidreid comes without pretrained models")
+    name = pretrained_by_fingerprint(fingerprint)
+    if name is not None: return name
+    raise click.UsageError(f"Missing option '--model': {folder} was filled with model {fingerprint[:8]}, which is not "
+                           "among the pretrained models of this version of pyramidreid")
+
+def _gallery_model(console, folder, model, device):
+    "Return the model of `--model`, or else the pretrained model for the gallery in `folder`"
+    from pyramidreid.cli.inputs import open_model, open_pretrained
+    if model is not None: return open_model(model, device)
+    name = _pretrained_for(folder)
+    model = open_pretrained(name, device)
+    console.say(f"Model: {name}. Licence: {model.licence or 'not stated'}")
+    return model
+
 # %% ../../nbs/cli/06_galleries.ipynb #a6b00007
-@command("""pyramidreid gallery add street crops --model market
+@command("""pyramidreid gallery add street crops
+    pyramidreid gallery add street crops --model market
     pyramidreid gallery add street door/*.jpg --model market --cam 2 --time '2026-11-23 08:10'
     pyramidreid gallery add street --csv seen.csv --model person.onnx
     pyramidreid gallery add street crops --model market --cam-pat '^cam_(\\w)/'
@@ -191,8 +218,7 @@ def add_command(console, folder, files, model, table, pid, cam, cam_pat, pid_pat
     if cam is not None and cam_pat is not None: raise click.UsageError('--cam and --cam-pat both set the camera')
     if pid is not None and pid_pat is not None: raise click.UsageError('--pid and --pid-pat both set the person')
     df = _entries(files, table, cam_pat, pid_pat)
-    from pyramidreid.cli.inputs import open_model
-    model = open_model(model, device)
+    model = _gallery_model(console, folder, model, device)
     people = _open_or_create(folder, model)
     df = _typed_values(df, people, cam_pat, pid_pat).assign(**_values_for_all(people, pid, cam, time))
     new = _without_known(df, people, skip_known)
@@ -242,7 +268,7 @@ def _matches_text(found):
     return '\n'.join(line.rstrip() for line in text.splitlines())
 
 # %% ../../nbs/cli/06_galleries.ipynb #bcb84e52
-@command("""pyramidreid gallery search street unknown.jpg --model market
+@command("""pyramidreid gallery search street unknown.jpg
     pyramidreid gallery search street unknown.jpg --model market -k 5 --exclude-cam 2 --since '2026-11-23 08:00'
     pyramidreid gallery search street unknown.jpg --model market --far 0.01
     pyramidreid gallery search street unknown.jpg --model person.onnx --where 'pid>0 and cam!=3' --json""")
@@ -265,9 +291,8 @@ def search_command(console, folder, image, model, k, exclude_cam, since, where, 
     if threshold is not None and far is not None:
         raise click.UsageError('--threshold and --far both set a threshold: use only one of them')
     _check_gallery(folder)
-    from pyramidreid.cli.inputs import open_model
     from pyramidreid.gallery.gallery import Gallery
-    people = Gallery.load(folder, open_model(model, device))
+    people = Gallery.load(folder, _gallery_model(console, folder, model, device))
     cam_kind = people.store.kinds.get('cam')
     cams = [_parse_value(o, cam_kind, '--exclude-cam') for o in exclude_cam] or None
     if len(people): found = people.search(image, min(k, len(people)), cams, since, where, threshold, far)
@@ -301,11 +326,11 @@ def calibrate_command(console, folder, data, model, dataset, hold_out, seed, far
     """Learn similarity thresholds from DATA. DATA, as for evaluate, is labelled people that MODEL was not trained on.
     GALLERY keeps the thresholds for search --far."""
     _check_gallery(folder)
-    from pyramidreid.cli.inputs import held_out, open_model, query_gallery_distances, read_data
+    from pyramidreid.cli.inputs import held_out, query_gallery_distances, read_data
     from pyramidreid.gallery.gallery import Gallery
     df,name = held_out(read_data(data, dataset, console, **patterns), hold_out, seed)
     _check_reachable(far, int((df.split=='query').sum()))
-    model = open_model(model, device)
+    model = _gallery_model(console, folder, model, device)
     people = Gallery.load(folder, model)
     distances = query_gallery_distances(console, model, df, name)
     from pyramidreid.training.threshold_calibration import calibrate_distances

@@ -6,13 +6,17 @@
 __all__ = ['pyramid_learner']
 
 # %% ../../nbs/training/08_learner.ipynb #f26a1d5c
+import inspect
+from functools import wraps
+
 from fastai.vision.all import *
 
 import pyramidreid.training.learner_files  # adds save and load # noqa: F401
 from ..models.backbone import arch_name, arch_source, backbone_stats, create_backbone, start_words
-from ..models.fingerprints import inner_model
+from ..models.fingerprints import inner_model, input_stats, rounded_stats
 from ..models.history import new_history
 from ..models.losses import PyramidLoss
+from ..models.pretrained import ARCHITECTURE, find_arch, load_pretrained_weights, pretrained_description
 from ..models.pyramid import PyramidNet, pyramid_split
 from .base_learner import ReIDLearner
 from .dynamic_losses import DynamicLossWeights
@@ -106,12 +110,63 @@ def _dynamic_cbs(dynamic, cbs):
     given = any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs))
     return L() if given else L(DynamicLossWeights())
 
+# %% ../../nbs/training/08_learner.ipynb #f0c2code
+def _agrees(name, given, about):
+    "Does an argument agree with the description of a pretrained model?"
+    if name=='arch': return (arch_name(given),arch_source(given))==(about['arch'],about['arch_from'])
+    if name=='levels': given = [o for o in range(1, about['n_parts']+1) if given is None or o in given]
+    return given==about[name]
+
+def _check_given(given, about, name):
+    "Raise a `ValueError` that says which arguments contradict a pretrained model, and what it has instead"
+    if given.get('weights') is not None: raise ValueError(
+        f"weights={given['weights']!r} and pretrained={name!r} both give the weights: pass one of them")
+    wrong = [o for o in given if o in ('arch',*ARCHITECTURE) and o!='drop' and not _agrees(o, given[o], about)]
+    if not given.get('normalize', True) and about['mean']: wrong.append('normalize')
+    if not wrong: return
+    def shown(values): return ', '.join(f"{o}={arch_name(values[o]) if o=='arch' else repr(values[o])}" for o in wrong)
+    raise ValueError(f"The pretrained model {name} has {shown({'normalize':True, **about})}, which {shown(given)} "
+                     "contradicts: leave that out to fine-tune this model")
+
+# %% ../../nbs/training/08_learner.ipynb #f0c3code
+def _normalise_as(learn, about, name):
+    "Let a learner's loaders normalise pixels as a pretrained model needs it"
+    stats = about['mean'] and [about['mean'],about['std']]
+    if stats and not input_stats(learn): learn.dls.add_tfms([Normalize.from_stats(*stats)], 'after_batch')
+    found = input_stats(learn)
+    if rounded_stats(found)!=rounded_stats(stats): raise ValueError(
+        f"The loaders normalise pixels by {found}, and the pretrained model {name} needs {stats} (mean and std). "
+        "Make the loaders without Normalize: what the model needs is added")
+
+def _fine_tuned(create, name, given, kwargs):
+    "The learner that `create` makes for the pretrained model `name`, with the arguments that were `given`"
+    about,signature = pretrained_description(name),inspect.signature(create)
+    shape = {o:about.get(o, signature.parameters[o].default) for o in ARCHITECTURE if o in signature.parameters}
+    _check_given(given, {**about, **shape}, name)
+    arch = find_arch(about['arch_from'], about['arch'])
+    learn = create(**{**shape, **given, 'arch':arch, 'pretrained':False, 'normalize':False}, **kwargs)
+    _normalise_as(learn, about, name)
+    load_pretrained_weights(inner_model(learn.model), name)
+    learn.licence = about.get('licence')
+    return learn
+
+def _take_names(create):
+    "Let `create`, which is `pyramid_learner`, take the name of a pretrained model as `pretrained`"
+    @wraps(create)
+    def from_name_or_backbone(*args, **kwargs):
+        name = kwargs.get('pretrained', args[2] if len(args)>2 else True)
+        if not isinstance(name, str): return create(*args, **kwargs)
+        given = dict(inspect.signature(create).bind(*args, **kwargs).arguments)
+        return _fine_tuned(create, name, given, given.pop('kwargs', {}))
+    return from_name_or_backbone
+
 # %% ../../nbs/training/08_learner.ipynb #1fa9528c
 @delegates(Learner.__init__, but='model')
+@_take_names
 def pyramid_learner(
     dls,                    # `ReIDDataLoaders`
     arch=resnet50,          # A function such as `resnet50`, or the name of a timm model
-    pretrained=True,        # Download ImageNet weights for the backbone? Ignored with `weights`
+    pretrained=True,        # Download ImageNet weights for the backbone? Or the name of a pretrained model to fine-tune
     weights=None,           # File with backbone weights, safetensors or torch
     n_parts=6,              # Basic parts of the pyramid
     emb_sz=128,             # Dimensions of each branch's feature
@@ -130,10 +185,11 @@ def pyramid_learner(
 )->ReIDLearner:
     "Create a learner for the pyramid model (paper §3). Raises `ValueError` if parts, images and weights do not fit"
     _check_loaders(dls)
-    body = create_backbone(arch, pretrained, weights, last_stride)
+    size = loader_image_size(dls.valid)
+    body = create_backbone(arch, pretrained, weights, last_stride, size)
     model = PyramidNet(body, dls.c, n_parts, emb_sz, levels, drop, norm, neck)
     model.history = new_history(start_words(arch, pretrained, weights))
-    model.check_size(loader_image_size(dls.valid)[0])
+    model.check_size(size[0])
     if normalize and not dls.after_batch.fs.filter(risinstance(Normalize)):
         dls.add_tfms([Normalize.from_stats(*backbone_stats(arch))], 'after_batch')
     loss_func = ifnone(loss_func, PyramidLoss())
