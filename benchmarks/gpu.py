@@ -58,7 +58,7 @@ def case_parts():
     text = (ROOT/'tests'/'fakegpu'/'cases.py').read_text(encoding='utf-8')
     names = re.findall(r'\w+', re.search(r'^CASES = \[(.*?)\]', text, re.M|re.S)[1])
     for name in names:
-        devices = NOT_ON_CPU if name.startswith(('waits_','leaves_')) else NOT_ON_CPU+('cpu',)
+        devices = NOT_ON_CPU if name.startswith('waits_') or 'on_the_cpu' in name else NOT_ON_CPU+('cpu',)
         yield Part(f'case:{name}', name.replace('_', ' '), 75, True, REDUCED_CASES.get(name, ()), devices)
 
 def full_plan():

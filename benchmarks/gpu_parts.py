@@ -480,8 +480,14 @@ def run(name, s):
         s.write('unfinished', about=about())
     except Exception as e:
         traceback.print_exc()
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        s.write('failed', error=f"{type(e).__name__}: {lines[-1] if lines else ''}"[:500], about=about())
+        s.write('failed', error=in_a_line(e), about=about())
+
+def in_a_line(error):
+    "Type and last line of an error; of an assertion that says nothing, the assertion"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines: return f'{type(error).__name__}: {lines[-1]}'[:500]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f'{type(error).__name__}: {frame.line} ({Path(frame.filename).name}:{frame.lineno})'[:500]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

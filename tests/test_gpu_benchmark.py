@@ -135,6 +135,35 @@ def test_results_of_another_form_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"device: 'cpu' there, 'cuda' now; reduced: True there.*--out"):
         make_run(tmp_path, {})
 
+# ---- parts
+
+def test_the_line_that_an_error_gets():
+    "`gpu_parts` imports nothing heavy by itself"
+    from gpu_parts import in_a_line
+    def error_of(line):
+        try: exec(compile(line, __file__, 'exec'))
+        except Exception as e: return e
+    assert in_a_line(error_of("raise ValueError('first\\n\\nlast \\n')"))=='ValueError: last'
+    try: assert 1==2
+    except AssertionError as e: error = e
+    error.args = () # pytest explains it
+    assert in_a_line(error).startswith('AssertionError: try: assert 1==2 (test_gpu_benchmark.py:')
+
+def test_the_real_device_counts_operations_and_waits(monkeypatch):
+    "CUDA warns of each operation that waits; other warnings are shown"
+    import warnings
+
+    import torch
+    monkeypatch.setenv('CASES_DEVICE', 'cpu')
+    monkeypatch.syspath_prepend(ROOT/'tests'/'fakegpu')
+    import realgpu
+    with pytest.warns(UserWarning, match='another'), realgpu.watch() as seen:
+        torch.arange(6).view(2,3).float().sort()
+        for _ in range(2): warnings.warn('called a synchronizing CUDA operation', UserWarning, stacklevel=1)
+        warnings.warn('another', UserWarning, stacklevel=1)
+    assert seen.n_waits()==2 and seen.counts['aten::sort']==1 and seen.launches==sum(seen.counts.values())
+    assert {where.split(':')[0] for _,_,where,_ in seen.waits}=={'tests/test_gpu_benchmark.py'}
+
 # ---- plan and table
 
 def test_the_plan():
@@ -232,7 +261,8 @@ def test_reduced_on_a_pretend_gpu(tmp_path):
 def test_market_goes_on_where_it_stopped(tmp_path):
     "Its time is over after the first of two epochs; the second run trains the second"
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(ROOT)}
-    command = [sys.executable, '-W', 'ignore', ROOT/'benchmarks'/'gpu_parts.py', 'market', '--device', 'cpu', '--reduced']
+    script = ROOT/'benchmarks'/'gpu_parts.py'
+    command = [sys.executable, '-W', 'ignore', script, 'market', '--device', 'cpu', '--reduced']
     for seconds,status in (('0','unfinished'), ('400','passed')):
         whole = [*command, '--folder', tmp_path, '--seconds', seconds]
         res = subprocess.run(whole, env=env, capture_output=True, text=True, timeout=600)
