@@ -225,7 +225,7 @@ def read_entries(file, about):
     differ = [f'{key}: {note.get(key)!r} there, {about[key]!r} now' for key in ('device','reduced')
               if note.get(key)!=about[key]]
     if differ: raise ValueError(f"{file} has another run ({'; '.join(differ)}): choose another folder with --out")
-    return note['parts']
+    return note.get('parts', {})
 
 # ---- tables
 

@@ -153,7 +153,7 @@ def test_a_pickled_learner_and_a_model_folder(pair, tmp_path, monkeypatch):
         learn = load_learner(tmp_path/'learner.pkl', cpu=on_cpu)
         assert is_channels_last(learn)==bool(learn._grab_cbs(ChannelsLast))==(not on_cpu)
         torch.testing.assert_close(learn.embed(last.dls.test_dl(images)), want, atol=1e-5, rtol=0)
-    embedder = load_embedder(last.save_model(tmp_path/'m'))
+    embedder = load_embedder(last.save_model(tmp_path/'m'), arch=tiny)
     torch.testing.assert_close(torch.as_tensor(embedder.embed(images.fn)), want, atol=2e-5, rtol=0)
     assert is_channels_last(last)
 
@@ -194,13 +194,18 @@ def test_back_to_contiguous(make_pair):
     assert not is_channels_last(last) and not last._grab_cbs(ChannelsLast)
     torch.testing.assert_close(last.embed(), want, atol=1e-5, rtol=0)
 
+def assert_close_start(got, want):
+    "The first loss is equal within rounding; a step of Adam, which divides small gradients by small ones, enlarges it"
+    torch.testing.assert_close(losses_of(got)[:1], losses_of(want)[:1], atol=0, rtol=1e-5)
+    torch.testing.assert_close(losses_of(got)[:2], losses_of(want)[:2], atol=0, rtol=1e-2)
+
 @pytest.mark.slow
 def test_compiled(make_pair):
     contiguous,last = make_pair()
     for part in (last.model.body, last.model.head): part.compile()
     for learn in (contiguous,last): train(learn, 'fit')
     assert is_channels_last(last)
-    torch.testing.assert_close(losses_of(last)[:2], losses_of(contiguous)[:2], atol=0, rtol=1e-4)
+    assert_close_start(last, contiguous)
 
 @pytest.mark.slow
 def test_depthwise_convolutions(make_learner):
@@ -209,4 +214,4 @@ def test_depthwise_convolutions(make_learner):
     pair[1].to_channelslast(use_amp=False)
     for learn in pair: train(learn, 'fit')
     assert is_channels_last(pair[1])
-    torch.testing.assert_close(losses_of(pair[1])[:2], losses_of(pair[0])[:2], atol=0, rtol=1e-4)
+    assert_close_start(pair[1], pair[0])
