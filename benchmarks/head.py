@@ -30,42 +30,42 @@ def plain_loss(feats, logits, labels, margin=1.4):
         total = total + F.cross_entropy(logits[:,b], labels) + torch.stack(gaps).mean()
     return total
 
-def step(head, loss, fmap, labels):
+def step(head, loss, fmap, labels, amp=False):
     "One forward and backward pass: seconds, and the loss"
     fmap.grad = None
     head.zero_grad(set_to_none=True)
     start = time.perf_counter()
-    value = loss(*head(fmap), labels)
+    with torch.autocast(fmap.device.type, torch.bfloat16, enabled=amp): value = loss(*head(fmap), labels)
     value.backward()
-    if fmap.is_cuda: torch.cuda.synchronize()
+    if fmap.device.type!='cpu': torch.get_device_module(fmap.device).synchronize()
     return time.perf_counter()-start, value.item()
 
-def setup():
-    "A feature map, labels, and head and loss of either kind with the same weights"
+def setup(device=None, batch=64, channels=CHANNELS):
+    "A feature map, labels, and head and loss of either kind with the same weights; on a GPU if there is one"
     torch.manual_seed(0)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    fmap = torch.randn(64, CHANNELS, 24, 8).relu_().to(device).requires_grad_()
-    labels = (torch.arange(64)//8).to(device)
-    plain = PlainPyramidHead(CHANNELS, N_IDS, drop=0.).to(device)
-    fused = PyramidHead(CHANNELS, N_IDS, drop=0.).to(device)
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    fmap = torch.randn(batch, channels, 24, 8).relu_().to(device).requires_grad_()
+    labels = (torch.arange(batch)//8).to(device)
+    plain = PlainPyramidHead(channels, N_IDS, drop=0.).to(device)
+    fused = PyramidHead(channels, N_IDS, drop=0.).to(device)
     fused.load_state_dict(fuse_state(plain.state_dict()))
     pyramid_loss = PyramidLoss()
     def fused_loss(feats, logits, labels): return pyramid_loss((feats, logits), labels)
     return fmap,labels,dict(plain=(plain, plain_loss), fused=(fused, fused_loss))
 
-def peak_mb(kind):
+def peak_mb(kind, amp=False, **sizes):
     "Peak memory of the third step, MB: on a GPU what tensors take, on a CPU the process's anonymous memory"
-    fmap,labels,kinds = setup()
+    fmap,labels,kinds = setup(**sizes)
     head,loss = kinds[kind]
-    for _ in range(2): step(head, loss, fmap, labels)
+    for _ in range(2): step(head, loss, fmap, labels, amp)
     fmap.grad = None
     head.zero_grad(set_to_none=True)
     if fmap.is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(head, loss, fmap, labels)
+        step(head, loss, fmap, labels, amp)
         return (torch.cuda.max_memory_allocated()-before)/2**20
-    with Peak() as peak: step(head, loss, fmap, labels)
+    with Peak() as peak: step(head, loss, fmap, labels, amp)
     return peak.mb
 
 def peak_in_process(kind):
@@ -73,15 +73,15 @@ def peak_in_process(kind):
     command = [sys.executable, __file__, kind]
     return float(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout)
 
-def compare():
-    "Best seconds and the loss of each kind; the two alternate"
-    fmap,labels,kinds = setup()
+def compare(amp=False, tolerance=1e-3, **sizes):
+    "Best seconds and the loss of each kind, which must agree; the two alternate"
+    fmap,labels,kinds = setup(**sizes)
     times,losses = {kind: [] for kind in kinds},{}
     for _ in range(REPEATS):
         for kind,(head,loss) in kinds.items():
-            seconds,losses[kind] = step(head, loss, fmap, labels)
+            seconds,losses[kind] = step(head, loss, fmap, labels, amp)
             times[kind].append(seconds)
-    assert abs(losses['plain']-losses['fused']) < 1e-3*abs(losses['plain']), losses
+    assert abs(losses['plain']-losses['fused']) < tolerance*abs(losses['plain']), losses
     return fmap.device.type, {kind: min(values) for kind,values in times.items()}, losses
 
 def main():

@@ -1,5 +1,6 @@
 """Train on Market-1501, or another known dataset, by one of the recipes, and write the card of one final evaluation.
 `PYRAMIDREID_DATA=DIR python benchmarks/market1501.py --recipe modern --weights FILE`
+A run that is not finished leaves what its epochs took in a file of its own, `NAME-unfinished.json`.
 By default the evaluation is the full official test, no image of which is used before. `--hold-out 0.2` evaluates on
 held-out training identities instead: there, and only there, settings may be chosen. `--curve` follows the test split
 during the training; nothing is chosen by it either."""
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from common import circumstances, results
 
+from pyramidreid.core import atomic_write
+
 
 def knob(text):
     "`name=value` as a pair"
@@ -22,7 +25,7 @@ def knob(text):
     except (SyntaxError, ValueError) as e:
         raise argparse.ArgumentTypeError(f'{text!r} is not name=value, e.g. lr_body=1e-3 or moms=(.95,.85,.95)') from e
 
-def parse():
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--data', default=os.environ.get('PYRAMIDREID_DATA'), help='folder that holds the dataset')
@@ -33,6 +36,7 @@ def parse():
     add('--tfms-knobs', type=knob, nargs='*', default=(), metavar='NAME=VALUE', help='arguments of the augmentation')
     add('--arch', default='resnet50', help='a torchvision ResNet, or the name of a timm model')
     add('--weights', help='file of ImageNet weights; without it they are downloaded')
+    add('--from-scratch', action='store_true', help='no ImageNet weights')
     add('--size', type=int, nargs=2, default=(384,128), metavar=('H','W'))
     add('--epochs', type=int, help="default: the recipe's own number")
     add('--hold-out', type=float, help='evaluate on this fraction of the training identities, not on the test split')
@@ -47,9 +51,31 @@ def parse():
     add('--steps', type=int, help='stop after so many steps: to try the script')
     add('--save', metavar='DIR', help='save the model there, as learn.save_model does')
     add('--out', help='name of the result, default SET-RECIPE-DEVICE')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.data: parser.error('say where the data is: --data, or the environment variable PYRAMIDREID_DATA')
     return args
+
+def is_on_gpu():
+    "Will fastai put loaders and models on a GPU?"
+    from fastai.torch_core import default_device
+    return default_device().type!='cpu'
+
+def result_file(args):
+    name = f"{args.set.split('-v')[0].replace('-','').lower()}-{args.recipe}-{'cuda' if is_on_gpu() else 'cpu'}"
+    return results/f'{args.out or name}.json'
+
+def unfinished_file(args):
+    file = result_file(args)
+    return file.with_name(f'{file.stem}-unfinished.json')
+
+def write_unfinished(args, watch):
+    "Write what the epochs so far took, and their losses"
+    recorder = watch.learn.recorder
+    note = dict(circumstances(), recipe=args.recipe, epochs=watch.epoch+1, of=watch.n_epoch, steps=len(recorder.losses),
+                seconds=watch.seconds, losses=[float(loss) for loss in recorder.losses[::100]])
+    file = unfinished_file(args)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as partial_file: partial_file.write_text(json.dumps(note))
 
 def callbacks(args, began):
     "What watches the time, and what leaves out validation"
@@ -66,6 +92,7 @@ def callbacks(args, began):
         def after_batch(self):
             if args.steps and self.training and self.train_iter>=args.steps: raise CancelFitException
         def after_epoch(self):
+            if args.checkpoints: write_unfinished(args, self)
             unfinished = self.epoch+1<self.n_epoch
             self.stopped = bool(args.minutes) and unfinished and time.perf_counter()-began > 60*args.minutes
             if self.stopped: raise CancelFitException
@@ -91,10 +118,11 @@ def make_loaders(args, lib):
 def make_learner(args, lib, cbs):
     from fastai.callback.fp16 import AMPMode, MixedPrecision
     cbs = list(cbs)
-    if lib.torch.cuda.is_available() and not args.fp32: cbs.append(MixedPrecision(AMPMode.BF16))
+    if is_on_gpu() and not args.fp32: cbs.append(MixedPrecision(AMPMode.BF16))
     if args.checkpoints: cbs.append(lib.Checkpoints(Path(args.checkpoints).absolute(), resume=True))
     arch = getattr(lib, args.arch, args.arch)
-    learn = lib.pyramid_learner(make_loaders(args, lib), arch, weights=args.weights, cbs=cbs)
+    pretrained = not args.from_scratch
+    learn = lib.pyramid_learner(make_loaders(args, lib), arch, pretrained=pretrained, weights=args.weights, cbs=cbs)
     learn = learn.to_channelslast(use_amp=False)
     if args.compile:
         for part in (learn.model.body, learn.model.head): part.compile()
@@ -107,17 +135,13 @@ def fit(learn, args):
     if args.fp32: settings.setdefault('mixed', False)
     learn.fit_modern(**settings)
 
-def default_name(args, cuda):
-    return f"{args.set.split('-v')[0].replace('-','').lower()}-{args.recipe}-{'cuda' if cuda else 'cpu'}"
-
-def main():
+def main(argv=None):
     began = time.perf_counter()
-    args = parse()
+    args = parse(argv)
     import torch
 
     import pyramidreid.all as lib
-    cuda = torch.cuda.is_available()
-    torch.backends.cudnn.benchmark = cuda
+    torch.backends.cudnn.benchmark = is_on_gpu()
     lib.set_seed(args.seed)
     watch,sometimes = callbacks(args, began)
     learn = make_learner(args, lib, [watch, sometimes])
@@ -137,6 +161,7 @@ def main():
         both=round((history.weight_triplet>0).mean(), 3), random=round((history['mode']=='random').mean(), 3),
         epochs=epochs, card=json.loads(card.to_json()))
     results.mkdir(exist_ok=True)
-    (results/f'{args.out or default_name(args, cuda)}.json').write_text(json.dumps(note))
+    result_file(args).write_text(json.dumps(note))
+    unfinished_file(args).unlink(missing_ok=True)
 
 if __name__=='__main__': main()

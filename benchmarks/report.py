@@ -87,6 +87,12 @@ def step():
                      'fraction': percent(extra/parts['step'])})
     return f'{table(rows)}\n\n{source(info)}'
 
+def step_formats():
+    info = read('step-formats-cpu')
+    rows = [{'': name, 'contiguous, s': f"{row['contiguous']:.2f}", 'channels last, s': f"{row['channels last']:.2f}",
+             'ratio': f"{row['ratio']:.2f}"} for name,row in info['seconds'].items()]
+    return f"{table(rows)}\n\n{info['batch']} images to a step. {source(info)}"
+
 def loading():
     info = read('loading-cpu')
     names = info['runs'][0]['images_per_second']

@@ -77,6 +77,10 @@ class watch:
         "How often it waited or copied in one of these ways"
         return sum(n for (kind,*_),n in self.waits.items() if kind in kinds)
 
+    def n_waits(self):
+        "How often the host waited for the device"
+        return self.n('D2H', 'item', 'wait', 'H2D')
+
     def show(self, per=1):
         "Print each line that waited or copied, most frequent first; numbers are divided by `per`, e.g. the steps"
         lines = collections.Counter()
