@@ -107,13 +107,14 @@ def _without_advice():
     finally: logging.disable(disabled)
 
 def _left_as_they_are(graph):
-    "Names of the activations that do not follow a convolution"
+    "Names of the first convolution, and of the activations that do not follow one"
+    first = [node.name for node in graph.node if node.op_type=='Conv'][:1]
     makers = {output: node for node in graph.node for output in node.output}
     def follows(node): return node.input[0] in makers and makers[node.input[0]].op_type in ('Conv', 'Add')
-    return [node.name for node in graph.node if node.op_type in ('Clip', 'Relu') and not follows(node)]
+    return first + [node.name for node in graph.node if node.op_type in ('Clip', 'Relu') and not follows(node)]
 
 # %% ../../nbs/export/06_small_onnx.ipynb #bf62a3c4
-def _quantized(file, pixels, reduce_range):
+def _quantized(file, pixels):
     "The ONNX model of `file` with its convolutions in int8"
     import onnx
     from onnxruntime import quantization
@@ -123,7 +124,7 @@ def _quantized(file, pixels, reduce_range):
         quant_pre_process(str(file), str(plain), skip_symbolic_shape=True) # also turns weights in half into floats
         quantization.quantize_static(
             str(plain), str(made), _PixelReader(pixels), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-            reduce_range=reduce_range, op_types_to_quantize=['Conv', 'Clip', 'Relu'],
+            op_types_to_quantize=['Conv', 'Clip', 'Relu'],
             nodes_to_exclude=_left_as_they_are(onnx.load(plain).graph),
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
             calibrate_method=quantization.CalibrationMethod.MinMax)
@@ -153,10 +154,9 @@ def _calibration_pixels(images, runtime):
 
 @clean_errors()
 def quantize_onnx(
-    file,              # ONNX file of `to_onnx`
-    out,               # `.onnx` file to write
-    images,            # Crops to calibrate with, a few hundred like those to be embedded: files, PIL images or arrays
-    reduce_range=False # Use 7 bits for weights? For x86 processors without VNNI, whose sums could overflow with 8
+    file,  # ONNX file of `to_onnx`
+    out,   # `.onnx` file to write
+    images # Crops to calibrate with, a few hundred like those to be embedded: files, PIL images or arrays
 ):
     """Write a model whose convolutions compute in int8, with a fingerprint of its own; return the path. Raises
     `ValueError` if its embeddings are far from the model's, and `ImportError` without the extra"""
@@ -165,10 +165,10 @@ def quantize_onnx(
     if 'made_from' in source.about:
         raise ValueError(f"{file} was converted already ({source.about['made_from']['how']}): give the file of to_onnx")
     pixels = _calibration_pixels(images, source)
-    proto = _quantized(file, pixels, reduce_range)
+    proto = _quantized(file, pixels)
     _halve_rest(proto.graph)
     proto.producer_name = 'pyramidreid'
-    how = f"int8 {'with weights of 7 bits ' if reduce_range else ''}calibrated with {len(pixels):,} images"
+    how = f'int8 calibrated with {len(pixels):,} images'
     about = _describe(proto, source.about, source.fingerprint, how)
     return _write_converted(proto, about, out, file, source, pixels)
 

@@ -23,9 +23,9 @@ def _is_one_of(m, types):
     return not hooks and (type(m).__module__.split('.')[0], type(m).__name__) in types
 
 class _LayerTracer(fx.Tracer):
-    "Records which layer feeds which, and does not look into batch norms"
+    "Records which layer feeds which, and does not look into convolutions and batch norms"
     def is_leaf_module(self, m, name):
-        return isinstance(m, nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(m, name)
+        return isinstance(m, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)) or super().is_leaf_module(m, name)
 
 def _pairs(body):
     "Names of the convolutions that can be folded, each with that of its batch norm"
