@@ -461,7 +461,7 @@ CHANGED = [
     (dict(arch='fasterrcnn_resnet50_fpn', arch_from='torchvision'), 'not known here'),
     (dict(arch='system', arch_from='os'), 'not known here'),
     (dict(arch='resnet18', arch_from='torchvision'), 'is missing'),
-    (dict(format=3), 'later version'),
+    (dict(format=FORMAT+1), 'later version'),
     (dict(format=1), "'history' is not known"),
     (dict(history=...), "'history' is missing"),
     (dict(history={}), "'history' is {}"),

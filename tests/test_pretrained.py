@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torchvision.models.resnet import BasicBlock, ResNet
 from toys import quiet
 
 import pyramidreid.models.pretrained as pretrained
@@ -128,6 +129,15 @@ def test_weights_too_large_for_half_precision(learn, tmp_path):
     with pytest.raises(ValueError, match='head.reduce.weight has values up to 1e.05, and half precision holds 65,504'):
         large.save_model(tmp_path, half=True)
     assert not list(tmp_path.iterdir())
+
+def own_net(): return ResNet(BasicBlock, [1,1,1,1])
+
+def test_a_backbone_of_ones_own(make_learner, make_dls, tmp_path):
+    "Is shared with its card, and needs the function to be loaded"
+    learn = make_learner(make_dls(size=(48,24)), arch=own_net)
+    folder = learn.save_pretrained(tmp_path/'own')
+    assert 'own_net of own' in (folder/'README.md').read_text(encoding='utf-8')
+    assert load_embedder(folder, arch=own_net).fingerprint==read_description(folder)['fingerprint']
 
 # by name
 
@@ -248,7 +258,8 @@ def test_a_fine_tuned_model_keeps_start_and_licence(shelf, make_dls, tmp_path):
     assert again.licence==RESEARCH_ONLY
 
 @pytest.mark.parametrize('n_parts,levels,norm,emb_sz,stride', [
-    (3, [1,3], 'whole', 4, 2), (2, None, None, 5, 1), (1, [1], 'branch', 7, 1)])
+    (3, [1,3], 'whole', 4, 2), pytest.param(2, None, None, 5, 1, marks=pytest.mark.slow),
+    pytest.param(1, [1], 'branch', 7, 1, marks=pytest.mark.slow)])
 def test_the_shape_follows_the_model(make_dls, make_learner, shelf, n_parts, levels, norm, emb_sz, stride):
     small = make_learner(make_dls(size=(96,48)), n_parts=n_parts, levels=levels, norm=norm, emb_sz=emb_sz,
                          last_stride=stride, drop=.35)
@@ -258,6 +269,17 @@ def test_the_shape_follows_the_model(make_dls, make_learner, shelf, n_parts, lev
     assert mine.model.head.drop.p==.35 and mine.model.norm==norm and mine.last_stride==stride
     changed = pyramid_learner(make_dls(size=(96,48)), pretrained='small', drop=.1, n_parts=n_parts, levels=levels)
     assert changed.model.head.drop.p==.1
+
+@pytest.mark.skipif('neck' not in inspect.signature(pyramid_learner).parameters, reason='there is no neck to take over')
+def test_a_neck_is_taken_over(make_dls, make_learner, shelf):
+    necked = make_learner(make_dls(size=(96,48)), n_parts=3, emb_sz=4, neck=True)
+    necked.save_pretrained(shelf/'necked', half=False)
+    mine = pyramid_learner(make_dls(size=(96,48)), pretrained='necked', neck=True)
+    assert mine.model.head.neck and learner_fingerprint(mine)==learner_fingerprint(necked)
+    assert not pyramid_learner(make_dls(size=(96,48)), pretrained=NAME).model.head.neck
+    for name,neck in {'necked':False, NAME:True}.items():
+        with pytest.raises(ValueError, match=f'has neck={not neck}, which neck={neck} contradicts'):
+            pyramid_learner(make_dls(size=(96,48)), pretrained=name, neck=neck)
 
 CONTRADICTIONS = dict(
     n_parts=(dict(n_parts=3), 'has n_parts=6, which n_parts=3 contradicts'),
@@ -369,11 +391,13 @@ def test_a_name_in_place_of_a_path(shelf, cli, tmp_path, learn, files, make_lear
     code,_,err = cli('embed', 'people-resnet', files[0], '--out', out)
     assert code==2 and re.search(rf"'people-resnet' does not exist.*Did you mean\s+'{NAME}'", err, re.S)
 
+@pytest.mark.slow
 @onnx
 def test_a_name_is_exported(shelf, cli, tmp_path):
     assert cli('export', NAME, '--to', 'onnx', '--out', tmp_path/'m.onnx')[0]==0
     assert Runtime(tmp_path/'m.onnx').fingerprint==load_pretrained(NAME).fingerprint
 
+@pytest.mark.slow
 def test_training_continues_a_pretrained_model(shelf, cli, people, tmp_path):
     base = ['train', people, '--weights', NAME, '--size', 96, 48, '--epochs', 1, '--p', 4, '--k', 2, '--workers', 0]
     code,_,err = cli(*base, '--out', tmp_path/'run', '-q')

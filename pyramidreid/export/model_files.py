@@ -420,17 +420,6 @@ def _take_weights(learn, shared, where):
     if shared.licence: learn.licence = shared.licence
     return learn
 
-@patch
-def load_weights(self:ReIDLearner,
-    folder,          # As given to `save_model`
-    arch=None,       # The function that makes the backbone, if it is one of your own
-    classifier=False # A shared model has no identity classifiers: True raises an error that says what to do
-):
-    """Load the weights of a shared model, all but the classifiers, to train on; return the learner. Raises `ValueError`
-    for a model of another shape or normalisation"""
-    if classifier: raise ValueError(f"classifier=True: {NO_CLASSIFIERS}")
-    return _take_weights(self, load_embedder(folder, arch=arch), folder)
-
 def learner_from(
     folder,    # As given to `save_model`
     dls,       # `ReIDDataLoaders`
@@ -445,6 +434,18 @@ def learner_from(
     learn = pyramid_learner(dls, _described_arch(about, arch), **settings)
     if shared.stats and not input_stats(learn): dls.add_tfms([Normalize.from_stats(*shared.stats)], 'after_batch')
     return _take_weights(learn, shared, folder)
+
+# %% ../../nbs/export/02_model_files.ipynb #f0i1
+@patch
+def load_weights(self:ReIDLearner,
+    folder,          # As given to `save_model`
+    arch=None,       # The function that makes the backbone, if it is one of your own
+    classifier=False # A shared model has no identity classifiers: True raises an error that says what to do
+):
+    """Load the weights of a shared model, all but the classifiers, to train on; return the learner. Raises `ValueError`
+    for a model of another shape or normalisation"""
+    if classifier: raise ValueError(f"classifier=True: {NO_CLASSIFIERS}")
+    return _take_weights(self, load_embedder(folder, arch=arch), folder)
 
 # %% ../../nbs/export/02_model_files.ipynb #78119aaf
 def _trace(net, size):

@@ -26,9 +26,13 @@ NO_CLASSIFIERS = (
     "pyramid_learner(dls, pretrained=…) or learner_from(folder, dls), then fine_tune")
 
 class _SharedModel:
-    "What a model for others may be used for, and what it cannot do"
+    "What only some descriptions have, and what no model for others can do"
     @property
     def licence(self): return self.about.get('licence') # In words; None: not stated
+    @property
+    def pixel_range(self):
+        "Values of black and white of pictures with more than 8 bits, None for a model of 8-bit pictures"
+        return tuple(self.about.get('pixel_range') or ()) or None
 
     def _conversion(self):
         "How the model was made from another one, in words; '' if it was not"
@@ -54,16 +58,13 @@ class BaseEmbedder(_SharedModel):
     @property
     def stats(self): return self.about['mean'] and [self.about['mean'], self.about['std']]
     @property
-    def pixel_range(self):
-        "Values of black and white of pictures with more than 8 bits, None for a model of 8-bit pictures"
-        return tuple(self.about.get('pixel_range') or ()) or None
-    @property
     def n_branches(self): return sum(self.about['n_parts']-level+1 for level in self.about['levels'])
     @property
     def emb_sz(self): return self.n_branches*self.about['emb_sz']
 
     def __repr__(self):
-        network = '{} at {}×{}, {} dimensions'.format(self.about['arch'], *self.size, self.emb_sz) + self._conversion()
+        h,w = self.size
+        network = f"{self.about['arch']} at {h}×{w}, {self.emb_sz} dimensions{self._conversion()}"
         trained = trained_on(described_history(self.about))
         licence = f", licence: {self.licence}" if self.licence else ''
         return shown_text(f"{type(self).__name__}: {network}, trained on {trained}{licence}, "

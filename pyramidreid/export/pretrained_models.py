@@ -12,7 +12,7 @@ from fastcore.basics import patch
 
 from ..core import atomic_write, clean_errors
 from .model_cards import model_card
-from .model_files import Embedder, load_embedder, portable_model, write_model
+from .model_files import Embedder, load_embedder, portable_model, read_description, write_model
 from pyramidreid.models.pretrained import (
     find_arch,
     pretrained_description,
@@ -38,7 +38,7 @@ def _write_all(net, about, folder, name, half, **kwargs):
     "Write description, weights and model card; return the folder"
     folder = Path(folder)
     write_model(net, about, folder, half, 'model.safetensors')
-    text = model_card(load_embedder(folder).about, name or folder.absolute().name, **kwargs)
+    text = model_card(read_description(folder), name or folder.absolute().name, **kwargs)
     with atomic_write(folder/'README.md') as partial_file: partial_file.write_text(text, encoding='utf-8')
     return folder
 
