@@ -54,6 +54,11 @@ from ..training.learner import ReIDLearner, pyramid_learner
 # %% ../../nbs/export/02_model_files.ipynb #f0a8
 from ..models.pretrained import find_arch
 
+# %% ../../nbs/export/02_model_files.ipynb #ac0df2f0
+from functools import cached_property
+
+from ..models.folding import fold_batch_norms
+
 # %% ../../nbs/export/02_model_files.ipynb #9a5643d3
 class PixelNet(nn.Module):
     "A model with its normalisation inside: uint8 RGB (N, H, W, 3) to embeddings (N, D)"
@@ -367,12 +372,18 @@ class Embedder(BaseEmbedder):
         self.model,self.device = model.to(device).eval(),device
         self.net = PixelNet(self.model, self.stats).to(device)
 
+    @cached_property
+    def _fast_net(self):
+        "`net` with its batch norms folded, made for the first batch: the model must not be changed afterwards"
+        model = fold_batch_norms(copy.deepcopy(self.model).cpu(), self.size)
+        return PixelNet(model, self.stats).to(self.device)
+
     def run(self,
         x # Pixels, uint8, (N, H, W, 3), of the model's `size`
     ):
         "Return the embeddings of a batch, (N, D), float32"
         if not len(x): return np.empty((0, self.emb_sz), np.float32)
-        with torch.no_grad(): return self.net(torch.from_numpy(x).to(self.device)).float().cpu().numpy()
+        with torch.no_grad(): return self._fast_net(torch.from_numpy(x).to(self.device)).float().cpu().numpy()
 
 # %% ../../nbs/export/02_model_files.ipynb #ca633ee0
 def _load_embedder(about, file, device='cpu', arch=None, model=None):
@@ -483,6 +494,46 @@ def to_exported(self:ReIDLearner,
     net,about = portable_model(self, card)
     return write_exported(net, about, Path(file))
 
+# %% ../../nbs/export/02_model_files.ipynb #513e8710
+def _row_factors(folded, weight):
+    "The numbers by which the rows of `weight` must be multiplied to give those of `folded`; None if there are none"
+    if folded.shape!=weight.shape: return None
+    rows = [o.reshape(len(o), -1).astype(np.float64) for o in (folded, weight)]
+    lengths = (rows[1]**2).sum(1)
+    factors = np.where(lengths>0, (rows[0]*rows[1]).sum(1)/np.where(lengths>0, lengths, 1), 1)
+    gaps = abs(factors[:,None]*rows[1] - rows[0]).max(1)
+    if not (gaps<=1e-6*abs(rows[0]).max(1)).all(): return None
+    return factors.astype(np.float32).reshape(-1, *[1]*(folded.ndim-1))
+
+def _as_half(values, own):
+    "`values` as half precision and factors of its rows, None for no factors; nothing if they need more bits"
+    if np.array_equal(values.astype(np.float16).astype(np.float32), values): return values.astype(np.float16),None
+    if own is None or not _goes_half(own): return None
+    half = own.half().numpy()
+    factors = _row_factors(values, half)
+    return None if factors is None else (half, factors)
+
+# %% ../../nbs/export/02_model_files.ipynb #4394ab1b
+def _store_half(graph, state):
+    "Store the weights of an ONNX graph in half precision, where `state`, rounded already, or their own bits allow it"
+    from onnx import TensorProto, helper, numpy_helper
+    nodes,weights = [],[o for o in graph.initializer if o.data_type==TensorProto.FLOAT and len(o.dims)>1]
+    for entry in weights:
+        name = entry.name
+        with np.errstate(over='ignore'): found = _as_half(numpy_helper.to_array(entry), state.get(name))
+        if found is None: continue
+        half,factors = found
+        graph.initializer.remove(entry)
+        graph.initializer.append(numpy_helper.from_array(half, f'{name}_half'))
+        cast = name if factors is None else f'{name}_cast'
+        nodes.append(helper.make_node('Cast', [f'{name}_half'], [cast], to=TensorProto.FLOAT))
+        if factors is None: continue
+        graph.initializer.append(numpy_helper.from_array(factors, f'{name}_factors'))
+        nodes.append(helper.make_node('Mul', [cast, f'{name}_factors'], [name]))
+    nodes += list(graph.node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
 # %% ../../nbs/export/02_model_files.ipynb #8e8cbf8f
 def _onnx_model(net, about):
     "The ONNX model as protobuf, without notes on where it was made"
@@ -497,26 +548,30 @@ def _onnx_model(net, about):
     return proto
 
 def write_onnx(
-    net,   # A `PixelNet`
-    about, # Its description, a dict
-    file   # `.onnx` file to write
+    net,       # A `PixelNet`
+    about,     # Its description, a dict
+    file,      # `.onnx` file to write
+    half=False # Write the weights in half precision?
 ):
     "Write `net` as ONNX if onnxruntime gives its embeddings; return the path. Raises `ImportError` without the extra"
     for module in ('onnx', 'onnxscript', 'onnxruntime'): require_extra(module, 'onnx')
+    if half: net,about = _halved(net, about)
     with atomic_write(file) as partial_file:
-        data = _onnx_model(net, about).SerializeToString(deterministic=True)
-        partial_file.write_bytes(add_checksum(data))
+        proto = _onnx_model(net, about)
+        if half: _store_half(proto.graph, net.state_dict())
+        partial_file.write_bytes(add_checksum(proto.SerializeToString(deterministic=True)))
         _check_agreement(Runtime(partial_file).run, net, about['size'], 'The ONNX model')
     return file
 
 @patch
 def to_onnx(self:ReIDLearner,
-    file,     # `.onnx` file to write
-    card=None # A protocol card to go with it, as from `learn.evaluate()`
+    file,      # `.onnx` file to write
+    card=None, # A protocol card to go with it, as from `learn.evaluate()`
+    half=False # Write the weights in half precision? A model of its own, with another fingerprint
 ):
     "Write the model as ONNX, for uint8 RGB of shape (N, H, W, 3), checked with onnxruntime; return the path"
     net,about = portable_model(self, card)
-    return write_onnx(net, about, Path(file))
+    return write_onnx(net, about, Path(file), half)
 
 # %% ../../nbs/export/02_model_files.ipynb #f0a5code
 @patch
@@ -527,10 +582,11 @@ def portable(self:Embedder):
 
 @patch
 def to_onnx(self:Embedder, # noqa: F811
-    file # `.onnx` file to write
+    file,      # `.onnx` file to write
+    half=False # Write the weights in half precision? A model of its own, with another fingerprint
 ):
     "Write the model as ONNX, checked with onnxruntime; return the path"
-    return write_onnx(*self.portable(), Path(file))
+    return write_onnx(*self.portable(), Path(file), half)
 
 @patch
 def save_model(self:Embedder, # noqa: F811

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_CLASSIFIERS', 'BLANK_CHECKSUM', 'FORMAT', 'BaseEmbedder', 'add_checksum', 'checksum_ok',
-           'description_json', 'parse_description', 'Runtime']
+           'description_json', 'parse_description', 'read_onnx_file', 'Runtime']
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #fc1edf70
 import hashlib
@@ -34,6 +34,11 @@ class _SharedModel:
         "Values of black and white of pictures with more than 8 bits, None for a model of 8-bit pictures"
         return tuple(self.about.get('pixel_range') or ()) or None
 
+    def _conversion(self):
+        "How the model was made from another one, in words; '' if it was not"
+        source = self.about.get('made_from')
+        return f", {source['how']}, made from {source['fingerprint']}" if source else ''
+
     def __getattr__(self, name):
         hint = f'. {NO_CLASSIFIERS}' if name in ('predict', 'classify', 'get_preds') else ''
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
@@ -60,7 +65,7 @@ class BaseEmbedder(_SharedModel):
     def __repr__(self):
         h,w = self.size
         neck = ' with a BNNeck' if self.about.get('neck') else ''
-        network = f"{self.about['arch']}{neck} at {h}×{w}, {self.emb_sz} dimensions"
+        network = f"{self.about['arch']}{neck} at {h}×{w}, {self.emb_sz} dimensions{self._conversion()}"
         trained = trained_on(described_history(self.about))
         licence = f", licence: {self.licence}" if self.licence else ''
         return shown_text(f"{type(self).__name__}: {network}, trained on {trained}{licence}, "
@@ -148,6 +153,18 @@ def _valid_range(values):
 # %% ../../nbs/export/01_onnx_runtime.ipynb #f0b4
 _OPTIONAL['licence'] = str
 
+# %% ../../nbs/export/01_onnx_runtime.ipynb #c4ba8e4a
+_OPTIONAL['made_from'] = dict
+
+def _valid_source(value):
+    "Is `value` what a description says about the source of a converted model?"
+    if value is None: return True
+    if set(value)!={'fingerprint','how','similarity'}: return False
+    texts = all(isinstance(value[key], str) for key in ('fingerprint','how'))
+    similarity = value['similarity'] # Mean cosine to the source's embeddings, None if they were not compared
+    known = similarity is None or _has_type(similarity, (int,float)) and -1<=similarity<=1
+    return texts and known and re.fullmatch('[0-9a-f]{64}', value['fingerprint']) is not None
+
 # %% ../../nbs/export/01_onnx_runtime.ipynb #1a6e0009
 _MOST_PIXELS = 2**22 # Of an image: 2048×2048
 _MOST_DIMENSIONS = 2**20 # Of an embedding, all branches together: 4 MiB for each image
@@ -177,6 +194,7 @@ def _bad_values(about):
         mean = mean_ok,
         std = not mean_ok or _valid_stats(mean, std),
         pixel_range = _valid_range(about.get('pixel_range')),
+        made_from = _valid_source(about.get('made_from')),
         fingerprint = re.fullmatch('[0-9a-f]{64}', about['fingerprint']) is not None,
         history = about['format']==1 or is_history(about['history']))
     return [name for name,ok in valid.items() if not ok]
@@ -255,8 +273,10 @@ def _new_session(ort, data, threads, providers):
 _OUTSIDE = re.compile(rb'(?:\x0a|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location')
 _MOST_BYTES = 2**31 # Of an ONNX file, since protobuf allows no more
 
-def _read_model(file):
-    "The bytes of an ONNX file. Raises `ValueError` if they are too many, or weights are in other files"
+def read_onnx_file(
+    file # Path of an ONNX file
+):
+    "Return the bytes of an ONNX file. Raises `ValueError` if they are too many, or weights are in other files"
     size = file.stat().st_size
     if size>_MOST_BYTES:
         raise ValueError(f"{file} is not an ONNX model: it has {size:,} bytes, and ONNX allows {_MOST_BYTES:,}")
@@ -270,6 +290,17 @@ def _interface(session):
     ports = (*session.get_inputs(), *session.get_outputs())
     return [(port.name, port.type, list(port.shape[1:])) for port in ports]
 
+# %% ../../nbs/export/01_onnx_runtime.ipynb #01c10da1
+_MARKS = {b'onnx.quantize':"onnxruntime's quantiser", b'com.microsoft':"onnxruntime's optimiser"}
+
+def _changed_words(file, data):
+    "What is wrong with a file whose checksum is wrong, and what to do"
+    found = [f' (it has the marks of {tool})' for mark,tool in _MARKS.items() if mark in data]
+    marks = found[0] if found else ", such as onnxruntime's"
+    return (f"{file} is not as pyramidreid wrote it: its checksum is wrong. Either a converter changed it{marks}: then "
+            "check it and give it a new checksum with pyramidreid.export.small_onnx.reseal_onnx. Or it is damaged: "
+            "then copy or export it again")
+
 # %% ../../nbs/export/01_onnx_runtime.ipynb #1a6e000c
 def _open_session(
     file,     # ONNX file, a path
@@ -277,9 +308,9 @@ def _open_session(
     providers # Names of providers, or pairs of a name and its options
 ):
     "An onnxruntime session for a file of this library. Raises `ValueError` if it is damaged or of another library"
-    ort,data = _import_onnxruntime(),_read_model(file)
+    ort,data = _import_onnxruntime(),read_onnx_file(file)
     intact = checksum_ok(data)
-    if intact is False: raise ValueError(f"{file} is damaged: its checksum is wrong. Copy or export it again")
+    if intact is False: raise ValueError(_changed_words(file, data))
     names = _provider_names(ort, providers)
     try: session = _new_session(ort, data, threads, providers)
     except Exception as e:
