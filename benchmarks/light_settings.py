@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pandas as pd
 from common import markdown, mean_std, noted, run_grid, train_folder, write_table
-from weighting import add_neck
 
 from pyramidreid.training.loss_rules import MixedBatches
 
@@ -72,7 +71,7 @@ def main(argv=None):
     shared = dict(
         size=tuple(args.size), hold_out=args.hold_out, arch=args.arch, epochs=args.epochs, data=args.data,
         weights=args.weights, cache=args.cache, recipe='modern', tfms_args=dict(pad=0, colour=0, erase=.2),
-        channels_last=True, dynamic=False, change=add_neck)
+        channels_last=True, dynamic=False, neck=True)
     names = args.only or list(CHANGES)
     configs = [shared | CHANGES[name] | dict(name=name, seed=seed) for seed in range(args.seeds) for name in names]
     try: run_grid(f'{args.out}.json', configs, args.jobs, train_folder, settings, args.minutes)

@@ -94,6 +94,8 @@ def questions(share):
         'Where the losses act': {
             'fixed sum, BNNeck': dict(dynamic=False, neck=True),
             'mix, BNNeck': dict(mixed(.5), neck=True), 'rule, BNNeck': dict(dynamic='gate', neck=True),
+            'mix, 1 of 4, BNNeck': dict(mixed(.25), neck=True), 'mix, 9 of 10, BNNeck': dict(mixed(.9), neck=True),
+            'ID alone, random batches, BNNeck': dict(dynamic=False, only='id', mode='random', neck=True),
             'fixed sum, whole triplet': dict(dynamic=False, loss=WholeTriplet),
             'mix, whole triplet': dict(mixed(.5), loss=WholeTriplet),
             'rule, whole triplet': dict(dynamic='gate', loss=WholeTriplet)},
