@@ -1,7 +1,6 @@
 "Bodies of timm that are built for one size of image: their maps, weights of another size, and all that a learner does"
 import json
 import pickle
-import re
 import sys
 
 import numpy as np
@@ -183,6 +182,14 @@ def test_a_file_for_the_size_itself(tmp_path):
     torch.save(source.state_dict(), tmp_path/'w.pth')
     body = body_of('test_vit', weights=tmp_path/'w.pth')
     torch.testing.assert_close(body.model.pos_embed, source.pos_embed)
+
+def test_a_file_with_the_classifier(tmp_path):
+    pytest.importorskip('pyramidreid.models.weight_files')
+    source = timm.create_model('test_vit', num_classes=9)
+    torch.save(source.state_dict(), tmp_path/'w.pth')
+    body = body_of('test_vit', weights=tmp_path/'w.pth')
+    expected = timm.layers.resample_abs_pos_embed(source.pos_embed, new_size=(6,3), old_size=(10,10))
+    torch.testing.assert_close(body.model.pos_embed, expected)
 
 def test_a_file_for_a_third_size_is_named(tmp_path):
     torch.save(timm.create_model('test_vit', num_classes=0, img_size=(80,80)).state_dict(), tmp_path/'w.pth')
