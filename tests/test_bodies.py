@@ -1,5 +1,6 @@
 "Bodies of timm that are built for one size of image: their maps, weights of another size, and all that a learner does"
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ import bodies  # noqa: E402
 import common  # noqa: E402
 
 import pyramidreid.explain.matching_bands  # adds explain  # noqa: E402, F401
+from pyramidreid.cli.entry import main  # noqa: E402
 from pyramidreid.export.model_files import learner_from, load_embedder  # noqa: E402
 from pyramidreid.export.onnx_runtime import Runtime  # noqa: E402
 from pyramidreid.models.backbone import *  # noqa: E402
@@ -113,6 +115,7 @@ def test_patches_merged_at_every_position(module, h, w):
             block = x[:,rows][:,:,columns]
             torch.testing.assert_close(merged[:,i,j], merging(block)[:,0,0])
     if h%2==w%2==0: torch.testing.assert_close(merged[:,::2,::2], merging(x))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(MergeEverywhere(merging)))(x), merged)
 
 def test_strides_of_a_swin_transformer_have_the_same_weights_and_other_fingerprints():
     fine,coarse = (body_of('swin_tiny_patch4_window7_224', (224,224), stride) for stride in (1,2))
@@ -179,6 +182,14 @@ def test_a_file_for_the_size_itself(tmp_path):
     torch.save(source.state_dict(), tmp_path/'w.pth')
     body = body_of('test_vit', weights=tmp_path/'w.pth')
     torch.testing.assert_close(body.model.pos_embed, source.pos_embed)
+
+def test_a_file_with_the_classifier(tmp_path):
+    pytest.importorskip('pyramidreid.models.weight_files')
+    source = timm.create_model('test_vit', num_classes=9)
+    torch.save(source.state_dict(), tmp_path/'w.pth')
+    body = body_of('test_vit', weights=tmp_path/'w.pth')
+    expected = timm.layers.resample_abs_pos_embed(source.pos_embed, new_size=(6,3), old_size=(10,10))
+    torch.testing.assert_close(body.model.pos_embed, expected)
 
 def test_a_file_for_a_third_size_is_named(tmp_path):
     torch.save(timm.create_model('test_vit', num_classes=0, img_size=(80,80)).state_dict(), tmp_path/'w.pth')
@@ -300,6 +311,26 @@ def test_explained(learn):
     explanation = learn.explain(a, b)
     emb = embeddings(learn, 2)
     assert explanation.cosine==pytest.approx(float(emb[0]@emb[1]), abs=1e-4)
+
+def test_summary(learn):
+    "Sends one image of the loaders' size through the model"
+    assert f'Total params: {sum(p.numel() for p in learn.model.parameters()):,}' in learn.summary()
+
+def test_the_command_line(people, tmp_path, capfd):
+    "`--arch` with a size that patches do not fill, one that they do, and another for the trained model"
+    def train(*args):
+        options = '--workers 0 --p 4 --k 4 --epochs 1 --recipe paper --quiet'.split()
+        return main(['train', str(people), *options, *map(str, args)])
+    vit = ['--arch','test_vit','--weights','none']
+    assert train(*vit, '--size', 100, 48, '--out', tmp_path/'a')==2
+    assert 'height 96 or 112 and width 48' in capfd.readouterr().err
+    assert train(*vit, '--size', 96, 48, '--out', tmp_path/'a')==0
+    embedder = load_embedder(tmp_path/'a/model')
+    assert embedder.size==SIZE
+    assert train('--weights', tmp_path/'a/model', '--size', 192, 96, '--out', tmp_path/'b')==0
+    assert load_embedder(tmp_path/'b/model').size==(192,96)
+    assert train(*vit, '--size', 192, 96, '--epochs', 2, '--resume', '--out', tmp_path/'a')==2
+    assert 'input: 96×48 in the checkpoint, 192×96 in this run' in capfd.readouterr().err
 
 def test_loaders_of_another_size(learn, make_dls):
     dl = make_dls(size=(48,48)).valid
