@@ -196,7 +196,7 @@ def test_back_to_contiguous(make_pair):
 
 def assert_close_start(got, want):
     "The first loss is equal within rounding; a step of Adam, which divides small gradients by small ones, enlarges it"
-    torch.testing.assert_close(losses_of(got)[:1], losses_of(want)[:1], atol=0, rtol=1e-5)
+    torch.testing.assert_close(losses_of(got)[:1], losses_of(want)[:1], atol=0, rtol=1e-4)
     torch.testing.assert_close(losses_of(got)[:2], losses_of(want)[:2], atol=0, rtol=1e-2)
 
 @pytest.mark.slow
