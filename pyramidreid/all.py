@@ -39,6 +39,7 @@ from pyramidreid.export.hub import from_pretrained
 from pyramidreid.export.model_files import load_embedder
 from pyramidreid.export.onnx_runtime import Runtime
 from pyramidreid.export.pretrained_models import load_pretrained
+from pyramidreid.export.small_onnx import quantize_onnx, reseal_onnx
 from pyramidreid.gallery.entries import Embeddings
 from pyramidreid.gallery.gallery import Gallery
 from pyramidreid.models.backbone import resnet10

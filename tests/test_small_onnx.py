@@ -68,6 +68,7 @@ def test_half_has_half_the_size_and_the_rounded_weights(made):
     assert len(state)>5 and state.keys()<=stored.keys()
     for name,value in state.items(): assert np.array_equal(stored[name], value.half().numpy()), name
 
+@pytest.mark.slow
 def test_half_of_an_embedder(made, tmp_path):
     "Of one already in half precision it is the same model"
     file = load_embedder(made.folder).to_onnx(tmp_path/'again.onnx', half=True)
@@ -115,10 +116,12 @@ def test_int8_weights_have_the_scale_of_their_channel(made):
 
 def test_int8_is_small(made): assert made.int8.stat().st_size<.35*made.plain.stat().st_size
 
+@pytest.mark.slow
 def test_int8_again_is_the_same_file(made, tmp_path):
     again = quantize_onnx(made.plain, tmp_path/'again.onnx', made.images)
     assert again.read_bytes()==made.int8.read_bytes()
 
+@pytest.mark.slow
 def test_int8_of_half(made, tmp_path):
     file = quantize_onnx(made.half, tmp_path/'int8.onnx', made.images)
     runtime = Runtime(file, threads=1)
