@@ -184,7 +184,6 @@ def test_a_file_for_the_size_itself(tmp_path):
     torch.testing.assert_close(body.model.pos_embed, source.pos_embed)
 
 def test_a_file_with_the_classifier(tmp_path):
-    pytest.importorskip('pyramidreid.models.weight_files')
     source = timm.create_model('test_vit', num_classes=9)
     torch.save(source.state_dict(), tmp_path/'w.pth')
     body = body_of('test_vit', weights=tmp_path/'w.pth')

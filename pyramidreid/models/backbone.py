@@ -82,7 +82,7 @@ def _has_doubled(body, before):
 
 def _map_size(fmap): return tuple(fmap.shape[-2:])
 
-# %% ../../nbs/models/01_backbone.ipynb #37a25bb8
+# %% ../../nbs/models/01_backbone.ipynb #a0eff34c
 def _beside_next(x, dim):
     "Twice as long along `dim`: each entry and the next one, the last one and itself"
     following = torch.cat([x.narrow(dim, 1, x.shape[dim]-1), x.narrow(dim, x.shape[dim]-1, 1)], dim)
@@ -103,7 +103,7 @@ class MergeEverywhere(nn.Module):
 
     def forward(self, x): return self.merge(self, self.blocks(x)) # (N, H, W, C)
 
-# %% ../../nbs/models/01_backbone.ipynb #c122f57b
+# %% ../../nbs/models/01_backbone.ipynb #6e766704
 def _last_merging(body):
     "The stage before which a Swin transformer merges patches for the last time, or None"
     layers = getattr(getattr(body, 'model', None), 'layers', None)
@@ -127,7 +127,7 @@ def _has_one_resolution(body):
     "Do all stages of a network that is built for one size have the same resolution?"
     return getattr(body, 'size', None) is not None and len(_reductions(body))==1
 
-# %% ../../nbs/models/01_backbone.ipynb #3a76ab94
+# %% ../../nbs/models/01_backbone.ipynb #f27b4652
 def keep_last_resolution(
     body,            # A backbone's body, changed in place
     name='this body' # Its name, for the error message
@@ -284,7 +284,7 @@ def _check_map(body, name):
     raise ValueError(f"{name} returns an output of shape {tuple(fmap.shape)}, not a feature map (N, C, H, W) "
                      f"that could be cut into bands. {_what_else(body, name)}")
 
-# %% ../../nbs/models/01_backbone.ipynb #5885b9a2
+# %% ../../nbs/models/01_backbone.ipynb #ca530851
 class TimmFeatures(nn.Module):
     "A network of timm that returns its last feature map, (N, C, H, W), by timm's own `forward_intermediates`"
     def __init__(self,
@@ -306,7 +306,7 @@ class TimmFeatures(nn.Module):
         raise ValueError(f"This backbone is built for images of {_size_text(self.size)} pixels and was given "
                          f"{_size_text(size)}. Use loaders of its size, or make a learner for the new one")
 
-# %% ../../nbs/models/01_backbone.ipynb #164a4b5c
+# %% ../../nbs/models/01_backbone.ipynb #573991ad
 def _check_image_size(size):
     "Height and width as a tuple, if they are two positive integers"
     good = isinstance(size, (tuple,list)) and len(size)==2 and all(isinstance(o, int) and o>0 for o in size)
@@ -322,7 +322,7 @@ def _check_patches(model, name, size):
     raise ValueError(f"{name} cuts images into patches of {rows}×{columns} pixels, which do not fill "
                      f"{_size_text(size)}. {_fitting_sizes(size, rows, columns)}")
 
-# %% ../../nbs/models/01_backbone.ipynb #bb5de7cf
+# %% ../../nbs/models/01_backbone.ipynb #4feee2ad
 def _model_for(name, size, own_size):
     "timm's network `name`, with random weights, built for images of `size`"
     try: return require_extra('timm', 'timm').create_model(name, num_classes=0, img_size=size)
@@ -353,7 +353,7 @@ def _timm_body(model, name, size):
     if size!=_built_size(model): model = _model_for(name, size, own_size)
     return TimmFeatures(model, size, own_size)
 
-# %% ../../nbs/models/01_backbone.ipynb #57c803bb
+# %% ../../nbs/models/01_backbone.ipynb #35e49c21
 def _has_positions(model): return isinstance(getattr(model, 'pos_embed', None), nn.Parameter)
 
 def _fitted(model, target):
@@ -384,11 +384,11 @@ def _checked_fit(model, size, target):
     if not bad: return {name: weights[name] for name in own}
     raise ValueError(
         f"The weights of this {type(model).__name__} are for images of {_size_text(size)} pixels, and timm cannot fit "
-        f"{len(bad)} of them to {_size_text(target.size)}, among them {_first_three(bad)}: {problem}. Make loaders of "
+        f"{len(bad)} of them to {_size_text(target.size)}, e.g. {', '.join(bad[:3])}: {problem}. Make loaders of "
         f"{_size_text(size)}, begin with random weights (pretrained=False), or choose another body, e.g. "
         "vit_small_patch16_224")
 
-# %% ../../nbs/models/01_backbone.ipynb #6b6752cc
+# %% ../../nbs/models/01_backbone.ipynb #74d705b7
 def _load_file(model, name, weights, size):
     "Load a file into timm's `model` or else into one for images of `size`; return the one"
     try:
