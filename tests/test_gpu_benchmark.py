@@ -74,12 +74,12 @@ def test_crash_error_and_exit_end_only_their_own_part(tmp_path, together):
 def test_a_part_that_hangs_is_killed_in_time_and_keeps_what_it_noted(tmp_path, together):
     does = dict(hang=HANGS, last=PASSES)
     run,_ = make_run(tmp_path, does, together=together)
-    parts = [Part('hang', '', 1.5), Part('last', '', 20)]
+    parts = [Part('hang', '', 3), Part('last', '', 20)]
     start = time.monotonic()
     run.run(parts)
-    assert time.monotonic()-start<15
+    assert time.monotonic()-start<20
     entry = read_json(tmp_path/'gpu.json')['parts']['hang']
-    assert entry['status']=='timeout' and entry['error']=='no end after 2 s' and 1.4<entry['seconds']<10
+    assert entry['status']=='timeout' and entry['error']=='no end after 3 s' and 2.9<entry['seconds']<15
     assert entry['result']=={'rows':[{'a':1}]} and states(tmp_path)['last']=='passed'
 
 def test_what_a_killed_part_started_is_killed_too(tmp_path):
@@ -87,7 +87,7 @@ def test_what_a_killed_part_started_is_killed_too(tmp_path):
     mark = tmp_path/'pid'
     starts = f"import subprocess as s; Path({str(mark)!r}).write_text(str(s.Popen(['sleep','600']).pid)); "
     run,_ = make_run(tmp_path, dict(hang=starts+HANGS))
-    run.run([Part('hang', '', 1.5)])
+    run.run([Part('hang', '', 3)])
     pid = int(mark.read_text())
     for _ in range(100):
         state = Path(f'/proc/{pid}/stat')
@@ -98,7 +98,7 @@ def test_what_a_killed_part_started_is_killed_too(tmp_path):
 def test_the_time_of_the_whole_run(tmp_path):
     "What is running then is stopped, and the rest is not begun"
     does = dict(first=PASSES, hang=HANGS, last=PASSES)
-    run,_ = make_run(tmp_path, does, minutes=8/60)
+    run,_ = make_run(tmp_path, does, minutes=10/60)
     start = time.monotonic()
     run.run(parts_of(does, seconds=600))
     assert time.monotonic()-start<20
