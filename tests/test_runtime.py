@@ -177,7 +177,8 @@ def test_damaged_models(file, tmp_path):
     bad,data = tmp_path/'bad.onnx',file.read_bytes()
     for n in (0, 1, 100, len(data)//2, len(data)-5000, len(data)-200, len(data)-1):
         bad.write_bytes(data[:n])
-        with pytest.raises(ValueError, match='bad.onnx is (not an ONNX model or is cut off|not as pyramidreid wrote it)'): Runtime(bad)
+        words = 'not an ONNX model or is cut off|not as pyramidreid wrote it'
+        with pytest.raises(ValueError, match=f'bad.onnx is ({words})'): Runtime(bad)
     rng = np.random.default_rng(0)
     for i in rng.integers(0, len(data), 40):
         flipped = bytearray(data)

@@ -268,3 +268,20 @@ def test_a_description_of_the_source_is_checked(made, made_from):
     assert parse_description(json.dumps(about), 'it')==about
     with pytest.raises(ValueError, match="'made_from' is"):
         parse_description(json.dumps({**about, 'made_from': made_from}), 'it')
+
+# the benchmark
+
+@pytest.mark.slow
+def test_the_benchmark(tmp_path, monkeypatch):
+    import common
+    import embedding
+    for module in (common, embedding): monkeypatch.setattr(module, 'results', tmp_path)
+    threads = torch.get_num_threads()
+    try: embedding.main('--sizes 96x48 --arch resnet10 --n 4 --bs 4 --rounds 1'.split())
+    finally: torch.set_num_threads(threads)
+    rows = json.loads((tmp_path/'embedding.json').read_text())['runs']
+    assert [row['kind'] for row in rows]==[
+        'PyTorch', 'PyTorch, batch norms folded', 'ONNX, float32', 'ONNX, weights in half', 'ONNX, int8']
+    assert rows[0]['ratio']==1 and min(row['similarity'] for row in rows)>.9
+    assert all(row['per_second']>0 and row['size']=='96×48' for row in rows)
+    assert '| 96×48 | ONNX, int8 |' in (tmp_path/'embedding.md').read_text()

@@ -91,11 +91,6 @@ class _PixelReader:
     def get_next(self):
         batch = next(self.batches, None)
         return None if batch is None else dict(images=batch)
-    def __iter__(self): return self
-    def __next__(self):
-        batch = self.get_next()
-        if batch is None: raise StopIteration
-        return batch
 
 @contextmanager
 def _without_advice():
