@@ -185,11 +185,11 @@ def pyramid_learner(
 )->ReIDLearner:
     "Create a learner for the pyramid model (paper §3). Raises `ValueError` if parts, images and weights do not fit"
     _check_loaders(dls)
-    size = loader_image_size(dls.valid)
+    with no_random(): size = loader_image_size(dls.valid) # leaves the random numbers for the weights
     body = create_backbone(arch, pretrained, weights, last_stride, size)
     model = PyramidNet(body, dls.c, n_parts, emb_sz, levels, drop, norm, neck)
     model.history = new_history(start_words(arch, pretrained, weights))
-    model.check_size(size[0])
+    model.check_size(loader_image_size(dls.valid)[0])
     if normalize and not dls.after_batch.fs.filter(risinstance(Normalize)):
         dls.add_tfms([Normalize.from_stats(*backbone_stats(arch))], 'after_batch')
     loss_func = ifnone(loss_func, PyramidLoss())

@@ -1,0 +1,151 @@
+"""Train the light model that pyramidreid ships: an EfficientNet-Lite0 pyramid, in stages of growing images.
+`python benchmarks/light_model.py --data DIR [DIR] --weights FILE --run FOLDER [--minutes M]`
+Stopped or killed, the same command resumes it. `--hold-out 0.2` judges on people held out of the training set: settings
+are chosen there, and only there. With `--test` the official test of the first dataset is evaluated, once, at the end,
+and `--save DIR` writes the model to ship."""
+import argparse
+import json
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from common import circumstances, results
+from market1501 import callbacks, knob
+
+from pyramidreid.evaluation.protocol_card import ReIDResult
+from pyramidreid.export.model_cards import RESEARCH_ONLY
+
+
+def stage(text):
+    "`HEIGHTxWIDTH:EPOCHS` or `HEIGHTxWIDTH:EPOCHS:SCALE` as (size, epochs, factor of the learning rates)"
+    try:
+        size,epochs,*scale = text.split(':')
+        height,width = map(int, size.split('x'))
+        return (height,width),int(epochs),float(scale[0]) if scale else 1.
+    except (ValueError, IndexError) as e:
+        raise argparse.ArgumentTypeError(f'{text!r} is not like 192x96:20 or 192x96:20:0.5') from e
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--data', type=Path, nargs='+', required=True, help='folders of known datasets; the first is evaluated')
+    add('--weights', help='file of ImageNet weights; without it, from scratch')
+    add('--run', type=Path, required=True, help='folder for checkpoints, finished stages and image caches')
+    add('--stages', type=stage, nargs='+', metavar='HxW:EPOCHS[:SCALE]',
+        default=[stage(text) for text in ('96x48:20', '192x96:20:0.5')])
+    add('--arch', default='tf_efficientnet_lite0')
+    add('--n-parts', type=int, default=6)
+    add('--emb-sz', type=int, default=128)
+    add('--levels', type=int, nargs='+')
+    add('--drop', type=float, default=.2)
+    add('--mix', type=float, default=0, help='fraction of random batches, which train the ID loss alone')
+    add('--knobs', type=knob, nargs='*', default=(), metavar='NAME=VALUE', help='arguments of fit_modern')
+    add('--tfms-knobs', type=knob, nargs='*', default=(), metavar='NAME=VALUE', help='arguments of strong_tfms')
+    add('--hold-out', type=float, help='fraction of the training identities to hold out and evaluate on')
+    add('--test', action='store_true', help='evaluate on the official test split, at the very end')
+    add('--minutes', type=float, help='stop after the epoch in which this time is over; the same command resumes it')
+    add('--steps', type=int, help='stop each stage after so many steps: to try the script')
+    add('--threads', type=int, default=os.cpu_count())
+    add('--seed', type=int, default=0)
+    add('--also', type=Path, nargs='+', default=(), help='other datasets to evaluate on, at the end')
+    add('--save', metavar='DIR', help='write the model there in half precision, with its card')
+    add('--out', default='light-model', help='name of the result')
+    args = parser.parse_args(argv)
+    if args.test and args.hold_out: parser.error('--test evaluates the test split, --hold-out other people: choose one')
+    if args.save and not args.test: parser.error('--save writes a model with its official test: add --test')
+    args.curve = args.checkpoints = None # not these of market1501.py
+    return args
+
+def training_table(args, lib):
+    "The training images of all datasets, and the queries and gallery of the first"
+    tables = [lib.dataset_table(folder) for folder in args.data]
+    return lib.join_tables(*tables, valid=0) if len(tables)>1 else tables[0]
+
+def make_loaders(args, lib, size):
+    tfms = partial(lib.strong_tfms, **{'pad':0, 'colour':0, 'erase':.2, **dict(args.tfms_knobs)})
+    held = f'-without-{args.hold_out}' if args.hold_out else ''
+    cache = args.run.absolute()/f'{size[0]}x{size[1]}{held}.cache'
+    return lib.ReIDDataLoaders.from_table(
+        training_table(args, lib), p=8, k=8, size=size, valid_pct=args.hold_out, tfms=tfms, cache=cache)
+
+def make_learner(args, lib, size, cbs):
+    dynamic = lib.MixedBatches(args.mix, seed=args.seed) if args.mix else False
+    learn = lib.pyramid_learner(
+        make_loaders(args, lib, size), getattr(lib, args.arch, args.arch), pretrained=False, weights=args.weights,
+        n_parts=args.n_parts, emb_sz=args.emb_sz, levels=args.levels, drop=args.drop, neck=True, dynamic=dynamic,
+        metrics=[], cbs=cbs)
+    learn.path = args.run.absolute()
+    return learn.to_channelslast(use_amp=False)
+
+def fit_stage(args, lib, number, began):
+    "Train one stage, from the weights of the one before; return the learner, its seconds, and whether it was stopped"
+    size,epochs,scale = args.stages[number]
+    lib.set_seed(args.seed+number)
+    watch,sometimes = callbacks(args, began)
+    checkpoints = lib.Checkpoints(f'checkpoints-{number+1}', keep=1, resume=True)
+    learn = make_learner(args, lib, size, [watch, sometimes, checkpoints])
+    if number: learn.load(f'stage-{number}', with_opt=False)
+    rates = dict(lr_body=.01, lr_head=.1) | dict(args.knobs)
+    rates.update({name: scale*rates[name] for name in ('lr_body','lr_head')})
+    with learn.no_bar(): learn.fit_modern(epochs, **{'frozen_epochs':int(number==0), **rates})
+    if not watch.stopped: learn.save(f'stage-{number+1}', with_opt=False)
+    return learn,watch.seconds[-1],watch.stopped
+
+def evaluated(learn):
+    "The protocol cards: as it is, with mirrored images, and re-ranked too"
+    ways = {'plain': {}, 'flip': dict(flip=True), 'flip, re-ranked': dict(flip=True, rerank=True)}
+    return {name: learn.evaluate(**way) for name,way in ways.items()}
+
+def train(args, lib, began):
+    "Train the stages that are not finished; return the last learner and the seconds of all stages"
+    notes = args.run/'seconds.json'
+    seconds = json.loads(notes.read_text()) if notes.exists() else []
+    for number in range(len(seconds), len(args.stages)):
+        learn,time_of_stage,stopped = fit_stage(args, lib, number, began)
+        if stopped: sys.exit(f'Stopped in stage {number+1}: run the same command again to resume')
+        seconds.append(time_of_stage)
+        notes.write_text(json.dumps(seconds))
+        print(f'stage {number+1}: {time_of_stage/60:.1f} minutes', flush=True)
+    learn = make_learner(args, lib, args.stages[-1][0], [])
+    return learn.load(f'stage-{len(args.stages)}', with_opt=False),seconds
+
+def all_cards(learn, args):
+    "The protocol cards of the final evaluation by name, those of the other datasets included"
+    cards = evaluated(learn)
+    if args.also:
+        learn.evaluate_on({other.name: other for other in args.also}, path=args.run)
+        cards |= {other.name: ReIDResult.from_json(args.run/f'{other.name}.json') for other in args.also}
+    for name,card in cards.items(): print(name, card, sep='\n', flush=True)
+    return cards
+
+def write_model(learn, cards, args, minutes, lib):
+    "Write the model to ship, with its card"
+    sizes = ', '.join(f'{height}×{width}' for (height,width),_,_ in args.stages)
+    about = circumstances()
+    training = (f"`{about['command']}`: {sum(minutes):.0f} minutes with {args.threads} CPU threads "
+                f"({about['hardware']}, {about['date']}), in stages of {sizes} pixels.")
+    cameras = lib.evaluate_cameras(**learn.to_rank())
+    learn.save_pretrained(
+        args.save, card=cards['plain'], licence=RESEARCH_ONLY, cards=cards, cameras=cameras, training=training)
+
+def main(argv=None):
+    args,began = parse(argv),time.perf_counter()
+    import torch
+
+    import pyramidreid.all as lib
+    torch.set_num_threads(args.threads)
+    args.run.mkdir(parents=True, exist_ok=True)
+    learn,seconds = train(args, lib, began)
+    minutes = [round(s/60, 1) for s in seconds]
+    note = dict(
+        circumstances(), stages=[[*size, epochs, scale] for size,epochs,scale in args.stages], minutes=minutes,
+        parameters=sum(p.numel() for p in learn.model.parameters()))
+    if args.test or args.hold_out:
+        cards = all_cards(learn, args)
+        note['cards'] = {name: json.loads(card.to_json()) for name,card in cards.items()}
+    (results/f'{args.out}.json').write_text(json.dumps(note))
+    if args.save: write_model(learn, cards, args, minutes, lib)
+
+if __name__=='__main__': main()

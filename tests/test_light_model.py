@@ -1,0 +1,43 @@
+"The script that trains the shipped model: in stages, stopped and resumed, and what it writes"
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]/'benchmarks'))
+import light_model
+
+from pyramidreid.all import load_embedder, synth_persons
+
+
+@pytest.fixture(scope='module')
+def people(tmp_path_factory):
+    return synth_persons(tmp_path_factory.mktemp('people'), n_train=16, n_test=4, size=(48,24))
+
+def test_stages():
+    assert light_model.stage('192x96:20')==((192,96), 20, 1.)
+    assert light_model.stage('96x48:3:0.5')==((96,48), 3, .5)
+    with pytest.raises(Exception, match='is not like'): light_model.stage('192')
+
+@pytest.mark.parametrize('more', [['--test', '--hold-out', '0.2'], ['--save', 'model']])
+def test_what_contradicts_is_refused(more, capsys):
+    with pytest.raises(SystemExit): light_model.parse(['--data', 'x', '--run', 'y', *more])
+    assert '--test' in capsys.readouterr().err
+
+@pytest.mark.slow
+def test_stopped_resumed_and_written(tmp_path, people, monkeypatch):
+    "Stopped after the first epoch; the same command then goes on, tests once, and writes a model that is read again"
+    monkeypatch.setattr(light_model, 'results', tmp_path)
+    args = ['--data', str(people), '--run', str(tmp_path/'run'), '--arch', 'resnet10', '--n-parts', '3']
+    args += ['--emb-sz', '8', '--stages', '48x24:2', '96x48:1:0.5', '--mix', '0.5', '--threads', '1', '--test']
+    args += ['--also', str(people), '--save', str(tmp_path/'model')]
+    with pytest.raises(SystemExit, match='Stopped in stage 1'): light_model.main([*args, '--minutes', '1e-6'])
+    assert not (tmp_path/'run'/'seconds.json').exists()
+    light_model.main(args)
+    note = json.loads((tmp_path/'light-model.json').read_text())
+    assert list(note['cards'])==['plain', 'flip', 'flip, re-ranked', people.name] and len(note['minutes'])==2
+    assert note['cards']['plain']['mAP']==note['cards'][people.name]['mAP']
+    model = load_embedder(tmp_path/'model')
+    assert model.size==(96,48) and model.about['neck'] and 'research only' in model.about['licence']
+    assert '96×48 pixels' in (tmp_path/'model'/'README.md').read_text()
