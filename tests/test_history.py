@@ -327,7 +327,8 @@ def test_what_is_not_known_is_not_called_cross_domain():
 # Warnings
 
 def test_what_an_untrained_model_warns_about(learn, test_images, tmp_path, monkeypatch):
-    for write in ('write_onnx','write_exported'): monkeypatch.setattr(model_files, write, lambda net, about, file, *rest: file)
+    def write_nothing(net, about, file, *rest): return file
+    for write in ('write_onnx','write_exported'): monkeypatch.setattr(model_files, write, write_nothing)
     file = test_images.fn[0]
     calls = [learn.evaluate, lambda: learn.predict(file), lambda: learn.predict(file, gallery=list(test_images.fn[:3])),
              lambda: learn.explain(file, file), lambda: ReIDInterpretation.from_learner(learn),
