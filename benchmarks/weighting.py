@@ -162,7 +162,8 @@ def report(out, asked, about):
         'that is not clearly larger is not shown to matter.')
     write_table(out, 'ID loss and triplet loss: how to combine them', tables(runs, asked), text)
     wrapped = about.replace('; ', ';\n').replace(', batches', ',\nbatches')
-    title = f'{wrapped}.\nA dot for each seed, a bar at their mean; grey: twice what chance alone does'
+    band = '' if moved is None else '; grey: twice what chance alone does'
+    title = f'{wrapped}.\nA dot for each seed, a bar at their mean{band}'
     plot(runs, asked, title).savefig(results/f'{out}.png', dpi=120)
 
 # ---- the command

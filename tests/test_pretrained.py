@@ -506,7 +506,8 @@ class StubHub:
         import httpx
         kind = getattr(self.real.errors, name)
         if name=='LocalEntryNotFoundError': return kind('no connection')
-        return kind('404 Client Error\nsecond line', response=httpx.Response(404, request=httpx.Request('GET', 'https://x')))
+        answer = httpx.Response(404, request=httpx.Request('GET', 'https://x'))
+        return kind('404 Client Error\nsecond line', response=answer)
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch): return StubHub(tmp_path/'hub', monkeypatch)
@@ -558,6 +559,10 @@ def test_what_comes_from_the_hub_is_checked(hub, made, learn, tmp_path):
 def test_errors_of_the_hub(hub, name, kind, message):
     hub.error = hub.error_of(name)
     with pytest.raises(kind, match=message): from_pretrained('ann/x', revision='v9')
+
+def test_an_error_of_the_hub_without_words(hub):
+    hub.error = OSError()
+    with pytest.raises(OSError, match=r'did not answer as expected \(OSError\)'): from_pretrained('ann/x')
 
 def test_a_model_that_cannot_be_shared_is_not_uploaded(hub, learn):
     broken = copy.copy(learn)

@@ -25,17 +25,18 @@ _FILES = ['model.json', 'model.safetensors', 'README.md'] # All that is moved
 def _hub_errors(repo_id, revision=None):
     "Turn errors of the Hub into an `OSError` that says what to do"
     errors = require_extra('huggingface_hub.errors', 'hub')
-    login = "Log in with `hf auth login`, or pass token="
+    login = "log in with `hf auth login`, or pass token="
     try: yield
     except errors.RevisionNotFoundError as e:
         raise FileNotFoundError(f"{repo_id} has no revision {revision!r}: give a branch, tag or commit") from e
     except errors.RepositoryNotFoundError as e:
         raise FileNotFoundError(f"There is no model {repo_id} on the Hub, or it is not open to you. Check its name. "
-                                f"If it is private: {login[0].lower()}{login[1:]}") from e
-    except errors.LocalTokenNotFoundError as e: raise OSError(f"{repo_id}: the Hub asks who you are. {login}") from e
+                                f"If it is private: {login}") from e
+    except errors.LocalTokenNotFoundError as e: raise OSError(f"{repo_id}: the Hub asks who you are: {login}") from e
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as e:
-        raise OSError(f"{repo_id}: the Hub did not answer as expected ({str(e).strip().splitlines()[0][:200]}). "
-                      f"Check the connection and your access. {login}") from e
+        reason = str(e).strip().split('\n')[0][:200] or type(e).__name__
+        raise OSError(f"{repo_id}: the Hub did not answer as expected ({reason}). Check the connection and your "
+                      f"access: {login}") from e
 
 # %% ../../nbs/export/05_hub.ipynb #43dafbdb
 def _upload(save, repo_id, private, revision, token, message):

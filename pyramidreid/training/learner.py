@@ -189,7 +189,7 @@ def pyramid_learner(
     body = create_backbone(arch, pretrained, weights, last_stride, size)
     model = PyramidNet(body, dls.c, n_parts, emb_sz, levels, drop, norm, neck)
     model.history = new_history(start_words(arch, pretrained, weights))
-    model.check_size(loader_image_size(dls.valid)[0])
+    model.check_size(loader_image_size(dls.valid)[0]) # draws the numbers that it always drew here
     if normalize and not dls.after_batch.fs.filter(risinstance(Normalize)):
         dls.add_tfms([Normalize.from_stats(*backbone_stats(arch))], 'after_batch')
     loss_func = ifnone(loss_func, PyramidLoss())
