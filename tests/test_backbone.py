@@ -1,7 +1,5 @@
 "Bodies of many families: the last stride, weights that do not fit or are damaged, models without a feature map"
-import importlib.util
 import pickle
-import re
 from pathlib import Path
 from urllib.error import URLError
 
@@ -22,20 +20,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from pyramidreid import core
 from pyramidreid.models import backbone
 from pyramidreid.models.backbone import *
 from pyramidreid.models.pyramid import PyramidNet, pyramid_split
 
-has_timm = importlib.util.find_spec('timm') is not None
-needs_timm = pytest.mark.skipif(not has_timm, reason='timm is an extra')
-
-def timm_model(name): return pytest.param(name, marks=needs_timm)
-
 # VGG's classifier, which is cut off, takes seconds to initialise
 vgg = pytest.param(vgg11_bn, marks=pytest.mark.slow)
 archs = [resnet10, resnet18, densenet121, vgg, xresnet18, models.mobilenet_v3_small,
-         timm_model('tf_efficientnet_lite0'), timm_model('test_resnet')]
+         'tf_efficientnet_lite0', 'test_resnet']
 
 def map_shape(body, height=192, width=96):
     with torch.no_grad(): return tuple(body.eval()(torch.zeros(1,3,height,width)).shape)
@@ -54,7 +46,7 @@ def test_last_stride(arch):
     assert body_shape(fine)==(channels,16) and body_shape(coarse)==(channels,32)
     assert weight_shapes(fine)==weight_shapes(coarse)
 
-@pytest.mark.parametrize('arch', [timm_model('test_convnext'), models.convnext_tiny])
+@pytest.mark.parametrize('arch', ['test_convnext', models.convnext_tiny])
 def test_last_stride_of_a_kernel_of_two(arch):
     "ConvNeXt downsamples with 2×2 kernels without padding; with stride 1 they must not lose a row"
     body = create_backbone(arch, pretrained=False)
@@ -79,7 +71,7 @@ def test_body_shape_leaves_the_body_unchanged(training):
 def test_a_transformer_is_refused(arch):
     with pytest.raises(ValueError, match=f'{arch_name(arch)}.*CNN'): create_backbone(arch, pretrained=False)
 
-@pytest.mark.parametrize('arch', [models.swin_t, timm_model('resnetblur18'), timm_model('hrnet_w18_small')])
+@pytest.mark.parametrize('arch', [models.swin_t, 'resnetblur18', 'hrnet_w18_small'])
 def test_a_last_stride_that_cannot_be_undone_is_an_error(arch):
     "Merged patches, blur before a stride, several resolutions: no other stride is changed, and the body does not crash"
     with pytest.raises(ValueError, match=f'{arch_name(arch)}.*last_stride=2'): create_backbone(arch, pretrained=False)
@@ -158,23 +150,12 @@ def test_wrong_arguments():
 
 # timm
 
-@pytest.mark.parametrize('use', [lambda name: create_backbone(name, False), backbone_stats])
-def test_a_missing_timm_names_the_extra(monkeypatch, use):
-    import_module = importlib.import_module
-    def without_timm(name, *args):
-        if name=='timm': raise ModuleNotFoundError("No module named 'timm'")
-        return import_module(name, *args)
-    monkeypatch.setattr(core.importlib, 'import_module', without_timm)
-    with pytest.raises(ImportError, match=re.escape("pip install 'pyramidreid[timm]'")): use('tf_efficientnet_lite0')
-
-@needs_timm
 def test_an_unknown_timm_model_is_named():
     with pytest.raises(Exception, match='resnet_of_nobody'): create_backbone('resnet_of_nobody', False)
 
 def test_stats_of_torchvision_are_those_of_imagenet():
     assert backbone_stats(resnet18)==([.485,.456,.406],[.229,.224,.225])
 
-@needs_timm
 def test_stats_of_timm_models():
     assert backbone_stats('tf_efficientnet_lite0')==([.5]*3,[.5]*3)
     assert [round(mean, 3) for mean in backbone_stats('resnet18')[0]]==[.485,.456,.406]
@@ -281,7 +262,7 @@ FAILED = [
      'no such host')]
 
 @pytest.mark.parametrize('error,reason', FAILED, ids=lambda o: type(o).__name__)
-@pytest.mark.parametrize('arch', [resnet18, timm_model('test_resnet')], ids=['torchvision', 'timm'])
+@pytest.mark.parametrize('arch', [resnet18, 'test_resnet'], ids=['torchvision', 'timm'])
 def test_every_failed_download_is_the_same_error(monkeypatch, arch, error, reason):
     def fail(*args, **kwargs): raise error
     if isinstance(arch, str):

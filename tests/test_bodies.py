@@ -3,17 +3,15 @@ import json
 import pickle
 import sys
 
+import bodies  # noqa: E402
+import common  # noqa: E402
 import numpy as np
 import pytest
+import timm
 import torch
 from fastai.vision.all import Callback, set_seed
 from safetensors.torch import save_file
 from torch import nn
-
-timm = pytest.importorskip('timm')
-
-import bodies  # noqa: E402
-import common  # noqa: E402
 
 import pyramidreid.explain.matching_bands  # adds explain  # noqa: E402, F401
 from pyramidreid.cli.entry import main  # noqa: E402

@@ -35,7 +35,6 @@ def installed(*modules): return all(importlib.util.find_spec(module) is not None
 
 HAS_ONNX = installed('onnx', 'onnxscript', 'onnxruntime')
 onnx = pytest.mark.skipif(not HAS_ONNX, reason='the onnx extra is not installed')
-timm = pytest.mark.skipif(not installed('timm'), reason='timm is an extra')
 pytestmark = pytest.mark.filterwarnings('ignore')
 SIZE = (96, 48)
 KINDS = ['safetensors', pytest.param('onnx', marks=onnx), 'pt2']
@@ -163,7 +162,6 @@ def test_without_normalisation(make_dls, make_learner, crops, tmp_path):
     assert model.about['mean'] is None
     assert abs(model.embed(crops[0][:9])-truth).max()<=1e-4
 
-@timm
 @onnx
 def test_timm_models(make_dls, make_learner, crops, tmp_path):
     learn = make_learner(make_dls(size=SIZE), arch='resnet10t')
@@ -276,7 +274,6 @@ def test_the_fingerprint_is_of_what_has_no_weights(make_learner, make_dls):
     model.body[2] = torch.nn.LeakyReLU()
     assert fingerprint(model, SIZE)!=own
 
-@timm
 def test_the_fingerprint_is_of_timms_batch_norms(make_learner, make_dls):
     "They have parts, and weights of their own"
     model = make_learner(make_dls(size=SIZE), arch='tf_efficientnet_lite0').model

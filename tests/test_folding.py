@@ -60,7 +60,6 @@ def test_the_same_embeddings(arch):
 
 @pytest.mark.parametrize('arch', ['tf_efficientnet_lite0','mobilenetv2_050'])
 def test_timm_models_keep_their_activations(arch):
-    pytest.importorskip('timm', reason='timm is an extra')
     model = pyramid(create_backbone(arch, pretrained=False))
     folded = fold_batch_norms(model, SIZE)
     assert n_norms(folded)==0<n_norms(model)

@@ -1,5 +1,4 @@
 "A learner: its progress table, training, show_results, predict, evaluate, save and load"
-import importlib.util
 import math
 import os
 import pickle
@@ -38,7 +37,6 @@ from pyramidreid.training.progress import *
 from pyramidreid.training.recipes import torch_opt
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
-timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason='timm is an extra')
 
 @pytest.fixture(scope='session')
 def table(people): return market_table(people)
@@ -685,12 +683,10 @@ def test_wrong_archs(make_learner):
     with pytest.raises(ValueError, match='vit_b_16'): make_learner(arch=models.vit_b_16)
     with pytest.raises(ValueError, match='pretrained=False'): make_learner(pretrained=True)
 
-@timm
 def test_unknown_and_unfit_timm_archs(make_learner):
     with pytest.raises((RuntimeError,ValueError), match='resnet_of_nobody'): make_learner(arch='resnet_of_nobody')
     with pytest.raises(ValueError, match='test_vit'): make_learner(arch='test_vit')
 
-@timm
 def test_a_timm_arch(make_dls, make_learner, test_table, tmp_path):
     learn = make_learner(arch='test_resnet', path=tmp_path)
     learn.fit(1)

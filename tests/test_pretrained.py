@@ -220,11 +220,6 @@ def test_damage_is_answered_by_installing_again(shelf, learn, damage):
     if damage!='outside':
         with pytest.raises(ValueError, match=message): pyramid_learner(learn.dls, pretrained=NAME)
 
-def test_a_missing_extra_is_no_damage(shelf, monkeypatch):
-    edit_description(shelf/NAME/'model.json', arch='tf_efficientnet_lite0', arch_from='timm')
-    monkeypatch.setitem(sys.modules, 'timm', None)
-    with pytest.raises(ImportError, match=r"pip install 'pyramidreid\[timm\]'"): load_pretrained(NAME)
-
 @onnx
 def test_the_same_as_onnx(shelf, files, tmp_path):
     model = load_pretrained(NAME)

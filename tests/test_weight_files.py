@@ -260,14 +260,14 @@ def test_a_model_of_pyramidreid_is_named(tmp_path):
 
 @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224', 'tf_efficientnet_lite0'])
 def test_the_telltale_names_are_those_of_timm(name):
-    timm = pytest.importorskip('timm')
+    import timm
     with torch.device('meta'): names = list(timm.create_model(name).state_dict())
     kind = {'vit':'a vision transformer', 'swi':'a Swin transformer', 'tf_':'an EfficientNet or MobileNet of timm'}
     assert weight_files._kind(names)[0]==kind[name[:3]]
 
 def test_timm_s_classifier_is_left_out_without_a_warning(tmp_path):
     "It is `head` in one of timm's networks, `fc` in another"
-    timm = pytest.importorskip('timm')
+    import timm
     net = timm.create_model('test_vit', num_classes=5)
     torch.save({'state_dict':net.state_dict()}, tmp_path/'w.pth')
     body = timm.create_model('test_vit', num_classes=0)

@@ -7,7 +7,6 @@ __all__ = ['train_command', 'evaluate_command', 'embed_command', 'export_command
 
 # %% ../../nbs/cli/05_models.ipynb #46939ee5
 import errno
-import importlib.util
 import json
 import shlex
 from contextlib import nullcontext
@@ -97,17 +96,16 @@ def _train_loaders(console, opt):
 # %% ../../nbs/cli/05_models.ipynb #2de44c4f
 def _backbone(name):
     "Return the backbone called `name`: a function for ours and torchvision's, the name itself for timm's"
+    import timm
     import torchvision
 
     from pyramidreid.models.backbone import resnet10
     if name=='resnet10': return resnet10
     if name in torchvision.models.list_models(torchvision.models): return torchvision.models.get_model_builder(name)
     on_hub = ':' in name or '/' in name
-    if importlib.util.find_spec('timm') and not on_hub:
-        import timm
-        if not timm.is_model(name):
-            raise ValueError(f"--arch {name}: neither torchvision nor timm has this backbone. "
-                             "Try resnet50, or our own resnet10")
+    if not on_hub and not timm.is_model(name):
+        raise ValueError(f"--arch {name}: neither torchvision nor timm has this backbone. "
+                         "Try resnet50, or our own resnet10")
     return name
 
 def _learner_from_model(dls, opt):

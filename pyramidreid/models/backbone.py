@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from copy import deepcopy
 from urllib.error import URLError
 
+import timm
 import torch
 import torchvision
 from fastai.vision.all import *
 from fastai.vision.learner import TimmBody, _default_meta, model_meta
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from ..core import require_extra
 from .weight_files import load_backbone_weights, read_weights  # noqa: F401
 
 _all_ = ['load_backbone_weights', 'read_weights'] # they were here before they had a module
@@ -169,7 +169,6 @@ def start_words(
 def _new_model(arch, pretrained):
     "The classifier that `arch` names"
     if isinstance(arch, str):
-        timm = require_extra('timm', 'timm')
         return timm.create_model(arch, pretrained=pretrained, num_classes=0)
     takes = inspect.signature(arch).parameters
     if 'weights' in takes: return arch(weights='DEFAULT' if pretrained else None)
@@ -325,7 +324,7 @@ def _check_patches(model, name, size):
 # %% ../../nbs/models/01_backbone.ipynb #4feee2ad
 def _model_for(name, size, own_size):
     "timm's network `name`, with random weights, built for images of `size`"
-    try: return require_extra('timm', 'timm').create_model(name, num_classes=0, img_size=size)
+    try: return timm.create_model(name, num_classes=0, img_size=size)
     except (TypeError,AssertionError,ValueError) as e:
         raise ValueError(f"timm cannot build {name} for images of {_size_text(size)} pixels: {e or 'it is refused'}. "
                          f"Make loaders of its own size, {_size_text(own_size)}, or choose a CNN, e.g. resnet50") from e
@@ -467,7 +466,7 @@ def create_backbone(
 def backbone_stats(arch): # A function such as `resnet50`, or the name of a timm model
     "Return the mean and standard deviation that `arch` was trained with, for RGB in 0..1"
     if not isinstance(arch, str): return imagenet_stats
-    cfg = require_extra('timm', 'timm').get_pretrained_cfg(arch)
+    cfg = timm.get_pretrained_cfg(arch)
     return (list(cfg.mean),list(cfg.std)) if cfg else imagenet_stats
 
 # %% ../../nbs/models/01_backbone.ipynb #661bd3f8

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pyramidreid
-from ..core import read_regular, require_extra
+from ..core import read_regular
 from .history import described_history, trained_on
 
 # %% ../../nbs/models/08_pretrained.ipynb #7e836f44
@@ -98,13 +98,14 @@ def find_arch(
     name    # Name of a backbone there
 ):
     "Return a backbone, as for `create_backbone`. Raises `ValueError` if `source` is not known to have it"
+    import timm
     import torchvision
 
     from pyramidreid.models.backbone import resnet10
     if source=='pyramidreid' and name=='resnet10': return resnet10
     if source=='torchvision' and name in torchvision.models.list_models(torchvision.models):
         return torchvision.models.get_model_builder(name)
-    if source=='timm' and require_extra('timm', 'timm').is_model(name): return name
+    if source=='timm' and timm.is_model(name): return name
     raise ValueError(f"The backbone {name!r:.60} of {source!r:.60} is not known here. Known are resnet10 and the "
                      "models of torchvision and timm")
 

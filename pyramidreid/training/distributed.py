@@ -19,6 +19,7 @@ import traceback
 from contextlib import contextmanager, suppress
 from functools import partial
 
+import timm.layers
 import torch
 from fastai.callback.core import *
 from fastai.callback.progress import ProgressCallback
@@ -62,7 +63,7 @@ def sync_batchnorm(
     "Replace all batch norms with torch's `SyncBatchNorm`, or timm's; return the replaced modules by name"
     replaced = {name:m for name,m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     is_timms = any(type(m).__module__.startswith('timm.') for m in replaced.values())
-    library = require_extra('timm.layers', 'timm') if is_timms else nn.SyncBatchNorm
+    library = timm.layers if is_timms else nn.SyncBatchNorm
     library.convert_sync_batchnorm(model)
     return replaced
 
