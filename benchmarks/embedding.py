@@ -1,9 +1,11 @@
 """Crops per second on one core: one model in PyTorch, with its batch norms folded, and as ONNX in float32, in half
 precision and in int8; how far the embeddings are from PyTorch's, and how large the files are:
-`python benchmarks/embedding.py [--sizes 192x64 256x128] [--arch tf_efficientnet_lite0] [--model DIR] [--images DIR]`
+`python benchmarks/embedding.py [--sizes 192x64 256x128] [--arch tf_efficientnet_lite0]`
+`python benchmarks/embedding.py --model DIR [--images DIR] [--evaluate DATASET]`
 From pixels in memory to embeddings in memory, on one thread, all kinds in turn; the best round of each, and the median
 of the ratios to PyTorch in the same round. Without --model, the weights are random, which makes no difference to speed;
-with it, a folder of save_model at its own size. Without --images, synthetic people. About a minute for each size."""
+with it, a folder of save_model at its own size. Without --images, synthetic people. About a minute for each size.
+--evaluate also embeds the queries and the gallery of a known dataset with each kind, for mAP and rank-1, in minutes."""
 import argparse
 import json
 import re
@@ -67,7 +69,22 @@ def timed(run, x, bs):
 def mean_cosine(a, b):
     return float(((a*b).sum(1)/np.linalg.norm(a, axis=1)/np.linalg.norm(b, axis=1)).mean())
 
-def measure(embedder, files, n, bs, rounds, seconds):
+def embed_all(run, files, size, bs):
+    "Embed image files, (N, D)"
+    from pyramidreid.images import load_pixels
+    return np.concatenate([run(load_pixels(files[first:first+bs], size)) for first in range(0, len(files), bs)])
+
+def accuracy(run, data, size, bs):
+    "mAP and rank-1 of a dataset's queries among its gallery"
+    import pyramidreid.all as lib
+    df = lib.dataset_table(data)
+    query,gallery = df[df.split=='query'],df[df.split=='gallery']
+    gallery = gallery[gallery.pid.astype(str)!='-1'] # the junk, which is not evaluated
+    def rows(of): return embed_all(run, of.fn.tolist(), size, bs)
+    card = lib.evaluate(rows(query), rows(gallery), query.pid, gallery.pid, query.cam, gallery.cam, progress_bar=False)
+    return dict(mAP=card.mAP, rank1=card.rank1)
+
+def measure(embedder, files, n, bs, rounds, seconds, data=None):
     "Rows of results of one model"
     from pyramidreid.images import load_pixels
     size = tuple(embedder.size)
@@ -81,17 +98,22 @@ def measure(embedder, files, n, bs, rounds, seconds):
         for name,(run,_) in made.items(): times[name].append(timed(run, x, bs))
         if time.perf_counter()-began>seconds: break
     base,expected = times[PYTORCH],found[PYTORCH]
+    judged = {name: accuracy(run, data, size, bs) if data and name!=PYTORCH else {} for name,(run,_) in made.items()}
     return [dict(
         size=f'{size[0]}×{size[1]}', kind=name, per_second=n/min(times[name]), rounds=len(base),
         ratio=median(a/b for a,b in zip(base, times[name])), mb=mb, similarity=mean_cosine(expected, found[name]),
-        largest=float(abs(found[name]-expected).max()), decoding=decoding) for name,(_,mb) in made.items()]
+        largest=float(abs(found[name]-expected).max()), decoding=decoding, **judged[name])
+        for name,(_,mb) in made.items()]
+
+def judged_columns(row):
+    return {'mAP': f"{row['mAP']:.4f}", 'rank-1': f"{row['rank1']:.4f}"} if 'mAP' in row else {}
 
 def make_table(rows):
     return pd.DataFrame([{
         'size': row['size'], 'kind': row['kind'], 'crops/s': f"{row['per_second']:.0f}",
         'times PyTorch': f"{row['ratio']:.2f}", 'MB': f"{row['mb']:.1f}",
         'largest difference to PyTorch': f"{row['largest']:.0e}", 'mean cosine': f"{row['similarity']:.4f}",
-        } for row in rows]).set_index('size')
+        **judged_columns(row)} for row in rows]).fillna('').set_index('size')
 
 def report(rows, args, name):
     import onnx
@@ -111,6 +133,7 @@ def main(argv=None):
     add('--arch', default='tf_efficientnet_lite0')
     add('--model', type=Path, help='folder of save_model, instead of random weights')
     add('--images', type=Path, help='folder of crops, to calibrate with and to embed')
+    add('--evaluate', type=Path, metavar='DATASET', help='folder of a known dataset, for mAP and rank-1')
     add('--n', type=int, default=64, help='crops of a round')
     add('--bs', type=int, default=32)
     add('--rounds', type=int, default=7)
@@ -129,7 +152,7 @@ def main(argv=None):
         new_embedder(args.arch, size, people, folder/f'{size[0]}x{size[1]}') for size in args.sizes)
     rows = []
     for embedder in embedders:
-        rows += measure(embedder, files, args.n, args.bs, args.rounds, args.seconds)
+        rows += measure(embedder, files, args.n, args.bs, args.rounds, args.seconds, args.evaluate)
     report(rows, args, f'The model {args.model.name}' if args.model else f'{args.arch}, random weights, full pyramid')
 
 if __name__=='__main__': main()

@@ -8,9 +8,11 @@ import json
 import os
 import sys
 import time
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
+from bodies import multiply_adds
 from common import circumstances, results
 from market1501 import callbacks, knob
 
@@ -93,6 +95,11 @@ def fit_stage(args, lib, number, began):
     if not watch.stopped: learn.save(f'stage-{number+1}', with_opt=False)
     return learn,watch.seconds[-1],watch.stopped
 
+def cost(learn, size):
+    "Parameters and multiply-adds of an embedding, in which the identity classifiers have no part"
+    counted = [p.numel() for name,p in learn.model.named_parameters() if 'classify' not in name]
+    return dict(parameters=sum(counted), macs=multiply_adds(deepcopy(learn.model).eval(), size))
+
 def evaluated(learn):
     "The protocol cards: as it is, with mirrored images, and re-ranked too"
     ways = {'plain': {}, 'flip': dict(flip=True), 'flip, re-ranked': dict(flip=True, rerank=True)}
@@ -139,9 +146,8 @@ def main(argv=None):
     args.run.mkdir(parents=True, exist_ok=True)
     learn,seconds = train(args, lib, began)
     minutes = [round(s/60, 1) for s in seconds]
-    note = dict(
-        circumstances(), stages=[[*size, epochs, scale] for size,epochs,scale in args.stages], minutes=minutes,
-        parameters=sum(p.numel() for p in learn.model.parameters()))
+    stages = [[*size, epochs, scale] for size,epochs,scale in args.stages]
+    note = dict(circumstances(), stages=stages, minutes=minutes, **cost(learn, args.stages[-1][0]))
     if args.test or args.hold_out:
         cards = all_cards(learn, args)
         note['cards'] = {name: json.loads(card.to_json()) for name,card in cards.items()}

@@ -71,6 +71,34 @@ def market():
             {'': 'the paper, ResNet-50, 384×128', **paper}]
     return f'{table(rows)}\n\n{source(info)}'
 
+# mAP and rank-1 on Market-1501 by the authors' own figures: torchreid's model zoo, boxmot, and the paper
+PEERS = [
+    ('MobileNetV2, torchreid', '256×128', '2.2 M', '0.2', '67.3 %', '85.6 %', ''),
+    ('OSNet x0.25, torchreid', '256×128', '0.2 M', '0.08', '75.0 %', '91.2 %', ''),
+    ('OSNet x0.5, torchreid', '256×128', '0.6 M', '0.27', '79.8 %', '92.5 %', ''),
+    ('OSNet x1.0, torchreid', '256×128', '2.2 M', '0.98', '82.6 %', '94.2 %', ''),
+    ('TinyViT, boxmot, 200 epochs on a GPU', '', '7 M', '', '90.0 %', '95.6 %', ''),
+    ('the paper, ResNet-50', '384×128', '', '', '88.2 %', '95.7 %', '')]
+
+def light_model(name='light-model', title='`market1501-lite0`'):
+    "A model that comes with the package, beside what others publish"
+    info = read(name)
+    height,width = info['stages'][-1][:2]
+    ways = {'plain': title, 'flip': 'with mirrored images', 'flip, re-ranked': 'with mirrored images, re-ranked'}
+    rows = []
+    for way,text in ways.items():
+        card = info['cards'][way]
+        rows.append({'': text, 'input': f'{height}×{width}', 'parameters': f"{info['parameters']/1e6:.1f} M",
+                     'GMACs': f"{info['macs']/1e9:.2f}", 'mAP': percent(card['mAP']),
+                     'rank-1': percent(card['cmc'][0]), 'mINP': percent(card['mINP'])})
+    stages = ', then '.join(f'{epochs} epochs at {h}×{w}' for h,w,epochs,_ in info['stages'])
+    training = f"{stages}: {sum(info['minutes']):.0f} minutes on both cores."
+    return f"{table(rows+[dict(zip(rows[0], peer)) for peer in PEERS])}\n\n{training} {source(info)}"
+
+def embedding(name='embedding'):
+    "Crops per second of a model in several forms, as embedding.py wrote it, without its title"
+    return (results/f'{name}.md').read_text(encoding='utf-8').split('\n', 1)[1].strip()
+
 def head():
     info = read('head-cpu')
     names = {'plain': 'branch by branch, with a loop over anchors', 'fused': 'pyramidreid'}

@@ -39,5 +39,7 @@ def test_stopped_resumed_and_written(tmp_path, people, monkeypatch):
     assert list(note['cards'])==['plain', 'flip', 'flip, re-ranked', people.name] and len(note['minutes'])==2
     assert note['cards']['plain']['mAP']==note['cards'][people.name]['mAP']
     model = load_embedder(tmp_path/'model')
+    weights = [p.numel() for name,p in model.model.named_parameters() if 'classify' not in name]
+    assert note['parameters']==sum(weights) and note['macs']>1e6
     assert model.size==(96,48) and model.about['neck'] and 'research only' in model.about['licence']
     assert '96×48 pixels' in (tmp_path/'model'/'README.md').read_text()

@@ -17,6 +17,7 @@ from pyramidreid.core import ReIDWarning  # noqa: E402
 from pyramidreid.export.model_files import _as_half, _row_factors, load_embedder  # noqa: E402
 from pyramidreid.export.onnx_runtime import Runtime  # noqa: E402
 from pyramidreid.export.small_onnx import quantize_onnx, reseal_onnx  # noqa: E402
+from pyramidreid.synth.dataset import synth_persons  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings('ignore:The ranges of int8'),
               pytest.mark.filterwarnings('ignore:.*was not compared with its original')]
@@ -276,12 +277,14 @@ def test_the_benchmark(tmp_path, monkeypatch):
     import common
     import embedding
     for module in (common, embedding): monkeypatch.setattr(module, 'results', tmp_path)
+    people = synth_persons(n_train=2, n_test=5, size=(96,48), path=tmp_path/'people')
     threads = torch.get_num_threads()
-    try: embedding.main('--sizes 96x48 --arch resnet10 --n 4 --bs 4 --rounds 1'.split())
+    try: embedding.main([*'--sizes 96x48 --arch resnet10 --n 4 --bs 4 --rounds 1 --evaluate'.split(), str(people)])
     finally: torch.set_num_threads(threads)
     rows = json.loads((tmp_path/'embedding.json').read_text())['runs']
     assert [row['kind'] for row in rows]==[
         'PyTorch', 'PyTorch, batch norms folded', 'ONNX, float32', 'ONNX, weights in half', 'ONNX, int8']
     assert rows[0]['ratio']==1 and min(row['similarity'] for row in rows)>.9
     assert all(row['per_second']>0 and row['size']=='96×48' for row in rows)
+    assert abs(rows[1]['mAP']-rows[2]['mAP'])<1e-3 and all(0<row['rank1']<=1 for row in rows[1:])
     assert '| 96×48 | ONNX, int8 |' in (tmp_path/'embedding.md').read_text()
