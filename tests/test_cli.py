@@ -32,6 +32,7 @@ from pyramidreid.cli.entry import app, main
 from pyramidreid.cli.inputs import held_out, image_files, open_model, read_data
 from pyramidreid.data.datasets import market_table
 from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.export.onnx_runtime import Runtime
 from pyramidreid.gallery.gallery import Gallery
 from pyramidreid.training.checkpoints import Checkpoints
 
@@ -937,6 +938,17 @@ def damaged(desk, tmp_path_factory):
     (folder/'bad.onnx').write_bytes(b'not a model')
     return folder
 
+@pytest.mark.filterwarnings('ignore:The ranges of int8')
+@pytest.mark.parametrize('option', [['--half'], ['--int8','{people}/query']], ids=['half', 'int8'])
+def test_small_exports(desk, cli, tmp_path, option):
+    "Smaller than the whole model, close to it, and with a fingerprint of its own, which is the one that is printed"
+    option = [o.format(**vars(desk)) for o in option]
+    done = cli('export', desk.model, '--to', 'onnx', '--out', tmp_path/'small.onnx', *option)
+    small,whole = Runtime(tmp_path/'small.onnx'),Runtime(desk.onnx)
+    assert done.code==0 and small.fingerprint in done.out and small.fingerprint!=whole.fingerprint
+    assert (tmp_path/'small.onnx').stat().st_size<.6*desk.onnx.stat().st_size
+    assert (small.embed(desk.queries)*whole.embed(desk.queries)).sum(1).mean()>.95
+
 WRONG = [
     ('trian', "Did you mean 'train'"),
     ('train {people} --epoch 1', '--epochs'),
@@ -960,6 +972,9 @@ WRONG = [
     ('embed {model} {people}/query', "Missing option '--out'"),
     ('export {model} --to onnx --out {new}/m.pt2', '.onnx'),
     ('export {onnx} --to onnx --out {new}/m.onnx', 'already exported'),
+    ('export {model} --to pt2 --out {new}/m.pt2 --half', 'for --to onnx'),
+    ('export {model} --to onnx --out {new}/m.onnx --half --int8 {people}', 'use only one'),
+    ('export {model} --to onnx --out {new}/m.onnx --int8 {damaged}/empty', 'no images'),
     ('gallery info {damaged}', 'no gallery'),
     ('gallery search {new} {damaged}/cut.jpg --model {model}', 'no gallery'),
     ('gallery add {new} --model {model}', 'Nothing to add'),

@@ -2,6 +2,8 @@
 import ast
 import importlib
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -116,7 +118,7 @@ def test_metadata_comes_from_settings():
     assert version('pyramidreid')==cfg['version']==pyramidreid.__version__
     assert metadata('pyramidreid')['Requires-Python']==f">={cfg['min_python']}"
     core = {re.match(r'[\w-]+', r)[0] for r in requires('pyramidreid') if 'extra ==' not in r}
-    assert core=={'fastai', 'torch', 'torchvision', 'pandas', 'matplotlib', 'safetensors', 'click', 'filelock'}
+    assert core=={'fastai', 'torch', 'torchvision', 'timm', 'pandas', 'matplotlib', 'safetensors', 'click', 'filelock'}
 
 def test_readme_is_fresh():
     from readme import readme
@@ -158,13 +160,36 @@ def test_notebook_links_lead_somewhere(notebook):
         if cell['cell_type']!='markdown': continue
         for link in links(source_of(cell)): assert (notebook.parent/link).exists(), link
 
+def readme_examples():
+    "The README's two examples in Python, and its commands for a gallery"
+    text = (root/'README.md').read_text(encoding='utf-8')
+    compare,train = re.findall(r'```python\n(.*?)```', text, re.S)
+    return compare,train,re.findall(r'^    pyramidreid (gallery .*)', text, re.M)
+
+def test_readme_compares_and_searches(tmp_path, monkeypatch, capsys):
+    "With the model that comes with the package: the README's lines as they are"
+    from pyramidreid.all import synth_persons
+    from pyramidreid.cli.entry import main
+    monkeypatch.chdir(tmp_path)
+    people = synth_persons('people', n_train=2, n_test=3, size=(96,48))
+    (people/'bounding_box_test').rename('crops')
+    first,second = sorted((people/'query').glob('*.jpg'))[:2]
+    for file,name in ((first,'ann.jpg'), (second,'who.jpg')): shutil.copyfile(file, name)
+    compare,_,commands = readme_examples()
+    exec(compare, {})
+    assert re.fullmatch(r'cosine similarity -?[01]\.\d\d', capsys.readouterr().out.strip())
+    assert len(commands)==2
+    for line in commands: assert main(shlex.split(line))==0
+    shown = capsys.readouterr()
+    assert 'research only' in shown.err and shown.out.count('0.')>=5
+
 @pytest.mark.slow
 def test_readme_example_runs(tmp_path, monkeypatch):
     "The README's lines, on a smaller scale"
     import matplotlib
     matplotlib.use('agg')
     monkeypatch.chdir(tmp_path)
-    code, = re.findall(r'```python\n(.*?)```', (root/'README.md').read_text(encoding='utf-8'), re.S)
+    _,code,_ = readme_examples()
     smaller = {
         'n_train=60, n_test=40': 'path="people", n_train=8, n_test=6, size=(96,48)',
         '(384,128)': '(96,48), num_workers=0',

@@ -11,6 +11,7 @@ import json
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import click
@@ -55,7 +56,8 @@ _network_options = combine_options(
     click.option('--arch', metavar='NAME',
         help='Backbone from torchvision or timm, or resnet10.  [default: resnet50]'),
     click.option('--weights', metavar='SOURCE', default='imagenet', show_default=True,
-        help='Initial weights: imagenet (downloaded), none, a file for the backbone, or a model folder.'),
+        help='Initial weights: imagenet (downloaded), none, a file for the backbone, a model folder, or a pretrained '
+             'model such as market1501-lite0.'),
     click.option('--size', type=click.IntRange(1), nargs=2, default=(384,128), show_default=True, metavar='H W',
         help='Height and width of the input in pixels.'),
     click.option('--neck/--no-neck', default=None,
@@ -316,28 +318,58 @@ def embed_command(console, model, files, out, flip, device):
                          data=dict(out=out, images=n, dimensions=dimensions, fingerprint=model.fingerprint))
 
 # %% ../../nbs/cli/05_models.ipynb #838849e6
+_CALIBRATION_CROPS = 500 # Enough to show the ranges; more only take longer
+
+def _write_int8(model, about, out, images):
+    "Write an ONNX file that computes in int8, calibrated with crops among `images`"
+    from pyramidreid.cli.inputs import image_files
+    from pyramidreid.export.model_files import write_onnx
+    from pyramidreid.export.small_onnx import quantize_onnx
+    files = image_files([images])
+    spread = files[::-(-len(files)//_CALIBRATION_CROPS)]
+    with TemporaryDirectory() as folder:
+        whole = write_onnx(model.net, about, Path(folder)/'whole.onnx')
+        quantize_onnx(whole, out, spread)
+
+def _write_single_file(model, to, out, half, int8):
+    "Write the file of `export`; return the fingerprint of what it computes"
+    from pyramidreid.export.model_files import write_exported, write_onnx
+    about = {name:value for name,value in model.about.items() if name!='weights'}
+    if to=='pt2':
+        write_exported(model.net, about, out)
+        return model.fingerprint
+    if int8: _write_int8(model, about, out, int8)
+    else: write_onnx(model.net, about, out, half)
+    from pyramidreid.export.onnx_runtime import Runtime
+    return Runtime(out).fingerprint
+
+# %% ../../nbs/cli/05_models.ipynb #1d0a4f82
 @command("""pyramidreid export market --to onnx --out person.onnx
+    pyramidreid export market --to onnx --out small.onnx --half
+    pyramidreid export market --to onnx --out fast.onnx --int8 crops
     pyramidreid export market/model --to pt2 --out person.pt2""")
 @click.argument('model', type=existing_model)
 @click.option('--to', type=click.Choice(['onnx','pt2']), required=True, help='Format: for onnxruntime, or for PyTorch.')
 @click.option('--out', required=True, type=new_file, help='Output file.')
-def export_command(console, model, to, out):
+@click.option('--half', is_flag=True, help='Store the weights of an ONNX file in half precision.')
+@click.option('--int8', type=existing, metavar='IMAGES',
+              help='Compute in int8, in an ONNX file calibrated with these crops: a folder with a few hundred.')
+def export_command(console, model, to, out, half, int8):
     """Export MODEL to a single file that runs without this library. MODEL is a folder from train or save_model, or the
     name of a pretrained model."""
     if out.suffix!=f'.{to}': raise click.BadParameter(f'{out} does not end in .{to}', param_hint='--out')
     if model.suffix=='.onnx': raise ValueError(f"{model} is already exported: pass the model folder")
+    if half and int8: raise click.UsageError('--half and --int8 both choose the precision: use only one of them')
+    if to=='pt2' and (half or int8): raise click.UsageError('--half and --int8 are for --to onnx')
     from pyramidreid.cli.inputs import open_model
-    from pyramidreid.export.model_files import write_exported, write_onnx
     from pyramidreid.models.history import described_history, warn_if_untrained
     model = open_model(model, 'cpu')
     warn_if_untrained(described_history(model.about))
     console.say(f'Writing {out} …')
-    write = write_onnx if to=='onnx' else write_exported
-    about = {name:value for name,value in model.about.items() if name!='weights'}
-    with writing(out): write(model.net, about, out)
+    with writing(out): fingerprint = _write_single_file(model, to, out, half, int8)
     size = out.stat().st_size
-    return CommandResult(text=f"{out}: {size/1e6:.1f} MB, fingerprint {model.fingerprint}",
-                         data=dict(out=out, bytes=size, fingerprint=model.fingerprint))
+    return CommandResult(text=f"{out}: {size/1e6:.1f} MB, fingerprint {fingerprint}",
+                         data=dict(out=out, bytes=size, fingerprint=fingerprint))
 
 # %% ../../nbs/cli/05_models.ipynb #f0e2
 def _model_line(name, row, default):
