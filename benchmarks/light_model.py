@@ -100,6 +100,14 @@ def cost(learn, size):
     counted = [p.numel() for name,p in learn.model.named_parameters() if 'classify' not in name]
     return dict(parameters=sum(counted), macs=multiply_adds(deepcopy(learn.model).eval(), size))
 
+def embed_once(learn):
+    "Let a learner remember the embeddings of a loader: re-ranking and pairs of cameras need the same ones again"
+    embed,known = learn.embed,{}
+    def remembered(dl, flip=False):
+        if (dl,flip) not in known: known[dl,flip] = embed(dl, flip)
+        return known[dl,flip]
+    learn.embed = remembered
+
 def evaluated(learn):
     "The protocol cards: as it is, with mirrored images, and re-ranked too"
     ways = {'plain': {}, 'flip': dict(flip=True), 'flip, re-ranked': dict(flip=True, rerank=True)}
@@ -116,6 +124,7 @@ def train(args, lib, began):
         notes.write_text(json.dumps(seconds))
         print(f'stage {number+1}: {time_of_stage/60:.1f} minutes', flush=True)
     learn = make_learner(args, lib, args.stages[-1][0], [])
+    embed_once(learn)
     return learn.load(f'stage-{len(args.stages)}', with_opt=False),seconds
 
 def all_cards(learn, args):
