@@ -181,7 +181,7 @@ def test_readme_compares_and_searches(tmp_path, monkeypatch, capsys):
     assert len(commands)==2
     for line in commands: assert main(shlex.split(line))==0
     shown = capsys.readouterr()
-    assert 'research only' in shown.err and shown.out.count('0.')>=5
+    assert 'research only' in shown.out and shown.out.count('0.')>=5
 
 @pytest.mark.slow
 def test_readme_example_runs(tmp_path, monkeypatch):
