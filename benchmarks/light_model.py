@@ -19,6 +19,13 @@ from market1501 import callbacks, knob
 from pyramidreid.evaluation.protocol_card import ReIDResult
 from pyramidreid.export.model_cards import RESEARCH_ONLY
 
+# What a model card says about known training data, by the beginning of the folder's name
+ABOUT_DATA = {
+    'market': "Market-1501 (Zheng et al., ICCV 2015) shows people in front of a supermarket on a campus in Beijing, "
+              "mostly young and in summer clothes, by day, from six cameras at about head height. Its crops come from a "
+              "detector of its time (DPM), with some misaligned ones. A model has seen little of anything else there: "
+              "winter clothes, children, old people, night, infrared, views from above.",
+    'cuhk03': "CUHK03 (Li et al., CVPR 2014) shows people on a campus in Hong Kong from pairs of cameras, by day."}
 
 def stage(text):
     "`HEIGHTxWIDTH:EPOCHS` or `HEIGHTxWIDTH:EPOCHS:SCALE` as (size, epochs, factor of the learning rates)"
@@ -142,9 +149,11 @@ def write_model(learn, cards, args, minutes, lib):
     about = circumstances()
     training = (f"`{about['command']}`: {sum(minutes):.0f} minutes with {args.threads} CPU threads "
                 f"({about['hardware']}, {about['date']}), in stages of {sizes} pixels.")
+    known = [text for name,text in ABOUT_DATA.items() for folder in args.data if folder.name.lower().startswith(name)]
     cameras = lib.evaluate_cameras(**learn.to_rank())
     learn.save_pretrained(
-        args.save, card=cards['plain'], licence=RESEARCH_ONLY, cards=cards, cameras=cameras, training=training)
+        args.save, card=cards['plain'], licence=RESEARCH_ONLY, cards=cards, cameras=cameras, training=training,
+        data=' '.join(known))
 
 def main(argv=None):
     args,began = parse(argv),time.perf_counter()
