@@ -21,11 +21,11 @@ from pyramidreid.export.model_cards import RESEARCH_ONLY
 
 # What a model card says about known training data, by the beginning of the folder's name
 ABOUT_DATA = {
-    'market': "Market-1501 (Zheng et al., ICCV 2015) shows people in front of a supermarket on a campus in Beijing, "
-              "mostly young and in summer clothes, by day, from six cameras at about head height. Its crops come from a "
-              "detector of its time (DPM), with some misaligned ones. A model has seen little of anything else there: "
-              "winter clothes, children, old people, night, infrared, views from above.",
-    'cuhk03': "CUHK03 (Li et al., CVPR 2014) shows people on a campus in Hong Kong from pairs of cameras, by day."}
+    'market': "Market-1501 (Zheng et al., ICCV 2015) shows people in front of a supermarket on a campus in Beijing, by "
+              "day, mostly young and in summer clothes, from six cameras. A detector of its time (DPM) made the crops, "
+              "some of them misaligned. Little else was there to learn from: no night, no infrared, hardly any children, "
+              "old people or winter clothes.",
+    'cuhk03': "CUHK03 (Li et al., CVPR 2014) shows people on a campus in Hong Kong, by day, from pairs of cameras."}
 
 def stage(text):
     "`HEIGHTxWIDTH:EPOCHS` or `HEIGHTxWIDTH:EPOCHS:SCALE` as (size, epochs, factor of the learning rates)"
