@@ -23,7 +23,7 @@ from pyramidreid.export.model_cards import RESEARCH_ONLY
 ABOUT_DATA = {
     'market': "Market-1501 (Zheng et al., ICCV 2015) shows people in front of a supermarket on a campus in Beijing, by "
               "day, mostly young and in summer clothes, from six cameras. A detector of its time (DPM) made the crops, "
-              "some of them misaligned. Little else was there to learn from: no night, no infrared, hardly any children, "
+              "some of them misaligned. There was little else to learn from: no night, no infrared, few children, "
               "old people or winter clothes.",
     'cuhk03': "CUHK03 (Li et al., CVPR 2014) shows people on a campus in Hong Kong, by day, from pairs of cameras."}
 
