@@ -19,6 +19,7 @@ GUIDES = ['overview', 'tutorial', 'own_folder', 'research_sets', 'reranking_vari
           'command_line', 'results']
 GROUND = ['00_core', '01_images'] # pages outside the rooms
 COPIED = ('benchmarks', 'examples') # folders outside nbs/ that pages link to
+PRETRAINED = Path('pyramidreid')/'pretrained' # models that come with the package, each with its card
 
 # ---- entries of the API
 
@@ -183,6 +184,7 @@ def stage(staged):
     shutil.copytree(root/'nbs'/'images', staged/'images')
     for folder in COPIED: shutil.copytree(root/folder, staged/folder, dirs_exist_ok=True)
     write_results_index(staged)
+    write_model_cards(staged)
     for page in ('CONTRIBUTING', 'CHANGELOG', 'SECURITY'): # their links are relative to the top folder
         text = (root/f'{page}.md').read_text(encoding='utf-8').replace('](nbs/', '](')
         (staged/f'{page}.md').write_text(text, encoding='utf-8')
@@ -192,7 +194,7 @@ def stage(staged):
     guides = [o for o in GUIDES if (staged/'guides'/f'{o}.ipynb').exists()]
     (staged/'guides'/'index.md').write_text(room_page('Guides', guides))
     ground = '## Basics\n\n' + toctree(GROUND) + '\n## Project\n\n' + toctree(['CONTRIBUTING', 'CHANGELOG', 'SECURITY'])
-    rooms = [f'{room}/index' for room in ('guides', *ROOMS, 'benchmarks')]
+    rooms = [f'{room}/index' for room in ('guides', *ROOMS, PRETRAINED.as_posix(), 'benchmarks')]
     (staged/'contents.md').write_text(f'# Contents\n\n{toctree(["index", *rooms], depth=2)}\n{ground}')
     (staged/'_static').mkdir()
     (staged/'_static'/'site.css').write_text(CSS)
@@ -202,6 +204,16 @@ def write_results_index(staged):
     pages = sorted(f'results/{o.stem}' for o in (staged/'benchmarks'/'results').glob('*.md'))
     intro = 'Tables written by the scripts in `benchmarks/`, each with its command, hardware and date.'
     (staged/'benchmarks'/'index.md').write_text(room_page('Measurements', pages, intro))
+
+def write_model_cards(staged):
+    names = sorted(card.parent.name for card in (root/PRETRAINED).glob('*/README.md'))
+    for name in names:
+        text = (root/PRETRAINED/name/'README.md').read_text(encoding='utf-8')
+        without_head = re.sub(r'\A---\n.*?\n---\n', '', text, flags=re.S) # YAML for the Hub
+        (staged/PRETRAINED/name).mkdir(parents=True)
+        (staged/PRETRAINED/name/'README.md').write_text(without_head, encoding='utf-8')
+    intro = 'Models that come with the package. Each has a licence of its own.'
+    (staged/PRETRAINED/'index.md').write_text(room_page('Models', [f'{name}/README' for name in names], intro))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
