@@ -30,7 +30,7 @@ def load_pretrained(
     """Return a model that comes with the package, to embed images with. Raises `ValueError`, with the names there are,
     for any other name, and for a damaged file"""
     about = pretrained_description(name)
-    find_arch(about['arch_from'], about['arch']) # an extra that is missing is no damage
+    find_arch(about['arch_from'], about['arch']) # a timm that lacks the network is no damage
     with reinstall_if_damaged(name): return load_embedder(pretrained_folder(name), device)
 
 # %% ../../nbs/export/04_pretrained_models.ipynb #3567ab61
