@@ -3,6 +3,7 @@ held out of a training set, never on its test split; one change at a time, the s
 `python benchmarks/light_settings.py --data DIR --weights FILE [--cache FILE] [--jobs 2] [--minutes M]`
 A run that is noted is not repeated."""
 import argparse
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -12,17 +13,30 @@ from pyramidreid.training.loss_rules import MixedBatches
 
 BASE = 'base'
 
-def half_of_each(): return MixedBatches(.5)
+def random(share, **more):
+    "The change to `share` of random batches, with what else to change"
+    return dict(dynamic=partial(MixedBatches, share), **more)
+
+SMOOTH = dict(fit_args=dict(label_smoothing=.1))
 
 # What differs from the base: the modern recipe (SGD, one cycle, averaged weights) with the paper's transforms
 CHANGES = {
     BASE: {},
-    'half of the batches random': dict(dynamic=half_of_each),
+    '0.5 random': random(.5),
+    '0.8 random': random(.8),
+    '0.9 random': random(.9),
+    'all random, ID loss alone': random(1.),
+    '0.8 random, label smoothing 0.1': random(.8, **SMOOTH),
+    '0.8 random, rates × 2': random(.8, fit_args=dict(lr_body=.02, lr_head=.2)),
+    '0.8 random, label smoothing 0.1, crops, erasing 0.4':
+        random(.8, **SMOOTH, tfms_args=dict(pad=5, colour=0, erase=.4)),
+    '0.5 random, label smoothing 0.1, crops, erasing 0.4':
+        random(.5, **SMOOTH, tfms_args=dict(pad=5, colour=0, erase=.4)),
     'rates × 2': dict(fit_args=dict(lr_body=.02, lr_head=.2)),
     'rates ÷ 2': dict(fit_args=dict(lr_body=.005, lr_head=.05)),
     'body × 3': dict(fit_args=dict(lr_body=.03)),
     'AdamW, 0.001': dict(recipe='one_cycle', lr=1e-3, tfms_args=None),
-    'label smoothing 0.1': dict(fit_args=dict(label_smoothing=.1)),
+    'label smoothing 0.1': SMOOTH,
     'average over 1,000 steps': dict(fit_args=dict(ema=.999)),
     'erasing 0.5': dict(tfms_args=dict(pad=0, colour=0, erase=.5)),
     'crops': dict(tfms_args=dict(pad=5, colour=0, erase=.2)),
