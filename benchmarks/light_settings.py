@@ -28,6 +28,7 @@ CHANGES = {
     'all random, ID loss alone': random(1.),
     '0.8 random, label smoothing 0.1': random(.8, **SMOOTH),
     '0.8 random, rates × 2': random(.8, fit_args=dict(lr_body=.02, lr_head=.2)),
+    '0.8 random, rates ÷ 2': random(.8, fit_args=dict(lr_body=.005, lr_head=.05)),
     '0.8 random, label smoothing 0.1, crops, erasing 0.4':
         random(.8, **SMOOTH, tfms_args=dict(pad=5, colour=0, erase=.4)),
     '0.5 random, label smoothing 0.1, crops, erasing 0.4':

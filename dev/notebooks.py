@@ -5,6 +5,7 @@ import argparse
 import multiprocessing as mp
 import os
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +22,9 @@ def find_notebooks(paths):
 
 def has_slow_cells(notebook): return '#| slow' in notebook.read_text(encoding='utf-8')
 
-def run_here(notebook, slow):
-    "Run one notebook in this process; exits with 1 if a cell fails"
+def run_here(notebook, slow, folder):
+    "Run one notebook in this process, with `folder` for its temporary files; exits with 1 if a cell fails"
+    os.environ['TMPDIR'] = tempfile.tempdir = folder
     # Workers of a DataLoader see the classes that a page defines only if they are forked
     if sys.platform=='linux': mp.set_start_method('fork', force=True)
     from nbdev.test import test_nb
@@ -32,16 +34,20 @@ def run_here(notebook, slow):
 def run(notebook, slow, context):
     "Run one notebook in a process of its own: (notebook, what went wrong or '', seconds)"
     began = time.perf_counter()
-    process = context.Process(target=run_here, args=(notebook, slow))
+    with tempfile.TemporaryDirectory(prefix='reid-', ignore_cleanup_errors=True) as folder:
+        problem = run_in(context.Process(target=run_here, args=(notebook, slow, folder)))
+    return notebook,problem,time.perf_counter()-began
+
+def run_in(process):
+    "Start a process, wait for its end or kill it after `LIMIT` seconds; what went wrong or ''"
     process.start()
     process.join(LIMIT)
-    problem = ''
     if process.is_alive():
-        problem = f'stopped after {LIMIT} s'
         process.kill()
         process.join()
-    elif process.exitcode: problem = 'failed' if process.exitcode==1 else f'ended with exit code {process.exitcode}'
-    return notebook,problem,time.perf_counter()-began
+        return f'stopped after {LIMIT} s'
+    if not process.exitcode: return ''
+    return 'failed' if process.exitcode==1 else f'ended with exit code {process.exitcode}'
 
 def report(result):
     notebook,problem,seconds = result

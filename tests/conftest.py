@@ -1,6 +1,8 @@
 "What several test files share: a few synthetic people, and a small learner trained on them"
+import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +26,13 @@ LEARNER = dict(pretrained=False, n_parts=3, emb_sz=8, lr=3e-3)
 def pytest_configure(config):
     "Most tests need no trained model; those that are about the warning use `pytest.warns`"
     config.addinivalue_line('filterwarnings', 'ignore:This model has not been trained')
+    if not hasattr(config, 'workerinput'): use_own_temporary_folder(config)
+
+def use_own_temporary_folder(config):
+    "Keep the temporary files of this run and its workers in one folder that goes with it: they come to gigabytes"
+    folder = tempfile.TemporaryDirectory(prefix='reid-', ignore_cleanup_errors=True)
+    os.environ['TMPDIR'] = tempfile.tempdir = folder.name
+    config.add_cleanup(folder.cleanup)
 
 @pytest.fixture(scope='session')
 def people(tmp_path_factory):
