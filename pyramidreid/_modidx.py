@@ -210,6 +210,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'pyramidreid.core._remove_contents': ('core.html#_remove_contents', 'pyramidreid/core.py'),
                                   'pyramidreid.core._remove_unless_in_use': ('core.html#_remove_unless_in_use', 'pyramidreid/core.py'),
                                   'pyramidreid.core._replace': ('core.html#_replace', 'pyramidreid/core.py'),
+                                  'pyramidreid.core._usual_mode': ('core.html#_usual_mode', 'pyramidreid/core.py'),
                                   'pyramidreid.core.atomic_write': ('core.html#atomic_write', 'pyramidreid/core.py'),
                                   'pyramidreid.core.clean_errors': ('core.html#clean_errors', 'pyramidreid/core.py'),
                                   'pyramidreid.core.flush_to_disk': ('core.html#flush_to_disk', 'pyramidreid/core.py'),

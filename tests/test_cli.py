@@ -949,6 +949,17 @@ def test_small_exports(desk, cli, tmp_path, option):
     assert (tmp_path/'small.onnx').stat().st_size<.6*desk.onnx.stat().st_size
     assert (small.embed(desk.queries)*whole.embed(desk.queries)).sum(1).mean()>.95
 
+def test_int8_takes_crops_from_all_of_a_large_folder(monkeypatch):
+    from pyramidreid.cli import inputs, models
+    from pyramidreid.export import model_files, small_onnx
+    for n,expected in ((1,1), (500,500), (501,251), (1_250,417), (100_000,500)):
+        taken = []
+        monkeypatch.setattr(inputs, 'image_files', lambda paths, n=n: list(range(n)))
+        monkeypatch.setattr(model_files, 'write_onnx', lambda net, about, file: file)
+        monkeypatch.setattr(small_onnx, 'quantize_onnx', lambda whole, out, crops, taken=taken: taken.extend(crops))
+        models._write_int8(SimpleNamespace(net=None), {}, 'out.onnx', 'crops')
+        assert len(taken)==expected and taken[0]==0 and taken[-1]>=.99*(n-1)-1
+
 WRONG = [
     ('trian', "Did you mean 'train'"),
     ('train {people} --epoch 1', '--epochs'),

@@ -64,6 +64,22 @@ def test_a_failed_block_changes_nothing(tmp_path, error, old):
     assert files_below(tmp_path)==before and os.listdir(tmp_path)==before
     if old: assert dest.read_text()==old
 
+@pytest.mark.skipif(os.name=='nt', reason='Windows has no such permissions')
+def test_permissions_of_a_written_file(tmp_path):
+    "A new file has those of any new file, whatever wrote it; one that is replaced keeps its own"
+    def mode(path): return path.stat().st_mode & 0o777
+    dest,usual = tmp_path/'f.txt',tmp_path/'usual'
+    usual.touch()
+    def write():
+        with atomic_write(dest) as tmp:
+            tmp.write_text('text')
+            tmp.chmod(0o600) # as safetensors does
+    write()
+    assert mode(dest)==mode(usual)
+    dest.chmod(0o640)
+    write()
+    assert mode(dest)==0o640 and files_below(tmp_path)==['f.txt','usual']
+
 def test_a_block_that_writes_nothing_fails(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path/'f.txt'): pass
     assert not os.listdir(tmp_path)

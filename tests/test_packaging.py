@@ -181,7 +181,9 @@ def test_readme_compares_and_searches(tmp_path, monkeypatch, capsys):
     assert len(commands)==2
     for line in commands: assert main(shlex.split(line))==0
     shown = capsys.readouterr()
-    assert 'research only' in shown.out and shown.out.count('0.')>=5
+    assert 'research only' in shown.out
+    similarities = [float(o) for o in re.findall(r'^ +(-?[01]\.\d{4}) crops/', shown.out, re.M)]
+    assert len(similarities)>=5 and similarities==sorted(similarities, reverse=True), shown.out
 
 @pytest.mark.slow
 def test_readme_example_runs(tmp_path, monkeypatch):
