@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import threading
 import time
@@ -46,7 +47,7 @@ def circumstances():
     import torchvision
     arguments = [Path(arg).name for arg in sys.argv[1:]]
     return dict(
-        command=' '.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *arguments]), hardware=hardware(),
+        command=shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *arguments]), hardware=hardware(),
         threads=torch.get_num_threads(), date=str(date.today()), torch=torch.__version__,
         torchvision=torchvision.__version__, fastai=fastai.__version__)
 

@@ -77,7 +77,8 @@ def table(runs):
                 'CPU minutes': f'{group.cpu_seconds.mean()/60:.1f}', 'embedding': group.embedding.iloc[0],
                 'runs': len(group)}
     rows = [row(name, group) for name,group in runs.groupby('name')]
-    return markdown(pd.DataFrame(rows).sort_values('mAP', ascending=False).set_index(''))
+    result = pd.DataFrame(rows).sort_values('mAP', ascending=False).set_index('')
+    return markdown(result.drop(columns=[] if len(base) else 'against the base'))
 
 def main(argv=None):
     args = parse(argv)
