@@ -25,6 +25,7 @@ ABOUT = {
     'models': 'backbone, pyramid, losses',
     'data': 'from folders to batches',
     'synth': 'synthetic people',
+    'boxes': 'from a frame and boxes to crops',
     'images': 'finding and reading image files',
     'core': 'roles, extras, atomic writes'}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..boxes import BoxEmbedder
 from ..core import clean_errors
 from ..images import load_pixels, shown_text
 from ..models.history import described_history, is_history, trained_on
@@ -44,7 +45,7 @@ class _SharedModel:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #7df0ed7f
-class BaseEmbedder(_SharedModel):
+class BaseEmbedder(_SharedModel, BoxEmbedder):
     "Base class of embedders: subclasses turn uint8 pixels (N, H, W, 3) into embeddings in `run`"
     def __init__(self,
         about # Description of the model, a dict as in `model.json`

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from fastai.vision.all import *
 
+from ..boxes import embed_boxes as boxes_of_frame
 from ..core import Role, with_progress
 from ..data.datasets import dataset_table, seems_published
 from ..data.folders import folder_table
@@ -274,6 +275,19 @@ def predict(self:ReIDLearner,
     gallery_emb = F.normalize(self.embed(dl).float(), dim=-1)
     matches = [_best_matches(emb, gallery_emb, dl.dataset.items, k) for emb in embs]
     return matches[0] if one else matches
+
+# %% ../../nbs/training/06_learner_evaluation.ipynb #aacac872
+@patch
+def embed_boxes(self:ReIDLearner,
+    frame,         # uint8, (H, W, 3); or the path of a picture, or a PIL image, which are RGB
+    boxes,         # (N, 4) numbers, in pixels; or anything with an attribute `xyxy`
+    format='xyxy', # 'xyxy', 'xywh' (left, top, width, height) or 'cxcywh' (centre, width, height)
+    color='bgr'    # Order of an array's channels: 'bgr', as OpenCV reads it, or 'rgb'
+)->np.ndarray:     # (N, D), float32
+    """Return the embeddings of the boxes in a frame, a row for each; zeros for a box without pixels. Raises
+    `ValueError` for a frame or boxes of another shape or type"""
+    def embed(crops): return self.embed(self.dls.test_dl(crops, bs=max(1, len(crops)), num_workers=0))
+    return boxes_of_frame(self, embed, frame, boxes, format, color, getattr(self.dls, 'pixel_range', None))
 
 # %% ../../nbs/training/06_learner_evaluation.ipynb #0c84f963
 @patch
