@@ -221,29 +221,6 @@ def entries(self:Gallery,
             rows = remaining[i:i+size]
             yield s.table.iloc[rows],Embeddings(s.embs[rows], self.fingerprint)
 
-# %% ../../nbs/gallery/05_gallery.ipynb #28bf664a
-@patch
-def _stored(self:Gallery, keys):
-    "The table and the embeddings of entries that exist"
-    ids = np.array([self.keys[key] for key in keys])
-    return self.store.table.loc[ids].reset_index(drop=True),self.rows.gather(self.rows.find(ids))
-
-@patch
-def update(self:Gallery,
-    keys,     # A key or several
-    **columns # Columns and their new values, such as `pid='anna'`: a value for all, or one for each
-):
-    """Give entries other values in some columns, all or none; return the gallery. They become its last entries. Raises
-    `ValueError` if a key does not exist, or a value does not fit its column"""
-    if 'key' in columns: raise ValueError("A key cannot be changed: remove the entry, and add it under another one")
-    keys = self._known_keys(keys)
-    if not keys: return self
-    table,embs = self._stored(keys)
-    typed = self.check_columns(entry_table(table, None, columns)[0])
-    self._delete(keys)
-    self._append(embs, *typed)
-    return self
-
 # %% ../../nbs/gallery/05_gallery.ipynb #a4a0481c
 def _is_several(query):
     if isinstance(query, Embeddings): return len(query)!=1
@@ -339,6 +316,29 @@ def _search_groups(self:Gallery, q, k, per, *filters):
         if n_found.min()>=k or n_images==len(self): break
         n_images = min(4*n_images, len(self))
     return found.groupby('query').head(k).reset_index(drop=True)
+
+# %% ../../nbs/gallery/05_gallery.ipynb #28bf664a
+@patch
+def _stored(self:Gallery, keys):
+    "The table and the embeddings of entries that exist"
+    ids = np.array([self.keys[key] for key in keys])
+    return self.store.table.loc[ids].reset_index(drop=True),self.rows.gather(self.rows.find(ids))
+
+@patch
+def update(self:Gallery,
+    keys,     # A key or several
+    **columns # Columns and their new values, such as `pid='anna'`: a value for all, or one for each
+):
+    """Give entries other values in some columns, all or none; return the gallery. They become its last entries. Raises
+    `ValueError` if a key does not exist, or a value does not fit its column"""
+    if 'key' in columns: raise ValueError("A key cannot be changed: remove the entry, and add it under another one")
+    keys = self._known_keys(keys)
+    if not keys: return self
+    table,embs = self._stored(keys)
+    typed = self.check_columns(entry_table(table, None, columns)[0])
+    self._delete(keys)
+    self._append(embs, *typed)
+    return self
 
 # %% ../../nbs/gallery/05_gallery.ipynb #7c13dd9e
 @patch
