@@ -6,6 +6,7 @@ import pytest
 
 from pyramidreid.evaluation.identities import identity_scores, identity_switches
 
+
 def share(hits): return sum(hits)/len(hits) if hits else 1.
 
 def plain_scores(pids, identities):
@@ -37,7 +38,8 @@ def test_extremes():
     assert alone['IDF1']==pytest.approx(2/5) and alone['pair_F1']==0
 
 @pytest.mark.parametrize('pids,identities,said', [
-    ([1,2], [1], '2 pids and 1'), ([], [], 'nobody'), ([1,None], [1,2], 'missing'), ([1,2], [1,float('nan')], 'missing')])
+    ([1,2], [1], '2 pids and 1'), ([], [], 'nobody'), ([1,None], [1,2], 'missing'),
+    ([1,2], [1,float('nan')], 'missing')])
 def test_wrong_arguments(pids, identities, said):
     with pytest.raises(ValueError, match=said): identity_scores(pids, identities)
 

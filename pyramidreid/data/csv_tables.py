@@ -233,7 +233,7 @@ _LOADER_COLUMNS = ('label','camera','role') # Which loaders add
 
 def csv_table(
     file # CSV file with the columns `fn` and `pid`, and `cam` and `split` where known
-)->pd.DataFrame: # Columns `fn`, `pid`, `cam` and `split`, ids as text; then those that the file has besides, such as `track`
+)->pd.DataFrame: # Columns `fn`, `pid`, `cam` and `split`, ids as text; then the file's other ones, such as `track`
     """Read a table of labelled people from a CSV file.
     Raises `ValueError` with the cause if the file is not such a table."""
     df = read_csv(file, needs=('fn','pid'))

@@ -116,7 +116,8 @@ def _quantized(file, runtime, pixels):
         plain,made = Path(folder)/'plain.onnx',Path(folder)/'int8.onnx'
         quant_pre_process(str(file), str(plain), skip_symbolic_shape=True) # also turns weights in half into floats
         quantization.quantize_static(
-            str(plain), str(made), _PixelReader(runtime, pixels), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+            str(plain), str(made), _PixelReader(runtime, pixels),
+            quant_format=quantization.QuantFormat.QDQ, per_channel=True,
             op_types_to_quantize=['Conv', 'Clip', 'Relu'],
             nodes_to_exclude=_left_as_they_are(onnx.load(plain).graph),
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,

@@ -83,7 +83,9 @@ class Identities:
     @property
     def table(self): return self.gallery.table
     @property
-    def threshold(self): return self.gallery.threshold(self.far) if self.fixed_threshold is None else self.fixed_threshold
+    def threshold(self):
+        "Least similarity to be the same person"
+        return self.gallery.threshold(self.far) if self.fixed_threshold is None else self.fixed_threshold
 
     def __repr__(self):
         return f"{len(self):,} identities of {len(self.gallery):,} tracklets, threshold {self.threshold:.3f}"
@@ -190,8 +192,10 @@ def forget(self:Identities,
     before # Tracklets that ended before: seconds, or a date and time
 )->int:
     "Remove old tracklets, and with them identities that have no other; enrolled photos stay. Return how many"
-    old = self.table[(pd.to_numeric(self.table.end)<_seconds(before, 'before')) & ~self.table.enrolled] if len(self.gallery) else []
-    if len(old): self.gallery.remove(old.key.tolist())
+    if not len(self.gallery): return 0
+    is_old = pd.to_numeric(self.table.end)<_seconds(before, 'before')
+    old = self.table.key[is_old & ~self.table.enrolled.astype(bool)].tolist()
+    self.gallery.remove(old)
     return len(old)
 
 # %% ../../nbs/video/02_identities.ipynb #59a630ba

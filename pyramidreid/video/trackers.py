@@ -26,7 +26,12 @@ class _Adapter:
 
 class ForBoxmot(_Adapter):
     "For `reid_model=` of boxmot's trackers"
-    def get_features(self, xyxys, img): return self._rows(img, np.asarray(xyxys)[:, :4] if len(xyxys) else [])
+    def get_features(self,
+        xyxys, # (N, 4) corners
+        img    # uint8, BGR
+    ):
+        "Return the embeddings of the boxes, (N, D)"
+        return self._rows(img, np.asarray(xyxys)[:, :4] if len(xyxys) else [])
 
 class ForUltralytics(_Adapter):
     "For `encoder` of ultralytics' trackers"
