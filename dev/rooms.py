@@ -17,6 +17,7 @@ picture = root/'nbs'/'images'/'rooms.svg'
 
 ABOUT = {
     'cli': 'the command pyramidreid',
+    'video': 'frames, trackers and tracklets',
     'gallery': 'store people and search for them',
     'export': 'model files to share, ONNX runtime',
     'explain': 'why two people matched, where a model errs',
@@ -25,6 +26,7 @@ ABOUT = {
     'models': 'backbone, pyramid, losses',
     'data': 'from folders to batches',
     'synth': 'synthetic people',
+    'boxes': 'from a frame and boxes to crops',
     'images': 'finding and reading image files',
     'core': 'roles, extras, atomic writes'}
 

@@ -138,6 +138,7 @@ def _replace(source, dest, seconds=2.):
             if not _WINDOWS or time.monotonic()>last: raise
         time.sleep(.02)
 
+# %% ../nbs/00_core.ipynb #a17da011
 def _usual_mode(dest, folder):
     "Permissions of the file `dest`, or of a new one: some libraries, such as safetensors, let nobody else read theirs"
     if dest.is_file(): return stat.S_IMODE(dest.stat().st_mode)
@@ -149,8 +150,8 @@ def _usual_mode(dest, folder):
 def atomic_write(
     dest:str|Path # The file to write; missing folders are created
 ):
-    """Yield a temporary path beside `dest`; it replaces `dest` if the block succeeds, and is removed if not. A file that
-    is replaced keeps its permissions"""
+    """Yield a temporary path beside `dest`; it replaces `dest` if the block succeeds, and is removed if not. A file
+    that is replaced keeps its permissions"""
     dest = Path(dest)
     with partial_folder(dest.parent) as folder:
         tmp = folder/dest.name

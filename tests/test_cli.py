@@ -955,9 +955,9 @@ def test_int8_takes_crops_from_all_of_a_large_folder(monkeypatch):
     for n,expected in ((1,1), (500,500), (501,251), (1_250,417), (100_000,500)):
         taken = []
         monkeypatch.setattr(inputs, 'image_files', lambda paths, n=n: list(range(n)))
-        monkeypatch.setattr(model_files, 'write_onnx', lambda net, about, file: file)
+        monkeypatch.setattr(model_files, 'write_onnx', lambda net, about, file, layout: file)
         monkeypatch.setattr(small_onnx, 'quantize_onnx', lambda whole, out, crops, taken=taken: taken.extend(crops))
-        models._write_int8(SimpleNamespace(net=None), {}, 'out.onnx', 'crops')
+        models._write_int8(SimpleNamespace(net=None), {}, 'out.onnx', 'crops', 'nhwc')
         assert len(taken)==expected and taken[0]==0 and taken[-1]>=.99*(n-1)-1
 
 WRONG = [

@@ -320,7 +320,7 @@ def embed_command(console, model, files, out, flip, device):
 # %% ../../nbs/cli/05_models.ipynb #838849e6
 _CALIBRATION_CROPS = 500 # Enough to show the ranges; more only take longer
 
-def _write_int8(model, about, out, images):
+def _write_int8(model, about, out, images, layout):
     "Write an ONNX file that computes in int8, calibrated with crops among `images`"
     from pyramidreid.cli.inputs import image_files
     from pyramidreid.export.model_files import write_onnx
@@ -328,18 +328,18 @@ def _write_int8(model, about, out, images):
     files = image_files([images])
     spread = files[::-(-len(files)//_CALIBRATION_CROPS)]
     with TemporaryDirectory() as folder:
-        whole = write_onnx(model.net, about, Path(folder)/'whole.onnx')
+        whole = write_onnx(model.net, about, Path(folder)/'whole.onnx', layout=layout)
         quantize_onnx(whole, out, spread)
 
-def _write_single_file(model, to, out, half, int8):
+def _write_single_file(model, to, out, half, int8, layout):
     "Write the file of `export`; return the fingerprint of what it computes"
     from pyramidreid.export.model_files import write_exported, write_onnx
     about = {name:value for name,value in model.about.items() if name!='weights'}
     if to=='pt2':
         write_exported(model.net, about, out)
         return model.fingerprint
-    if int8: _write_int8(model, about, out, int8)
-    else: write_onnx(model.net, about, out, half)
+    if int8: _write_int8(model, about, out, int8, layout)
+    else: write_onnx(model.net, about, out, half, layout)
     from pyramidreid.export.onnx_runtime import Runtime
     return Runtime(out).fingerprint
 
@@ -347,6 +347,7 @@ def _write_single_file(model, to, out, half, int8):
 @command("""pyramidreid export market --to onnx --out person.onnx
     pyramidreid export market --to onnx --out small.onnx --half
     pyramidreid export market --to onnx --out fast.onnx --int8 crops
+    pyramidreid export market --to onnx --out tracker.onnx --layout nchw
     pyramidreid export market/model --to pt2 --out person.pt2""")
 @click.argument('model', type=existing_model)
 @click.option('--to', type=click.Choice(['onnx','pt2']), required=True, help='Format: for onnxruntime, or for PyTorch.')
@@ -354,19 +355,22 @@ def _write_single_file(model, to, out, half, int8):
 @click.option('--half', is_flag=True, help='Store the weights of an ONNX file in half precision.')
 @click.option('--int8', type=existing, metavar='IMAGES',
               help='Compute in int8, in an ONNX file calibrated with these crops: a folder with a few hundred.')
-def export_command(console, model, to, out, half, int8):
+@click.option('--layout', type=click.Choice(['nhwc','nchw']), default='nhwc', show_default=True,
+              help='Input of an ONNX file: 8 bits, channels last; or 0 to 1, channels first, as for trackers.')
+def export_command(console, model, to, out, half, int8, layout):
     """Export MODEL to a single file that runs without this library. MODEL is a folder from train or save_model, or the
     name of a pretrained model."""
     if out.suffix!=f'.{to}': raise click.BadParameter(f'{out} does not end in .{to}', param_hint='--out')
     if model.suffix=='.onnx': raise ValueError(f"{model} is already exported: pass the model folder")
     if half and int8: raise click.UsageError('--half and --int8 both choose the precision: use only one of them')
-    if to=='pt2' and (half or int8): raise click.UsageError('--half and --int8 are for --to onnx')
+    if to=='pt2' and (half or int8 or layout!='nhwc'):
+        raise click.UsageError('--half, --int8 and --layout are for --to onnx')
     from pyramidreid.cli.inputs import open_model
     from pyramidreid.models.history import described_history, warn_if_untrained
     model = open_model(model, 'cpu')
     warn_if_untrained(described_history(model.about))
     console.say(f'Writing {out} …')
-    with writing(out): fingerprint = _write_single_file(model, to, out, half, int8)
+    with writing(out): fingerprint = _write_single_file(model, to, out, half, int8, layout)
     size = out.stat().st_size
     return CommandResult(text=f"{out}: {size/1e6:.1f} MB, fingerprint {fingerprint}",
                          data=dict(out=out, bytes=size, fingerprint=fingerprint))

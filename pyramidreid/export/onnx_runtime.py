@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..boxes import BoxEmbedder
 from ..core import clean_errors
 from ..images import load_pixels, shown_text
-from ..models.history import described_history, is_history, trained_on
+from ..models.history import described_history, is_history, trained_on, unrecorded_history
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #f0b1ncls
 NO_CLASSIFIERS = (
@@ -44,7 +45,7 @@ class _SharedModel:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #7df0ed7f
-class BaseEmbedder(_SharedModel):
+class BaseEmbedder(_SharedModel, BoxEmbedder):
     "Base class of embedders: subclasses turn uint8 pixels (N, H, W, 3) into embeddings in `run`"
     def __init__(self,
         about # Description of the model, a dict as in `model.json`
@@ -155,6 +156,7 @@ _OPTIONAL['licence'] = str
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #c4ba8e4a
 _OPTIONAL['made_from'] = dict
+_OPTIONAL['layout'] = str # Of the input of an ONNX file, where it is 'nchw'
 
 def _valid_source(value):
     "Is `value` what a description says about the source of a converted model?"
@@ -195,6 +197,7 @@ def _bad_values(about):
         std = not mean_ok or _valid_stats(mean, std),
         pixel_range = _valid_range(about.get('pixel_range')),
         made_from = _valid_source(about.get('made_from')),
+        layout = about.get('layout', 'nhwc') in ('nhwc','nchw'),
         fingerprint = re.fullmatch('[0-9a-f]{64}', about['fingerprint']) is not None,
         history = about['format']==1 or is_history(about['history']))
     return [name for name,ok in valid.items() if not ok]
@@ -305,9 +308,10 @@ def _changed_words(file, data):
 def _open_session(
     file,     # ONNX file, a path
     threads,  # Threads of a batch; None: onnxruntime's choice
-    providers # Names of providers, or pairs of a name and its options
+    providers, # Names of providers, or pairs of a name and its options
+    foreign   # Is it said how to feed a file of another project?
 ):
-    "An onnxruntime session for a file of this library. Raises `ValueError` if it is damaged or of another library"
+    "An onnxruntime session for a file. Raises `ValueError` if it is damaged, or of another project and not said so"
     ort,data = _import_onnxruntime(),read_onnx_file(file)
     intact = checksum_ok(data)
     if intact is False: raise ValueError(_changed_words(file, data))
@@ -317,40 +321,140 @@ def _open_session(
         reason = "is not an ONNX model or is cut off"
         if intact: reason = f"is intact, but onnxruntime {ort.__version__} cannot run it"
         raise ValueError(f"{file} {reason} ({str(e)[:200]})") from e
-    if intact is None:
+    if intact is None and not foreign:
         raise ValueError(f"{file} is an ONNX model, but not one of pyramidreid: its input and output are not known. "
-                         "Write one with learn.to_onnx")
+                         "Write one with learn.to_onnx; or say how to feed it, such as size=(256,128), "
+                         "mean=(.485,.456,.406), std=(.229,.224,.225), color='rgb', layout='nchw'")
+    if intact is not None and foreign: raise ValueError(
+        f"{file} is of pyramidreid and says itself how to feed it: leave out size, mean, std, color and layout")
     if not set(names) & set(session.get_providers()):
         available = ', '.join(session.get_providers())
         raise ValueError(f"onnxruntime has no {' and no '.join(names)} here, only {available}. "
                          "A GPU needs its own build, such as onnxruntime-gpu")
     return session
 
+# %% ../../nbs/export/01_onnx_runtime.ipynb #d294d94f
+_FLOATS = {'tensor(float)': np.float32, 'tensor(float16)': np.float16}
+
+def _foreign_ports(session, file):
+    "The input and the output of another project's model. Raises `ValueError` unless pictures go in, rows come out"
+    inputs,outputs = session.get_inputs(),session.get_outputs()
+    pictures = len(inputs)==1 and len(inputs[0].shape)==4 and inputs[0].type in _FLOATS
+    if pictures and len(outputs[0].shape)==2: return inputs[0],outputs[0]
+    found = '; '.join(f'{port.name}, {port.type}, {port.shape}' for port in (*inputs, *outputs))
+    raise ValueError(f"{file} does not turn pictures (floats of four dimensions) into embeddings (two): it has {found}")
+
+def _foreign_size(port, size, layout, file):
+    "Height and width of the pictures, given or fixed in the file"
+    fixed = port.shape[2:] if layout=='nchw' else port.shape[1:3]
+    channels = port.shape[1] if layout=='nchw' else port.shape[3]
+    if isinstance(channels, int) and channels!=3:
+        raise ValueError(f"{file} has an input of {port.shape}, which with layout={layout!r} is {channels} channels: "
+                         "try the other layout")
+    known = all(isinstance(o, int) for o in fixed)
+    if size is None and not known: raise ValueError(f"{file} takes pictures of any size: pass size=(height, width)")
+    if known and size is not None and tuple(size)!=tuple(fixed):
+        raise ValueError(f"size={tuple(size)}: {file} takes pictures of {tuple(fixed)} (height, width) only")
+    size = list(fixed if size is None else size)
+    if not _valid_size(size): raise ValueError(f"size={tuple(size)}: give height and width, in pixels")
+    return size
+
+# %% ../../nbs/export/01_onnx_runtime.ipynb #50cff5c7
+def _three(values, name):
+    "Three numbers as floats. Raises `ValueError` for anything else"
+    found = [float(o) for o in values] if np.shape(values)==(3,) else values
+    if _numbers(found, 3, float, -1e6, 1e6): return found
+    raise ValueError(f"{name}={values!r}: give three numbers, for red, green and blue from 0 to 1")
+
+def _describe_foreign(session, file, told):
+    "The description of another project's model, told how to prepare pictures"
+    if told['layout'] not in ('nchw','nhwc'): raise ValueError(f"layout={told['layout']!r}: choose 'nchw' or 'nhwc'")
+    if told['color'] not in ('rgb','bgr'): raise ValueError(f"color={told['color']!r}: choose 'rgb' or 'bgr'")
+    port,_ = _foreign_ports(session, file)
+    size = _foreign_size(port, told['size'], told['layout'], file)
+    mean,std = (_three(told[name], name) for name in ('mean','std'))
+    if not _valid_stats(mean, std): raise ValueError(f"std={told['std']!r}: give three numbers above 0")
+    told = {**told, 'size': size, 'mean': mean, 'std': std}
+    digest = hashlib.sha256(f'foreign ONNX: {json.dumps(told, sort_keys=True)}'.encode() + file.read_bytes())
+    return dict(arch=file.stem, n_parts=1, levels=[1], norm='whole', size=size, mean=mean, std=std,
+                history=unrecorded_history('another project'), fingerprint=digest.hexdigest(), foreign=told)
+
+# %% ../../nbs/export/01_onnx_runtime.ipynb #a904d256
+class _ForeignModel:
+    "How a `Runtime` feeds another project's model"
+    def _try_foreign(self, file):
+        "Embed a black picture, to see that it works, and how long an embedding is"
+        try: row = self._run_foreign(np.zeros((1, *self.size, 3), np.uint8))
+        except Exception as e:
+            raise ValueError(f"{file} cannot embed a picture of {self.size} ({str(e)[:200]})") from e
+        self.about['emb_sz'] = row.shape[1]
+
+    def _feed_foreign(self, x):
+        told,port = self.about['foreign'],self.session.get_inputs()[0]
+        x = (x.astype(np.float32)/255-np.float32(told['mean']))/np.float32(told['std'])
+        if told['color']=='bgr': x = x[..., ::-1]
+        if told['layout']=='nchw': x = x.transpose(0,3,1,2)
+        return {port.name: np.ascontiguousarray(x, _FLOATS[port.type])}
+
+    def _run_foreign(self, x):
+        "Embeddings of length 1; a file for batches of a fixed size gets them filled up with black pictures"
+        fixed = self.session.get_inputs()[0].shape[0]
+        step = fixed if isinstance(fixed, int) and fixed>0 else len(x)
+        rows = []
+        for first in range(0, len(x), step):
+            part = x[first:first+step]
+            full = np.concatenate([part, np.zeros((step-len(part), *x.shape[1:]), x.dtype)])
+            rows.append(self.session.run(None, self._feed_foreign(full))[0][:len(part)])
+        rows = np.concatenate(rows).astype(np.float32)
+        return rows/np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+# %% ../../nbs/export/01_onnx_runtime.ipynb #ef00d411
+class _OwnModel:
+    "How a `Runtime` feeds a model of this library"
+    @property
+    def layout(self): return self.about.get('layout', 'nhwc')
+
+    def feed(self,
+        x # Pixels, uint8, (N, H, W, 3)
+    ):
+        "Return the pixels by the name and in the layout of the file's input"
+        return dict(images=x.transpose(0,3,1,2).astype(np.float32)/255 if self.layout=='nchw' else x)
+
+    def _check_interface(self, file):
+        expected_input = {'nhwc': ('images', 'tensor(uint8)', [*self.size, 3]),
+                          'nchw': ('images', 'tensor(float)', [3, *self.size])}[self.layout]
+        expected = [expected_input, ('embeddings', 'tensor(float)', [self.emb_sz])]
+        found = _interface(self.session)
+        if found!=expected:
+            raise ValueError(f"{file} is not the network that it describes: it has {found}. Export it again")
+
 # %% ../../nbs/export/01_onnx_runtime.ipynb #1a6e000e
-class Runtime(BaseEmbedder):
-    "Embeds images with onnxruntime, from a file that `learn.to_onnx` wrote"
+class Runtime(_ForeignModel, _OwnModel, BaseEmbedder):
+    "Embeds images with onnxruntime, from a file that `learn.to_onnx` wrote, or one of another project"
     @clean_errors()
     def __init__(self,
         file,         # ONNX file
         threads=None, # Processor threads for a batch; None: onnxruntime's choice
-        providers=('CPUExecutionProvider',) # onnxruntime's providers, preferred first, e.g. 'CUDAExecutionProvider'
+        providers=('CPUExecutionProvider',), # onnxruntime's providers, preferred first, e.g. 'CUDAExecutionProvider'
+        size=None,   # Of a file of another project: height and width; None: as fixed in the file
+        mean=None, std=None, # Likewise: of red, green and blue from 0 to 1, three numbers each
+        color=None,  # Likewise: 'rgb' or 'bgr'
+        layout=None  # Likewise: 'nchw' or 'nhwc'
     ):
         file = Path(file)
         if not file.is_file(): raise FileNotFoundError(f"There is no model {file}")
-        self.session = _open_session(file, threads, [providers] if isinstance(providers, str) else list(providers))
-        metadata = self.session.get_modelmeta().custom_metadata_map
-        super().__init__(parse_description(metadata.get('pyramidreid', '{}'), file))
-        self._check_interface(file)
-
-    def _check_interface(self, file):
-        expected = [('images', 'tensor(uint8)', [*self.size, 3]), ('embeddings', 'tensor(float)', [self.emb_sz])]
-        found = _interface(self.session)
-        if found!=expected:
-            raise ValueError(f"{file} is not the network that it describes: it has {found}. Export it again")
+        told = dict(size=size, mean=mean, std=std, color=color, layout=layout)
+        foreign = any(value is not None for value in told.values())
+        providers = [providers] if isinstance(providers, str) else list(providers)
+        self.session = _open_session(file, threads, providers, foreign)
+        metadata = self.session.get_modelmeta().custom_metadata_map.get('pyramidreid', '{}')
+        super().__init__(_describe_foreign(self.session, file, told) if foreign else parse_description(metadata, file))
+        (self._try_foreign if foreign else self._check_interface)(file)
 
     def run(self,
         x # Pixels, uint8, (N, H, W, 3), of the model's `size`
     ):
         "Return the embeddings of a batch, (N, D), float32"
         if not len(x): return np.empty((0, self.emb_sz), np.float32) # Which onnxruntime 1.23 cannot compute
-        return self.session.run(None, {'images': x})[0]
+        if 'foreign' in self.about: return self._run_foreign(x)
+        return self.session.run(None, self.feed(x))[0]

@@ -86,11 +86,9 @@ def _write_converted(proto, about, out, file, original, pixels):
 # %% ../../nbs/export/06_small_onnx.ipynb #432fa66f
 class _PixelReader:
     "Hands the calibration images to onnxruntime in batches"
-    def __init__(self, pixels, bs=16):
-        self.batches = iter([pixels[i:i+bs] for i in range(0, len(pixels), bs)])
-    def get_next(self):
-        batch = next(self.batches, None)
-        return None if batch is None else dict(images=batch)
+    def __init__(self, runtime, pixels, bs=16):
+        self.batches = (runtime.feed(pixels[i:i+bs]) for i in range(0, len(pixels), bs))
+    def get_next(self): return next(self.batches, None)
 
 @contextmanager
 def _without_advice():
@@ -109,7 +107,7 @@ def _left_as_they_are(graph):
     return first + [node.name for node in graph.node if node.op_type in ('Clip', 'Relu') and not follows(node)]
 
 # %% ../../nbs/export/06_small_onnx.ipynb #bf62a3c4
-def _quantized(file, pixels):
+def _quantized(file, runtime, pixels):
     "The ONNX model of `file` with its convolutions in int8"
     import onnx
     from onnxruntime import quantization
@@ -118,7 +116,8 @@ def _quantized(file, pixels):
         plain,made = Path(folder)/'plain.onnx',Path(folder)/'int8.onnx'
         quant_pre_process(str(file), str(plain), skip_symbolic_shape=True) # also turns weights in half into floats
         quantization.quantize_static(
-            str(plain), str(made), _PixelReader(pixels), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+            str(plain), str(made), _PixelReader(runtime, pixels),
+            quant_format=quantization.QuantFormat.QDQ, per_channel=True,
             op_types_to_quantize=['Conv', 'Clip', 'Relu'],
             nodes_to_exclude=_left_as_they_are(onnx.load(plain).graph),
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
@@ -160,7 +159,7 @@ def quantize_onnx(
     if 'made_from' in source.about:
         raise ValueError(f"{file} was converted already ({source.about['made_from']['how']}): give the file of to_onnx")
     pixels = _calibration_pixels(images, source)
-    proto = _quantized(file, pixels)
+    proto = _quantized(file, source, pixels)
     _halve_rest(proto.graph)
     proto.producer_name = 'pyramidreid'
     how = f'int8 calibrated with {len(pixels):,} images'

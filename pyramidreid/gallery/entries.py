@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..boxes import BoxEmbedder
 from ..evaluation.openset import Calibration
 from .filters import table_filter
 from ..images import read_rgb
@@ -31,7 +32,7 @@ def _weight_state(model):
     return [(t.data_ptr(), version(t), s) for t,s in zip(tensors, sums)]
 
 # %% ../../nbs/gallery/01_entries.ipynb #59ea58dc
-class LearnerEmbedder:
+class LearnerEmbedder(BoxEmbedder):
     "A `ReIDLearner` with the two things a gallery needs, `embed` and `fingerprint`"
     def __init__(self,
         learn # A `ReIDLearner`

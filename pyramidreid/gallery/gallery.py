@@ -191,18 +191,23 @@ def from_learner(cls:Gallery,
     if items is not None: res.add(items, **kwargs)
     return res
 
+# %% ../../nbs/gallery/05_gallery.ipynb #10701935
+@patch
+def _known_keys(self:Gallery, keys):
+    "Keys as a list, each once. Raises `ValueError` if one does not exist"
+    keys = list(dict.fromkeys(map(str, keys if pd.api.types.is_list_like(keys) else [keys])))
+    existing = set(self._existing(keys))
+    missing = [k for k in keys if k not in existing]
+    if not missing: return keys
+    raise ValueError(f"{len(missing)} of {len(keys)} keys are not in the gallery, the first is {missing[0]!r}")
+
 # %% ../../nbs/gallery/05_gallery.ipynb #bd17efc4
 @patch
 def remove(self:Gallery,
     keys # A key or several
 ):
     "Remove entries, all or none; return the gallery. Raises `ValueError` if a key does not exist"
-    keys = list(dict.fromkeys(map(str, keys if pd.api.types.is_list_like(keys) else [keys])))
-    existing = set(self._existing(keys))
-    missing = [k for k in keys if k not in existing]
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(keys)} keys are not in the gallery, the first is {missing[0]!r}")
-    self._delete(keys)
+    self._delete(self._known_keys(keys))
     return self
 
 @patch
@@ -229,7 +234,9 @@ def search(self:Gallery,
     since=None,       # Leave out entries before this date and time
     where=None,       # Only entries for which it holds: an expression over the columns, or a function of the table
     threshold=None,   # Only entries at least this similar
-    far=None          # Rate of false accepts that sets the threshold, by the gallery's `calibration`
+    far=None,         # Rate of false accepts that sets the threshold, by the gallery's `calibration`
+    per='image',      # Or a column such as 'track' or 'pid': `k` of them, each by its most similar entry
+    as_one=False      # Are several queries pictures of one person, to be searched by their mean embedding?
 )->pd.DataFrame:
     "Return the most similar entries: `key`, `similarity` and all columns; for several queries also `query`, a number"
     several = _is_several(query)
@@ -238,7 +245,9 @@ def search(self:Gallery,
     if isinstance(query, Embeddings): self._check_model(query)
     else: query = self.embed(list(query) if several else [query])
     if not len(query): raise ValueError("There is no query")
-    found = self._search(self._normalized(query), int(k), exclude_cam, since, where)
+    q,several = self._normalized(query),several and not as_one
+    if as_one: q = normalize_rows(q.mean(0, keepdims=True))
+    found = self._search_groups(q, int(k), per, exclude_cam, since, where)
     if threshold is not None: found = found[found.similarity>=threshold].reset_index(drop=True)
     first = ['query','key','similarity']
     others = [c for c in found if c not in first]
@@ -287,6 +296,49 @@ def _search(self:Gallery, q, k, exclude_cam, since, where):
     exists = found>=0
     res = table.iloc[table.index.get_indexer(rows.ids[found[exists]])]
     return res.assign(similarity=sims[exists], query=np.nonzero(exists)[0]).reset_index(drop=True)
+
+# %% ../../nbs/gallery/05_gallery.ipynb #1f98307d
+def _first_of_groups(found, per):
+    "The first row of each value of the column `per` for each query; rows without a value are kept"
+    repeated = found.duplicated(['query', per]) & found[per].notna()
+    return found[~repeated]
+
+@patch
+def _search_groups(self:Gallery, q, k, per, *filters):
+    "As `_search`, for the `k` best values of the column `per`"
+    if per=='image': return self._search(q, k, *filters)
+    if per not in self.table: raise ValueError(
+        f"per={per!r}: the gallery has no such column; give 'image', or one of {', '.join(map(repr, self.table))}")
+    n_images = min(8*k, len(self))
+    while True:
+        found = _first_of_groups(self._search(q, n_images, *filters), per)
+        n_found = np.bincount(found['query'], minlength=len(q))
+        if n_found.min()>=k or n_images==len(self): break
+        n_images = min(4*n_images, len(self))
+    return found.groupby('query').head(k).reset_index(drop=True)
+
+# %% ../../nbs/gallery/05_gallery.ipynb #28bf664a
+@patch
+def _stored(self:Gallery, keys):
+    "The table and the embeddings of entries that exist"
+    ids = np.array([self.keys[key] for key in keys])
+    return self.store.table.loc[ids].reset_index(drop=True),self.rows.gather(self.rows.find(ids))
+
+@patch
+def update(self:Gallery,
+    keys,     # A key or several
+    **columns # Columns and their new values, such as `pid='anna'`: a value for all, or one for each
+):
+    """Give entries other values in some columns, all or none; return the gallery. They become its last entries. Raises
+    `ValueError` if a key does not exist, or a value does not fit its column"""
+    if 'key' in columns: raise ValueError("A key cannot be changed: remove the entry, and add it under another one")
+    keys = self._known_keys(keys)
+    if not keys: return self
+    table,embs = self._stored(keys)
+    typed = self.check_columns(entry_table(table, None, columns)[0])
+    self._delete(keys)
+    self._append(embs, *typed)
+    return self
 
 # %% ../../nbs/gallery/05_gallery.ipynb #7c13dd9e
 @patch

@@ -204,6 +204,16 @@ def _delete(self:MilvusGallery, keys, size=1000): # Keys sent at a time
     # Not by `ids`: Milvus would take a quoted part of a key for another key
     for i in range(0, len(keys), size): self.client.delete(self.name, filter=_key_filter(keys[i:i+size]))
 
+# %% ../../nbs/gallery/06_milvus.ipynb #65f5d0df
+@patch
+def update(self:MilvusGallery, # noqa: F811
+    keys,     # A key or several
+    **columns # Columns and their new values
+):
+    "Raises `NotImplementedError`: Milvus cannot do this at once"
+    raise NotImplementedError("A Milvus collection cannot change entries so that all or none of them change: remove "
+                              "these entries, and add them again with their new values")
+
 # %% ../../nbs/gallery/06_milvus.ipynb #4ddecc74
 def _time_number(text, kind, source):
     "A time as Milvus stores it; `source` is what an error quotes"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from fastai.vision.all import *
 
+from ..boxes import embed_boxes as boxes_of_frame
 from ..core import Role, with_progress
 from ..data.datasets import dataset_table, seems_published
 from ..data.folders import folder_table
@@ -22,6 +23,7 @@ from ..evaluation.protocol_card import compare_cards
 from ..evaluation.ranking import ranking_device
 from ..evaluation.reranking import rerank as k_reciprocal
 from ..evaluation.retrieval import evaluate_distances, known_cams, shared_images
+from ..evaluation.tracklets import pool_embeddings, pool_table
 from ..models.fingerprints import inner_model
 from ..models.history import history_entries, warn_if_untrained
 from ..models.pyramid import join_branches, pyramid_words
@@ -144,6 +146,29 @@ def _trained_people(self:ReIDLearner, queries, about):
     n = len(asked & trained) if _same_dataset(name, trained_on) else len({f'{name}/{pid}' for pid in asked} & trained)
     return {'query identities trained on':f'{n:,} of {len(asked):,}'} if n else {}
 
+# %% ../../nbs/training/06_learner_evaluation.ipynb #35e3ccbf
+def _pooled_sides(emb, items, query, gallery, by, how):
+    "Embeddings, table, and masks of queries and gallery, with one row for each group on the sides that `by` groups"
+    by = by if isinstance(by, dict) else dict(query=by, gallery=by)
+    unknown = by.keys()-{'query','gallery'}
+    if unknown or not by: raise ValueError(f"by={by!r}: give a column, or a dict with 'query' or 'gallery' or both")
+    embs,tables = [],[]
+    for side,rows in (('query',query), ('gallery',gallery)):
+        codes,table = pool_table(items[rows], by[side]) if side in by else (np.arange(rows.sum()),items[rows])
+        embs.append(pool_embeddings(emb[rows], codes, how) if side in by else emb[rows])
+        tables.append(table)
+    is_query = np.arange(len(tables[0])+len(tables[1]))<len(tables[0])
+    return torch.cat(embs),pd.concat(tables),is_query,~is_query
+
+def _pooling_words(by, how, n_images, n_groups):
+    "What was pooled, for a card"
+    columns,words = by if isinstance(by, dict) else dict(query=by, gallery=by),[]
+    for side,what,before,after in zip(('query','gallery'), ('queries','gallery images'), n_images, n_groups):
+        if side not in columns: continue
+        names = [columns[side]] if isinstance(columns[side], str) else columns[side]
+        words.append(f"{before:,} {what} as {after:,} by {', '.join(names)}")
+    return f"{how}: {'; '.join(words)}"
+
 # %% ../../nbs/training/06_learner_evaluation.ipynb #3b4379b1
 @patch
 def to_rank(self:ReIDLearner,
@@ -152,7 +177,10 @@ def to_rank(self:ReIDLearner,
     distance='cosine', # Or 'euclidean'
     rerank=False,      # k-reciprocal re-ranking, without junk images: True, or a dict of arguments for `rerank`
     device=None,       # Device for the distances; None: the CPU
-    key=None           # Column such as 'clothes': images of the query's person with the query's own value are left out
+    key=None,          # Column such as 'clothes': images of the query's person with the query's own value are left out
+    by=None,           # Column such as 'track', or several: one embedding for all rows with its value; or a dict of
+                       # such, `{'query':['pid','cam']}` for multi-query
+    how='mean'         # How those become one: 'mean' or 'max'
 )->dict:
     """Return distances, and person ids, camera ids and whatever else decides who is ranked, of queries and gallery,
     as arguments for `evaluate_distances`"""
@@ -160,13 +188,15 @@ def to_rank(self:ReIDLearner,
     items,query,gallery = _queries_and_gallery(dl)
     keys = {} if key is None else {'keys':_second_keys(items, key)}
     warn_if_untrained(inner_model(self.model).full_history())
-    emb = self.embed(dl, flip)
+    emb,n_images = self.embed(dl, flip),(query.sum(),gallery.sum())
+    if by is not None: emb,items,query,gallery = _pooled_sides(emb, items, query, gallery, by, how)
     cams,pids = camera_ids(items),items.label.to_numpy(copy=True)
     if rerank is not False: query,gallery = query & (pids>=0),gallery & (pids>=0)
     dist = _distances(emb[query], emb[gallery], distance, rerank, device)
     about = self.about(dl)
     about |= self._trained_people(items[query], about) | ({} if key is None else {'key':key})
     about |= {'flip':'mean of both' if flip else 'none', 're-ranking':'none'}
+    if by is not None: about['pooling'] = _pooling_words(by, how, n_images, (query.sum(),gallery.sum()))
     dist.about = about | getattr(dist, 'about', {})
     ids = dict(pids=pids, cams=cams) | keys
     sides = dict(query=query, gallery=gallery)
@@ -182,11 +212,14 @@ def evaluate(self:ReIDLearner,
     rerank=False,      # k-reciprocal re-ranking: True, or a dict of arguments for `rerank`; the card says so
     device=None,       # Device for the distances; None: that of the loaders, or the CPU in place of MPS
     key=None,          # Column such as 'clothes': images of the query's person with the query's own value are left out
+    by=None,           # Column such as 'track', or several: one embedding for all rows with its value, see `to_rank`
+    how='mean',        # How those become one: 'mean' or 'max'
     **kwargs           # Passed to `evaluate_distances`
 ):
     "Rank the gallery for each query and return the protocol card, a `ReIDResult`"
     if device is None: device = ranking_device(self._move_model())
-    ranking = self.to_rank(dl, flip=flip, distance=distance, rerank=rerank, device=device, key=key)
+    ranking = self.to_rank(dl, flip=flip, distance=distance, rerank=rerank, device=device, key=key, by=by,
+                           how=how)
     return evaluate_distances(**(ranking | kwargs))
 
 # %% ../../nbs/training/06_learner_evaluation.ipynb #42ab598b
@@ -274,6 +307,19 @@ def predict(self:ReIDLearner,
     gallery_emb = F.normalize(self.embed(dl).float(), dim=-1)
     matches = [_best_matches(emb, gallery_emb, dl.dataset.items, k) for emb in embs]
     return matches[0] if one else matches
+
+# %% ../../nbs/training/06_learner_evaluation.ipynb #aacac872
+@patch
+def embed_boxes(self:ReIDLearner,
+    frame,         # uint8, (H, W, 3); or the path of a picture, or a PIL image, which are RGB
+    boxes,         # (N, 4) numbers, in pixels; or anything with an attribute `xyxy`
+    format='xyxy', # 'xyxy', 'xywh' (left, top, width, height) or 'cxcywh' (centre, width, height)
+    color='bgr'    # Order of an array's channels: 'bgr', as OpenCV reads it, or 'rgb'
+)->np.ndarray:     # (N, D), float32
+    """Return the embeddings of the boxes in a frame, a row for each; zeros for a box without pixels. Raises
+    `ValueError` for a frame or boxes of another shape or type"""
+    def embed(crops): return self.embed(self.dls.test_dl(crops, bs=max(1, len(crops)), num_workers=0))
+    return boxes_of_frame(self, embed, frame, boxes, format, color, getattr(self.dls, 'pixel_range', None))
 
 # %% ../../nbs/training/06_learner_evaluation.ipynb #0c84f963
 @patch

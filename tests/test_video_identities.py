@@ -1,0 +1,176 @@
+"Identities against a plain loop, what is impossible, corrections, and a crash at any time"
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+pytest.importorskip('pyarrow', reason='needs the extra gallery')
+
+from pyramidreid.gallery.entries import Embeddings
+from pyramidreid.gallery.gallery import Gallery
+from pyramidreid.video.identities import Identities, cluster_tracklets, conflicts
+
+FINGERPRINT = 'directions'
+
+class Model:
+    fingerprint = FINGERPRINT
+    def embed(self, items): raise NotImplementedError
+
+def seen(rows): return Embeddings(np.atleast_2d(rows), FINGERPRINT)
+def make(**kwargs): return Identities(Model(), **{'threshold': .6, **kwargs})
+
+def walks(n, seed=0, people=8, noise=.5):
+    "Embeddings, cameras and times of random tracklets"
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(people,16))
+    return [dict(person=person, pictures=directions[person]+noise*rng.normal(size=(int(rng.integers(1, 6)),16)),
+                 cam=int(rng.integers(1, 4)), start=float(start), end=float(start+rng.uniform(0, 30)))
+            for person,start in zip(rng.integers(0, people, n), rng.uniform(0, 400, n))]
+
+class PlainIdentities:
+    "A list of tracklets, and every comparison on its own"
+    def __init__(self, threshold, travel): self.threshold,self.travel,self.known,self.n = threshold,travel,[],0
+
+    def is_impossible(self, a, b):
+        between = max(a['start']-b['end'], b['start']-a['end'])
+        if a['cam']==b['cam']: return between<0
+        seconds = self.travel.get(frozenset((str(a['cam']),str(b['cam']))), self.travel.get(None))
+        return seconds is not None and between<seconds
+
+    def identify(self, walk):
+        unit = [row/np.linalg.norm(row) for row in walk['pictures'].astype(np.float32)]
+        emb = sum(unit)/np.linalg.norm(sum(unit))
+        excluded = {other['pid'] for other in self.known if self.is_impossible(walk, other)}
+        best,pid = -math.inf,None
+        for other in self.known:
+            similarity = float(other['emb']@emb)
+            if other['pid'] not in excluded and similarity>best: best,pid = similarity,other['pid']
+        if best<self.threshold:
+            self.n += 1
+            pid = f'person {self.n}'
+        self.known.append(dict(walk, emb=emb, pid=pid))
+        return pid
+
+@pytest.mark.parametrize('seed', range(6))
+@pytest.mark.parametrize('travel', [None, 0., 5., {(1,2):20., (2,3):0.}])
+def test_answers_equal_a_plain_loop(seed, travel):
+    ids,plain = make(travel=travel),PlainIdentities(.6, {})
+    if isinstance(travel, dict): plain.travel = {frozenset(map(str, pair)): o for pair,o in travel.items()}
+    elif travel is not None: plain.travel = {None: travel}
+    for walk in walks(60, seed):
+        answer = ids.identify(seen(walk['pictures']), walk['cam'], walk['start'], walk['end'])
+        assert answer.pid==plain.identify(walk)
+    assert len(ids)==len({other['pid'] for other in plain.known}) and len(ids.gallery)==60
+
+def test_what_is_unknown_is_possible():
+    table = pd.DataFrame(dict(cam=['a','a','','b'], start=[0.,math.nan,0,0], end=[9.,math.nan,9,9]))
+    assert conflicts(table, 'a', 5., 6., {}).tolist()==[True,False,False,False]
+    assert conflicts(table, '', 5., 6., {None: 0.}).tolist()==[False]*4
+    assert conflicts(table, 'a', math.nan, math.nan, {None: 0.}).tolist()==[False]*4
+
+def test_times_of_any_kind():
+    ids,east = make(),np.eye(4)[0]
+    first = ids.identify(seen(east), 1, '2026-11-29 08:00', '2026-11-29 08:01')
+    same = ids.identify(seen(east), 1, pd.Timestamp('2026-11-29 08:05'))
+    other = ids.identify(seen(east), 1, pd.Timestamp('2026-11-29 08:00:30').timestamp())
+    assert first.is_new and same.pid==first.pid and other.is_new
+
+@pytest.mark.parametrize('kwargs,said', [
+    (dict(start=5, end=4), 'before it begins'), (dict(start='noon-ish'), 'seconds, or a date'),
+    (dict(track='t'), 'exist already'), (dict(items=Embeddings(np.eye(4)[:1], 'another')), "Another model's"),
+    (dict(items=seen(np.empty((0,4)))), 'at least one picture'), (dict(items=seen(np.zeros(4))), 'zero or not finite'),
+    (dict(items=seen(np.eye(5)[0])), '5 dimensions')])
+def test_wrong_tracklets_change_nothing(kwargs, said):
+    ids = make()
+    ids.identify(seen(np.eye(4)[0]), track='t')
+    before = ids.table
+    with pytest.raises(ValueError, match=said): ids.identify(**{'items': seen(np.eye(4)[0]), **kwargs})
+    assert ids.table.equals(before)
+
+@pytest.mark.parametrize('kwargs,said', [
+    (dict(threshold=None), 'How similar'), (dict(travel=-1.), 'travel=-1'), (dict(travel={(1,): 3.}), 'camera, camera'),
+    (dict(travel={(1,2): 'far'}), 'give seconds')])
+def test_wrong_settings(kwargs, said):
+    with pytest.raises(ValueError, match=said): make(**kwargs)
+
+def test_people_are_enrolled_and_never_forgotten():
+    ids,north,east = make(),np.eye(4)[0],np.eye(4)[1]
+    ids.enroll('Ann', seen(np.stack([north,north+.1])))
+    assert ids.identify(seen(north), 1, 0, 5).pid=='Ann' and ids.identify(seen(east), 1, 10, 15).is_new
+    assert ids.forget(before=7)==1 and ids.forget(before=1e12)==1
+    assert set(ids.table.pid)=={'Ann'} and len(ids.gallery)==2
+    assert ids.identify(seen(east)).pid=='person 2' # the name of somebody forgotten is not given again
+
+def test_corrections():
+    ids,directions = make(),np.eye(4)
+    a,b,c = (ids.identify(seen(directions[i])) for i in range(3))
+    ids.merge(a.pid, b.pid)
+    assert ids.identify(seen(directions[1])).pid==a.pid and len(ids)==2
+    assert ids.split([b.track])=='person 4' and ids.split(c.track, 'Cem')=='Cem'
+    assert set(ids.table.pid)=={a.pid,'person 4','Cem'}
+    with pytest.raises(ValueError, match='no identity'): ids.merge(a.pid, 'nobody')
+    with pytest.raises(ValueError, match='not in the gallery'): ids.split('nothing')
+
+def test_all_goes_on_after_a_restart(tmp_path):
+    ids,all_walks = make(travel={(1,2): 9., (3,1): 0.}, far=.02),walks(50, 3)
+    whole = make(travel={(1,2): 9., (3,1): 0.}, far=.02)
+    def feed(ids, walk): return ids.identify(seen(walk['pictures']), walk['cam'], walk['start'], walk['end']).pid
+    for walk in all_walks[:25]: assert feed(ids, walk)==feed(whole, walk)
+    ids.save(tmp_path/'ids')
+    again = Identities.load(tmp_path/'ids', Model())
+    assert (again.far,again.fixed_threshold,again.travel)==(.02,.6,ids.travel)
+    for walk in all_walks[25:]: assert feed(again, walk)==feed(whole, walk)
+
+def test_a_plain_gallery_is_refused(tmp_path):
+    Gallery(Model()).add(pd.DataFrame(dict(key=['a'])), embs=seen(np.eye(4)[0])).save(tmp_path/'g')
+    with pytest.raises(ValueError, match='without identities'): Identities.load(tmp_path/'g', Model())
+
+CHILD = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_video_identities import Identities, Model, make, seen, walks
+ids = make()
+for i,walk in enumerate(walks(10_000, 5)):
+    ids.identify(seen(walk['pictures']), walk['cam'], walk['start'], walk['end'], track=i)
+    if i%3==2:
+        ids.save(sys.argv[2])
+        print(i+1, flush=True)
+'''
+
+@pytest.mark.slow
+def test_nothing_saved_is_lost_by_kill_9(tmp_path):
+    from pathlib import Path
+    rng = np.random.default_rng(0)
+    for n in range(50):
+        folder = tmp_path/f'{n}'
+        child = subprocess.Popen([sys.executable,'-c',CHILD,str(Path(__file__).parent),str(folder)],
+                                 stdout=subprocess.PIPE, text=True)
+        for _ in range(int(rng.integers(1, 12))): saved = int(child.stdout.readline())
+        if rng.random()<.5: child.stdout.readline() # and now in the middle of what follows
+        child.kill()
+        saved = max([saved, *map(int, child.communicate()[0].split())])
+        again = Identities.load(folder, Model())
+        assert len(again.gallery)>=saved and again.table.key.tolist()==[str(i) for i in range(len(again.gallery))]
+
+# all at once
+
+def test_clusters_keep_apart_what_is_impossible():
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(5,16))
+    persons = rng.integers(0, 5, 40)
+    embs = directions[persons]+.2*rng.normal(size=(40,16))
+    codes = cluster_tracklets(embs, .6)
+    assert codes.tolist()==pd.factorize(persons)[0].tolist()
+    impossible = rng.random((40,40))<.05
+    impossible |= impossible.T
+    apart = cluster_tracklets(embs, .6, impossible)
+    assert not (impossible & (apart[:,None]==apart[None,:]) & ~np.eye(40, dtype=bool)).any()
+
+@pytest.mark.parametrize('n', [0,1])
+def test_clusters_of_few(n): assert cluster_tracklets(np.eye(4)[:n], .5).tolist()==[0]*n
+
+def test_a_wrong_mask():
+    with pytest.raises(ValueError, match='for 3 tracklets'): cluster_tracklets(np.eye(3), .5, np.zeros((2,2), bool))
