@@ -949,6 +949,12 @@ def test_small_exports(desk, cli, tmp_path, option):
     assert (tmp_path/'small.onnx').stat().st_size<.6*desk.onnx.stat().st_size
     assert (small.embed(desk.queries)*whole.embed(desk.queries)).sum(1).mean()>.95
 
+def test_export_for_trackers(desk, cli, tmp_path):
+    done = cli('export', desk.model, '--to', 'onnx', '--out', tmp_path/'tracker.onnx', '--layout', 'nchw')
+    made,whole = Runtime(tmp_path/'tracker.onnx'),Runtime(desk.onnx)
+    assert done.code==0 and made.layout=='nchw' and made.fingerprint==whole.fingerprint
+    assert abs(made.embed(desk.queries)-whole.embed(desk.queries)).max()<1e-4
+
 def test_int8_takes_crops_from_all_of_a_large_folder(monkeypatch):
     from pyramidreid.cli import inputs, models
     from pyramidreid.export import model_files, small_onnx
@@ -985,6 +991,7 @@ WRONG = [
     ('export {onnx} --to onnx --out {new}/m.onnx', 'already exported'),
     ('export {model} --to pt2 --out {new}/m.pt2 --half', 'for --to onnx'),
     ('export {model} --to onnx --out {new}/m.onnx --half --int8 {people}', 'use only one'),
+    ('export {model} --to pt2 --out {new}/m.pt2 --layout nchw', 'are for --to onnx'),
     ('export {model} --to onnx --out {new}/m.onnx --int8 {damaged}/empty', 'no images'),
     ('gallery info {damaged}', 'no gallery'),
     ('gallery search {new} {damaged}/cut.jpg --model {model}', 'no gallery'),

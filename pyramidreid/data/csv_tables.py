@@ -229,18 +229,18 @@ def read_csv(
 
 # %% ../../nbs/data/03_csv_tables.ipynb #692c1d3b
 _TABLE_COLUMNS = ('fn','pid','cam','split')
-_LOADER_COLUMNS = ('label','camera','role') # Which loaders add
+_FURTHER_COLUMNS = ('track','clothes') # What `evaluate(by=…)` and `evaluate(key=…)` go by
 
 def csv_table(
     file # CSV file with the columns `fn` and `pid`, and `cam` and `split` where known
-)->pd.DataFrame: # Columns `fn`, `pid`, `cam` and `split`, ids as text; then the file's other ones, such as `track`
+)->pd.DataFrame: # Columns `fn`, `pid`, `cam` and `split`, ids as text; `track` and `clothes` if the file has them
     """Read a table of labelled people from a CSV file.
     Raises `ValueError` with the cause if the file is not such a table."""
     df = read_csv(file, needs=('fn','pid'))
     if df.pid.isna().all(): raise ValueError(
         f"{shown_text(file)}: no row has a value in the column 'pid'. The first row is {list(map(str, df.iloc[0]))}")
-    others = [name for name in df if name and name not in (*_TABLE_COLUMNS, *_LOADER_COLUMNS)]
-    df = df.reindex(columns=[*_TABLE_COLUMNS, *others]).astype(object)
+    further = [name for name in _FURTHER_COLUMNS if name in df]
+    df = df.reindex(columns=[*_TABLE_COLUMNS, *further]).astype(object)
     df = df.where(df.notna(), None)
     df.attrs['name'] = Path(file).stem
     return df
