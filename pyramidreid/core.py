@@ -156,8 +156,8 @@ def atomic_write(
     with partial_folder(dest.parent) as folder:
         tmp = folder/dest.name
         yield tmp
-        if not _WINDOWS: os.chmod(tmp, _usual_mode(dest, folder))
         flush_to_disk(tmp)
+        with suppress(OSError): os.chmod(tmp, _usual_mode(dest, folder)) # Some disks have no permissions
         _replace(tmp, dest)
         flush_to_disk(dest.parent)
 
