@@ -104,6 +104,23 @@ def test_pictures_one_by_one_are_as_without_tracks(trained, tracked):
     dl = trained.dls.test_dl(tracked, with_labels=True)
     assert trained.evaluate(dl, by='fn').mAP==pytest.approx(trained.evaluate(dl).mAP, abs=1e-6)
 
+def test_a_calibration_of_tracklets(trained, tracked):
+    "As of a matrix of the distances between their mean embeddings"
+    dl = trained.dls.test_dl(tracked, with_labels=True)
+    found = trained.calibrate(dl, by='track', far=.1)
+    sides = []
+    for role in (Role.QUERY, Role.GALLERY):
+        rows = tracked[tracked.role==role]
+        embs = pool_embeddings(trained.embed(list(rows.fn)), rows.track)
+        firsts = rows.drop_duplicates('track')
+        sides.append((embs, firsts.label.to_numpy(), firsts.camera.to_numpy()))
+    (q,q_pids,q_cams),(g,g_pids,g_cams) = sides
+    best = []
+    for i in range(len(q)):
+        others = (g_pids!=q_pids[i]) & (g_pids>=0)
+        best.append(float((g[torch.from_numpy(others)]@q[i]).max()))
+    assert np.allclose(sorted(found.impostor), sorted(best), atol=1e-5)
+
 @pytest.mark.parametrize('by,said', [
     ('nope', 'no such column'), ({}, "'query' or 'gallery'"), (dict(queries='track'), "'query' or 'gallery'")])
 def test_a_wrong_by(trained, tracked, by, said):

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from gallery_toys import calibration_of
 
 pytest.importorskip('pyarrow', reason='needs the extra gallery')
 
@@ -95,6 +96,21 @@ def test_wrong_tracklets_change_nothing(kwargs, said):
     (dict(travel={(1,2): 'far'}), 'give seconds')])
 def test_wrong_settings(kwargs, said):
     with pytest.raises(ValueError, match=said): make(**kwargs)
+
+def test_a_calibration_sets_the_threshold(tmp_path):
+    "One of ten strangers may be taken for somebody: those above .8 are"
+    calibration = calibration_of(np.linspace(-.1, .8, 10), 100, about={})
+    ids = Identities(Model(), far=.1, calibration=calibration)
+    assert ids.threshold==pytest.approx(.8)
+    ids.save(tmp_path/'ids')
+    assert Identities.load(tmp_path/'ids', Model()).threshold==ids.threshold
+    with pytest.raises(ValueError, match='out of reach'): Identities(Model(), far=.01, calibration=calibration)
+
+def test_enrolling_is_all_or_nothing():
+    ids = make()
+    photos = seen(np.stack([np.eye(4)[0], np.zeros(4)]))
+    with pytest.raises(ValueError, match='zero or not finite'): ids.enroll('Ann', photos)
+    assert len(ids.gallery)==0
 
 def test_people_are_enrolled_and_never_forgotten():
     ids,north,east = make(),np.eye(4)[0],np.eye(4)[1]

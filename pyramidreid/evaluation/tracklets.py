@@ -74,7 +74,7 @@ def pool_table(
         if column not in items: raise ValueError(
             f"by={column!r}: there is no such column; there are {', '.join(map(repr, items.columns))}")
     codes = group_codes(items[columns])
-    for column in {'pid','cam'} & set(items):
+    for column in items.columns.intersection(['pid','cam']):
         mixed = items[column].groupby(codes).nunique(dropna=False)
         if not (mixed>1).any(): continue
         rows = items[codes==mixed.idxmax()]

@@ -366,18 +366,19 @@ def _three(values, name):
     if _numbers(found, 3, float, -1e6, 1e6): return found
     raise ValueError(f"{name}={values!r}: give three numbers, for red, green and blue from 0 to 1")
 
-def _describe_foreign(session, file, told):
-    "The description of another project's model, told how to prepare pictures"
-    if told['layout'] not in ('nchw','nhwc'): raise ValueError(f"layout={told['layout']!r}: choose 'nchw' or 'nhwc'")
-    if told['color'] not in ('rgb','bgr'): raise ValueError(f"color={told['color']!r}: choose 'rgb' or 'bgr'")
+def _describe_foreign(session, file, settings):
+    "The description of another project's model, settings how to prepare pictures"
+    for name,choices in dict(layout=('nchw','nhwc'), color=('rgb','bgr')).items():
+        if settings[name] in choices: continue
+        raise ValueError(f"{name}={settings[name]!r}: choose {' or '.join(map(repr, choices))}")
     port,_ = _foreign_ports(session, file)
-    size = _foreign_size(port, told['size'], told['layout'], file)
-    mean,std = (_three(told[name], name) for name in ('mean','std'))
-    if not _valid_stats(mean, std): raise ValueError(f"std={told['std']!r}: give three numbers above 0")
-    told = {**told, 'size': size, 'mean': mean, 'std': std}
-    digest = hashlib.sha256(f'foreign ONNX: {json.dumps(told, sort_keys=True)}'.encode() + file.read_bytes())
+    size = _foreign_size(port, settings['size'], settings['layout'], file)
+    mean,std = (_three(settings[name], name) for name in ('mean','std'))
+    if not _valid_stats(mean, std): raise ValueError(f"std={settings['std']!r}: give three numbers above 0")
+    settings = {**settings, 'size': size, 'mean': mean, 'std': std}
+    digest = hashlib.sha256(f'foreign ONNX: {json.dumps(settings, sort_keys=True)}'.encode() + file.read_bytes())
     return dict(arch=file.stem, n_parts=1, levels=[1], norm='whole', size=size, mean=mean, std=std,
-                history=unrecorded_history('another project'), fingerprint=digest.hexdigest(), foreign=told)
+                history=unrecorded_history('another project'), fingerprint=digest.hexdigest(), foreign=settings)
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #a904d256
 class _ForeignModel:
@@ -390,10 +391,10 @@ class _ForeignModel:
         self.about['emb_sz'] = row.shape[1]
 
     def _feed_foreign(self, x):
-        told,port = self.about['foreign'],self.session.get_inputs()[0]
-        x = (x.astype(np.float32)/255-np.float32(told['mean']))/np.float32(told['std'])
-        if told['color']=='bgr': x = x[..., ::-1]
-        if told['layout']=='nchw': x = x.transpose(0,3,1,2)
+        settings,port = self.about['foreign'],self.session.get_inputs()[0]
+        x = (x.astype(np.float32)/255-np.float32(settings['mean']))/np.float32(settings['std'])
+        if settings['color']=='bgr': x = x[..., ::-1]
+        if settings['layout']=='nchw': x = x.transpose(0,3,1,2)
         return {port.name: np.ascontiguousarray(x, _FLOATS[port.type])}
 
     def _run_foreign(self, x):
@@ -412,7 +413,7 @@ class _ForeignModel:
 class _OwnModel:
     "How a `Runtime` feeds a model of this library"
     @property
-    def layout(self): return self.about.get('layout', 'nhwc')
+    def layout(self): return self.about.get('foreign', self.about).get('layout', 'nhwc')
 
     def feed(self,
         x # Pixels, uint8, (N, H, W, 3)
@@ -443,13 +444,17 @@ class Runtime(_ForeignModel, _OwnModel, BaseEmbedder):
     ):
         file = Path(file)
         if not file.is_file(): raise FileNotFoundError(f"There is no model {file}")
-        told = dict(size=size, mean=mean, std=std, color=color, layout=layout)
-        foreign = any(value is not None for value in told.values())
+        settings = dict(size=size, mean=mean, std=std, color=color, layout=layout)
+        foreign = any(value is not None for value in settings.values())
         providers = [providers] if isinstance(providers, str) else list(providers)
         self.session = _open_session(file, threads, providers, foreign)
         metadata = self.session.get_modelmeta().custom_metadata_map.get('pyramidreid', '{}')
-        super().__init__(_describe_foreign(self.session, file, told) if foreign else parse_description(metadata, file))
-        (self._try_foreign if foreign else self._check_interface)(file)
+        if foreign:
+            super().__init__(_describe_foreign(self.session, file, settings))
+            self._try_foreign(file)
+        else:
+            super().__init__(parse_description(metadata, file))
+            self._check_interface(file)
 
     def run(self,
         x # Pixels, uint8, (N, H, W, 3), of the model's `size`

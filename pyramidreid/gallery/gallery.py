@@ -300,6 +300,8 @@ def _search(self:Gallery, q, k, exclude_cam, since, where):
 # %% ../../nbs/gallery/05_gallery.ipynb #1f98307d
 def _first_of_groups(found, per):
     "The first row of each value of the column `per` for each query; rows without a value are kept"
+    if per not in found: raise ValueError(
+        f"per={per!r}: the gallery has no such column; give 'image', or one of {', '.join(map(repr, found))}")
     repeated = found.duplicated(['query', per]) & found[per].notna()
     return found[~repeated]
 
@@ -307,8 +309,6 @@ def _first_of_groups(found, per):
 def _search_groups(self:Gallery, q, k, per, *filters):
     "As `_search`, for the `k` best values of the column `per`"
     if per=='image': return self._search(q, k, *filters)
-    if per not in self.table: raise ValueError(
-        f"per={per!r}: the gallery has no such column; give 'image', or one of {', '.join(map(repr, self.table))}")
     n_images = min(8*k, len(self))
     while True:
         found = _first_of_groups(self._search(q, n_images, *filters), per)

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from fastai.vision.all import *
 
 import pyramidreid
+from ..boxes import BoxEmbedder
 from ..models.fingerprints import inner_model
 from ..models.history import add_stage, new_history
 from .dynamic_losses import autocast_depth, leave_autocast
@@ -18,7 +19,7 @@ from .progress import ReIDProgress
 from .supported_callbacks import adapt_callback
 
 # %% ../../nbs/training/05_base_learner.ipynb #8a8846d9
-class ReIDLearner(Learner):
+class ReIDLearner(BoxEmbedder, Learner):
     "A `Learner` for re-identification, created by `pyramid_learner`"
     def add_cb(self,
         cb # A callback, or a class of callbacks

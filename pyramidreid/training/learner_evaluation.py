@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 from fastai.vision.all import *
 
-from ..boxes import embed_boxes as boxes_of_frame
 from ..core import Role, with_progress
 from ..data.datasets import dataset_table, seems_published
 from ..data.folders import folder_table
@@ -24,7 +23,7 @@ from ..evaluation.ranking import ranking_device
 from ..evaluation.reranking import rerank as k_reciprocal
 from ..evaluation.retrieval import evaluate_distances, known_cams, shared_images
 from ..evaluation.tracklets import pool_embeddings, pool_table
-from ..models.fingerprints import inner_model
+from ..models.fingerprints import inner_model, input_range
 from ..models.history import history_entries, warn_if_untrained
 from ..models.pyramid import join_branches, pyramid_words
 from .base_learner import ReIDLearner
@@ -309,17 +308,14 @@ def predict(self:ReIDLearner,
     return matches[0] if one else matches
 
 # %% ../../nbs/training/06_learner_evaluation.ipynb #aacac872
+@patch(as_prop=True)
+def pixel_range(self:ReIDLearner):
+    "Values of black and white of pictures with more than 8 bits; None for loaders of 8-bit pictures"
+    return input_range(self)
+
 @patch
-def embed_boxes(self:ReIDLearner,
-    frame,         # uint8, (H, W, 3); or the path of a picture, or a PIL image, which are RGB
-    boxes,         # (N, 4) numbers, in pixels; or anything with an attribute `xyxy`
-    format='xyxy', # 'xyxy', 'xywh' (left, top, width, height) or 'cxcywh' (centre, width, height)
-    color='bgr'    # Order of an array's channels: 'bgr', as OpenCV reads it, or 'rgb'
-)->np.ndarray:     # (N, D), float32
-    """Return the embeddings of the boxes in a frame, a row for each; zeros for a box without pixels. Raises
-    `ValueError` for a frame or boxes of another shape or type"""
-    def embed(crops): return self.embed(self.dls.test_dl(crops, bs=max(1, len(crops)), num_workers=0))
-    return boxes_of_frame(self, embed, frame, boxes, format, color, getattr(self.dls, 'pixel_range', None))
+def _embed_crops(self:ReIDLearner, crops):
+    return self.embed(self.dls.test_dl(crops, bs=max(1, len(crops)), num_workers=0))
 
 # %% ../../nbs/training/06_learner_evaluation.ipynb #0c84f963
 @patch

@@ -157,9 +157,11 @@ def calibrate(
     far=.01,        # Default false-accept rate per search
     unknown='hide', # Impostor searches: 'hide' each query's own person, or 'absent', queries without a match
     device=None,    # Where to compute distances; None: on the CPU
+    by=None,        # Column such as 'track': search for tracklets with tracklets, see `to_rank`
+    how='mean',     # How the embeddings of a tracklet become one: 'mean' or 'max'
     **kwargs        # Passed to `calibrate_distances`
 )->Calibration:
     "Return a `Calibration` of thresholds on the cosine similarity, for searches that return nobody if nobody is near"
     about = {'model':learner_fingerprint(self), **(kwargs.pop('about', None) or {})}
-    arguments = {**self.to_rank(dl, device=device), **kwargs, 'about':about}
+    arguments = {**self.to_rank(dl, device=device, by=by, how=how), **kwargs, 'about':about}
     return calibrate_distances(**arguments, far=far, unknown=unknown)

@@ -47,12 +47,13 @@ def conflicts(
     travel # Least seconds between cameras, `{frozenset of two: seconds}`; the entry `None` is for all other pairs
 )->np.ndarray:
     "Return which tracklets cannot be of the same person as the other one, (N,) bool; what is unknown is possible"
-    def least(other):
+    def least_seconds(other):
         if not other or not cam: return -math.inf
         return 0. if other==cam else travel.get(frozenset((cam,other)), travel.get(None, -math.inf))
     starts,ends = (pd.to_numeric(table[name]).to_numpy(float) for name in ('start','end'))
     between = np.maximum(starts-end, start-ends) # negative: at the same time
-    return between<np.array([least(other) for other in table.cam], float)
+    needed = {other: least_seconds(other) for other in table.cam.unique()}
+    return between<table.cam.map(needed).to_numpy(float)
 
 # %% ../../nbs/video/02_identities.ipynb #54127b8b
 class Answer(NamedTuple):
@@ -66,7 +67,7 @@ class Identities:
     "Gives tracklets identities that last over cameras and hours"
     def __init__(self,
         model=None,       # A learner, or an object with `embed` and `fingerprint`; None with a gallery without one
-        far=.01,          # Rate of false accepts: of how many new people one may be taken for somebody known
+        far=.01,          # Rate of false accepts: the fraction of new people that may be taken for somebody known
         calibration=None, # `Calibration` of the model, which turns `far` into a threshold
         threshold=None,   # Least similarity to be the same person, instead of `far` and `calibration`
         travel=None,      # Least seconds from one camera to another: a number, or `{(camera, camera): seconds}`
@@ -76,6 +77,7 @@ class Identities:
         if calibration is not None: self.gallery.calibration = calibration
         if threshold is None and self.gallery.calibration is None: raise ValueError(
             "How similar is one person? Pass calibration=learn.calibrate(…), or a threshold")
+        if threshold is None: self.gallery.calibration.threshold(far) # which raises if `far` is out of reach
         self.far,self.fixed_threshold,self.travel = far,threshold,_checked_travel(travel)
         self.n_named = 0 # Names given so far
 
@@ -118,9 +120,9 @@ def _nearest(self:Identities, emb, cam, start, end):
     return found.iloc[0] if len(found) else None
 
 @patch
-def _keep(self:Identities, emb, key, pid, cam='', start=math.nan, end=math.nan, enrolled=False):
-    row = dict(key=key, pid=pid, cam=cam, start=start, end=end, enrolled=enrolled)
-    self.gallery.add(pd.DataFrame([row]), embs=emb)
+def _keep(self:Identities, embs, keys, pid, cam='', start=math.nan, end=math.nan, enrolled=False):
+    columns = dict(pid=pid, cam=cam, start=start, end=end, enrolled=enrolled)
+    self.gallery.add(pd.DataFrame(dict(key=keys)).assign(**columns), embs=embs)
 
 # %% ../../nbs/video/02_identities.ipynb #0c695a35
 @patch
@@ -135,13 +137,14 @@ def identify(self:Identities,
     before it begins, a name that is taken, and embeddings of another model"""
     start = _seconds(start, 'start')
     end = start if end is None else _seconds(end, 'end')
-    if end<start: raise ValueError(f"The tracklet ends at {end:g} s, before it begins at {start:g} s: exchange the two")
+    if end<start:
+        raise ValueError(f"The tracklet ends at {end:g} s, before it begins at {start:g} s: swap start and end")
     cam,emb = '' if cam is None else str(cam),self._pooled(items)
     key = str(track) if track is not None else f'track {self.gallery.store.next_id+1}'
     best = self._nearest(emb, cam, start, end)
     is_new = best is None or best.similarity<self.threshold
     pid = self._new_name() if is_new else best.pid
-    self._keep(emb, key, pid, cam, start, end)
+    self._keep(emb, [key], pid, cam, start, end)
     return Answer(pid, is_new, math.nan if best is None else float(best.similarity), key)
 
 @patch
@@ -153,8 +156,8 @@ def enroll(self:Identities,
     embs = items if isinstance(items, Embeddings) else self.gallery.embed(list(items))
     if not len(embs): raise ValueError(f"There is no photo of {pid}: give one or more")
     self.gallery._check_model(embs)
-    for i in range(len(embs)):
-        self._keep(embs[[i]], f'{pid}, photo {self.gallery.store.next_id+1}', str(pid), enrolled=True)
+    first = self.gallery.store.next_id+1
+    self._keep(embs, [f'{pid}, photo {first+i}' for i in range(len(embs))], str(pid), enrolled=True)
     return self
 
 # %% ../../nbs/video/02_identities.ipynb #815bc633
