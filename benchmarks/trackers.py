@@ -135,7 +135,8 @@ def main(argv=None):
     means = pd.DataFrame(rows).groupby(['name','embeddings'], sort=False)[['switches','tracks','IDF1']].mean()
     shown = means.unstack().round(3)
     shown.columns = [f"{column} {'with' if with_reid else 'without'}" for column,with_reid in shown.columns]
-    text = f'{args.people} people, {args.frames} frames, means of {args.seeds} clips; embeddings of {args.model}. '
-    write_table(args.out, "Other projects' trackers with and without our embeddings", markdown(shown), text+ABOUT_SETTINGS)
+    text = (f'{args.people} people, {args.frames} frames, means of {args.seeds} clips; embeddings of {args.model}. '
+            f'{ABOUT_SETTINGS}')
+    write_table(args.out, "Other projects' trackers with and without our embeddings", markdown(shown), text)
 
 if __name__=='__main__': main()
