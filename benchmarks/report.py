@@ -97,9 +97,10 @@ def light_model(name='light-model', title='`market1501-lite0`'):
     training = f"{stages}: {sum(info['minutes']):.0f} minutes on both cores."
     return f"{table(rows+[dict(zip(rows[0], peer)) for peer in PEERS])}\n\n{training} {source(info)}"
 
-def embedding(name='embedding'):
-    "Crops per second of a model in several forms, as embedding.py wrote it, without its title"
-    return (results/f'{name}.md').read_text(encoding='utf-8').split('\n', 1)[1].strip()
+def written(name):
+    "A result as its script wrote it, without its title and with smaller headings"
+    text = (results/f'{name}.md').read_text(encoding='utf-8')
+    return text.split('\n', 1)[1].replace('\n## ', '\n### ').strip()
 
 def head():
     info = read('head-cpu')
@@ -193,11 +194,6 @@ def ablation():
     for row in rows:
         if row[''].startswith('shift='): row[''] = 'default, other seeds of training'
     return f"{table(rows)}\n\n{source(info)}"
-
-def weighting():
-    "The comparison of loss weightings, as weighting.py wrote it, without its title and with smaller headings"
-    text = (results/'weighting.md').read_text(encoding='utf-8')
-    return text.split('\n', 1)[1].replace('\n## ', '\n### ').strip()
 
 def misalign():
     runs = pd.DataFrame(read('misalign')['runs'])

@@ -16,7 +16,7 @@ ROOMS = {
     'training': 'Training', 'explain': 'Explanations', 'gallery': 'Galleries', 'export': 'Export', 'video': 'Video',
     'cli': 'Command line'}
 GUIDES = ['overview', 'tutorial', 'own_folder', 'research_sets', 'reranking_variants', 'several_gpus', 'gallery',
-          'command_line', 'results']
+          'video_to_identities', 'command_line', 'results']
 GROUND = ['00_core', '01_images', '02_boxes'] # pages outside the rooms
 COPIED = ('benchmarks', 'examples') # folders outside nbs/ that pages link to
 PRETRAINED = Path('pyramidreid')/'pretrained' # models that come with the package, each with its card

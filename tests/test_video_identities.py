@@ -190,3 +190,20 @@ def test_clusters_of_few(n): assert cluster_tracklets(np.eye(4)[:n], .5).tolist(
 
 def test_a_wrong_mask():
     with pytest.raises(ValueError, match='for 3 tracklets'): cluster_tracklets(np.eye(3), .5, np.zeros((2,2), bool))
+
+def test_a_new_name():
+    ids = make()
+    first,other = (ids.identify(seen(np.eye(4)[i])) for i in (0,1))
+    ids.rename(first.pid, 'anna')
+    assert ids.identify(seen(np.eye(4)[0])).pid=='anna' and first.pid not in set(ids.table.pid)
+    with pytest.raises(ValueError, match='another identity'): ids.rename(other.pid, 'anna')
+    with pytest.raises(ValueError, match='no identity'): ids.rename('nobody', 'bert')
+    assert ids.rename('anna', 'anna') is ids
+
+def test_thresholds_change_later():
+    ids = make(threshold=.9)
+    with pytest.raises(ValueError, match='calibration'): ids.change(far=.1)
+    assert ids.change(threshold=.3).threshold==.3
+    ids = make(threshold=.9).change(travel=20)
+    ids.identify(seen(np.eye(4)[0]), cam=1, start=0, end=5)
+    assert ids.identify(seen(np.eye(4)[0]), cam=2, start=10).is_new

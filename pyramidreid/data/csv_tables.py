@@ -189,7 +189,7 @@ def _column_names(names): return ', '.join(map(repr, names))
 
 def _need_columns(names, wanted, header, file):
     "Raise a `ValueError` if one of the columns `wanted` is not among `names`; `header` has the names as written"
-    purposes = dict(fn='the image files', pid='the person ids')
+    purposes = dict(fn='the image files', pid='the person ids', track='the tracks')
     missing = [column for column in wanted if column not in names]
     if not missing: return
     column = missing[0]

@@ -115,14 +115,14 @@ def _choose_roles(path, folders, splits):
 
 # %% ../../nbs/data/02_folders.ipynb #f98472b0
 def find_in_paths(
-    name,    # Argument that the pattern is from, `'cam_pat'` or `'pid_pat'`
+    name,    # Argument that the pattern is from: `'cam_pat'`, `'pid_pat'` or `'track_pat'`
     pattern, # Regular expression with a group
     rels     # Relative paths with `/` between the parts
 )->list[re.Match]: # Whose first group is the id
     "Return the match of `pattern` in each path. Raises `ValueError` if a path has none, or the pattern no group"
     try: n_groups = re.compile(pattern).groups
     except re.error as e: raise ValueError(f"{name}={pattern!r} is not a valid regular expression: {e}") from e
-    what = dict(cam_pat='camera', pid_pat='person')[name]
+    what = dict(cam_pat='camera', pid_pat='person', track_pat='track')[name]
     if n_groups<1: raise ValueError(
         f"{name}={pattern!r} has no group: put the {what} id in parentheses, e.g. r'/{what[0]}(\\d+)_'")
     found = [re.search(pattern, rel) for rel in rels]

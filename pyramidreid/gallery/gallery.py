@@ -351,8 +351,8 @@ def threshold(self:Gallery,
         "(on the command line: pyramidreid gallery calibrate), or pass a threshold")
     n = self.calibration.n_gallery
     if len(self)>2*n: warnings.warn(
-        f"The calibration searched {n:,} images, and this gallery has {len(self):,}: expect more false accepts "
-        f"than far={far:g}. Calibrate with a gallery of its size", ReIDWarning, stacklevel=2)
+        f"The calibration searched {n:,} images, and this gallery has more than twice as many: expect more false "
+        f"accepts than far={far:g}. Calibrate with a gallery of its size", ReIDWarning, stacklevel=2)
     return self.calibration.threshold(far)
 
 # %% ../../nbs/gallery/05_gallery.ipynb #11d53a31

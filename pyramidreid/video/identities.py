@@ -92,6 +92,23 @@ class Identities:
     def __repr__(self):
         return f"{len(self):,} identities of {len(self.gallery):,} tracklets, threshold {self.threshold:.3f}"
 
+# %% ../../nbs/video/02_identities.ipynb #74059623
+@patch
+def change(self:Identities,
+    far=None,         # As when it was made; None: as it is
+    calibration=None, # Likewise
+    threshold=None,   # Likewise
+    travel=None       # Likewise
+):
+    """Change how similar one person is, and what is impossible; return self. Raises `ValueError` if `far` is out of
+    reach of the calibration, or there is none"""
+    if calibration is not None: self.gallery.calibration = calibration
+    if far is not None: self.far = far
+    if threshold is not None or far is not None or calibration is not None: self.fixed_threshold = threshold
+    if travel is not None: self.travel = _checked_travel(travel)
+    if self.fixed_threshold is None: self.gallery.threshold(self.far)
+    return self
+
 # %% ../../nbs/video/02_identities.ipynb #39776e57
 @patch
 def _new_name(self:Identities):
@@ -142,7 +159,7 @@ def identify(self:Identities,
     cam,emb = '' if cam is None else str(cam),self._pooled(items)
     key = str(track) if track is not None else f'track {self.gallery.store.next_id+1}'
     best = self._nearest(emb, cam, start, end)
-    is_new = best is None or best.similarity<self.threshold
+    is_new = best is None or bool(best.similarity<self.threshold)
     pid = self._new_name() if is_new else best.pid
     self._keep(emb, [key], pid, cam, start, end)
     return Answer(pid, is_new, math.nan if best is None else float(best.similarity), key)
@@ -200,6 +217,19 @@ def forget(self:Identities,
     old = self.table.key[is_old & ~self.table.enrolled.astype(bool)].tolist()
     self.gallery.remove(old)
     return len(old)
+
+# %% ../../nbs/video/02_identities.ipynb #2ff25e1f
+@patch
+def rename(self:Identities,
+    pid, # The identity
+    name # What it is called from now on
+):
+    "Give an identity another name; return self. Raises `ValueError` if the name is taken"
+    rows,name = self._rows_of(pid),str(name)
+    if name!=str(pid) and name in set(self.table.pid):
+        raise ValueError(f"{name!r} is the name of another identity: choose another, or join them with merge")
+    self.gallery.update(rows.key.tolist(), pid=name)
+    return self
 
 # %% ../../nbs/video/02_identities.ipynb #59a630ba
 @patch
