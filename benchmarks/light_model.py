@@ -27,29 +27,34 @@ ABOUT_DATA = {
               "old people or winter clothes.",
     'cuhk03': "CUHK03 (Li et al., CVPR 2014) shows people on a campus in Hong Kong, by day, from pairs of cameras."}
 
+# Where the training of a pretrained model is noted
+RESULT_OF = {'market1501-lite0': 'light-model'}
+
 def stage(text):
-    "`HEIGHTxWIDTH:EPOCHS` or `HEIGHTxWIDTH:EPOCHS:SCALE` as (size, epochs, factor of the learning rates)"
+    "`HEIGHTxWIDTH:EPOCHS[:SCALE[:MIX]]` as (size, epochs, factor of the learning rates, fraction of random batches)"
     try:
-        size,epochs,*scale = text.split(':')
+        size,epochs,scale,mix = (*text.split(':'), '', '')[:4]
         height,width = map(int, size.split('x'))
-        return (height,width),int(epochs),float(scale[0]) if scale else 1.
-    except (ValueError, IndexError) as e:
-        raise argparse.ArgumentTypeError(f'{text!r} is not like 192x96:20 or 192x96:20:0.5') from e
+        return (height,width),int(epochs),float(scale or 1),float(mix) if mix else None
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f'{text!r} is not like 192x96:20, 192x96:20:0.5 or 192x96:20:0.5:0.2') from e
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--data', type=Path, nargs='+', required=True, help='folders of known datasets; the first is evaluated')
     add('--weights', help='file of ImageNet weights; without it, from scratch')
+    add('--start', choices=list(RESULT_OF), help='pretrained model to go on from; its stages and minutes count too')
     add('--run', type=Path, required=True, help='folder for checkpoints, finished stages and image caches')
-    add('--stages', type=stage, nargs='+', metavar='HxW:EPOCHS[:SCALE]',
+    add('--stages', type=stage, nargs='+', metavar='HxW:EPOCHS[:SCALE[:MIX]]',
         default=[stage(text) for text in ('96x48:20', '192x96:20:0.5')])
     add('--arch', default='tf_efficientnet_lite0')
     add('--n-parts', type=int, default=6)
     add('--emb-sz', type=int, default=128)
     add('--levels', type=int, nargs='+')
     add('--drop', type=float, default=.2)
-    add('--mix', type=float, default=0, help='fraction of random batches, which train the ID loss alone')
+    add('--mix', type=float, default=0,
+        help='fraction of random batches, which train the ID loss alone; a stage may have its own')
     add('--knobs', type=knob, nargs='*', default=(), metavar='NAME=VALUE', help='arguments of fit_modern')
     add('--tfms-knobs', type=knob, nargs='*', default=(), metavar='NAME=VALUE', help='arguments of strong_tfms')
     add('--hold-out', type=float, help='fraction of the training identities to hold out and evaluate on')
@@ -79,22 +84,26 @@ def make_loaders(args, lib, size):
     return lib.ReIDDataLoaders.from_table(
         training_table(args, lib), p=8, k=8, size=size, valid_pct=args.hold_out, tfms=tfms, cache=cache)
 
-def make_learner(args, lib, size, cbs):
-    dynamic = lib.MixedBatches(args.mix, seed=args.seed) if args.mix else False
+def make_learner(args, lib, number, cbs):
+    "The learner of a stage, before anything is trained"
+    size,_,_,mix = args.stages[number]
+    if mix is None: mix = args.mix
+    model = dict(pretrained=args.start) if args.start else dict(
+        arch=getattr(lib, args.arch, args.arch), pretrained=False, weights=args.weights, n_parts=args.n_parts,
+        emb_sz=args.emb_sz, levels=args.levels, neck=True)
+    dynamic = lib.MixedBatches(mix, seed=args.seed) if mix else False
     learn = lib.pyramid_learner(
-        make_loaders(args, lib, size), getattr(lib, args.arch, args.arch), pretrained=False, weights=args.weights,
-        n_parts=args.n_parts, emb_sz=args.emb_sz, levels=args.levels, drop=args.drop, neck=True, dynamic=dynamic,
-        metrics=[], cbs=cbs)
+        make_loaders(args, lib, size), **model, drop=args.drop, dynamic=dynamic, metrics=[], cbs=cbs)
     learn.path = args.run.absolute()
     return learn.to_channelslast(use_amp=False)
 
 def fit_stage(args, lib, number, began):
     "Train one stage, from the weights of the one before; return the learner, its seconds, and whether it was stopped"
-    size,epochs,scale = args.stages[number]
+    _,epochs,scale,_ = args.stages[number]
     lib.set_seed(args.seed+number)
     watch,sometimes = callbacks(args, began)
     checkpoints = lib.Checkpoints(f'checkpoints-{number+1}', keep=1, resume=True)
-    learn = make_learner(args, lib, size, [watch, sometimes, checkpoints])
+    learn = make_learner(args, lib, number, [watch, sometimes, checkpoints])
     if number: learn.load(f'stage-{number}', with_opt=False)
     rates = dict(lr_body=.01, lr_head=.1) | dict(args.knobs)
     rates.update({name: scale*rates[name] for name in ('lr_body','lr_head')})
@@ -130,7 +139,7 @@ def train(args, lib, began):
         seconds.append(time_of_stage)
         notes.write_text(json.dumps(seconds))
         print(f'stage {number+1}: {time_of_stage/60:.1f} minutes', flush=True)
-    learn = make_learner(args, lib, args.stages[-1][0], [])
+    learn = make_learner(args, lib, len(args.stages)-1, [])
     embed_once(learn)
     return learn.load(f'stage-{len(args.stages)}', with_opt=False),seconds
 
@@ -143,17 +152,26 @@ def all_cards(learn, args):
     for name,card in cards.items(): print(name, card, sep='\n', flush=True)
     return cards
 
-def write_model(learn, cards, args, minutes, lib):
+def write_model(learn, cards, args, note, lib):
     "Write the model to ship, with its card"
-    sizes = ', '.join(f'{height}×{width}' for (height,width),_,_ in args.stages)
-    about = circumstances()
-    training = (f"`{about['command']}`: {sum(minutes):.0f} minutes with {args.threads} CPU threads "
-                f"({about['hardware']}, {about['date']}), in stages of {sizes} pixels.")
+    sizes = ', '.join(f'{height}×{width}' for height,width,*_ in note['stages'])
+    training = (f"`{note['command']}`: {sum(note['minutes']):.0f} minutes with {args.threads} CPU threads "
+                f"({note['hardware']}, {note['date']}), in stages of {sizes} pixels.")
     known = [text for name,text in ABOUT_DATA.items() for folder in args.data if folder.name.lower().startswith(name)]
     cameras = lib.evaluate_cameras(**learn.to_rank())
     learn.save_pretrained(
         args.save, card=cards['plain'], licence=RESEARCH_ONLY, cards=cards, cameras=cameras, training=training,
         data=' '.join(known))
+
+def training_note(args, seconds):
+    "What was trained, with what a pretrained model to start from had been before"
+    about,before = circumstances(),dict(stages=[], minutes=[])
+    if args.start:
+        before = json.loads((results/f'{RESULT_OF[args.start]}.json').read_text())
+        about['command'] = f"{before['command']} && {about['command']}"
+    return dict(
+        about, stages=before['stages']+[[*size, epochs, scale] for size,epochs,scale,_ in args.stages],
+        minutes=before['minutes']+[round(s/60, 1) for s in seconds])
 
 def main(argv=None):
     args,began = parse(argv),time.perf_counter()
@@ -163,13 +181,11 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     args.run.mkdir(parents=True, exist_ok=True)
     learn,seconds = train(args, lib, began)
-    minutes = [round(s/60, 1) for s in seconds]
-    stages = [[*size, epochs, scale] for size,epochs,scale in args.stages]
-    note = dict(circumstances(), stages=stages, minutes=minutes, **cost(learn, args.stages[-1][0]))
+    note = training_note(args, seconds) | cost(learn, args.stages[-1][0])
     if args.test or args.hold_out:
         cards = all_cards(learn, args)
         note['cards'] = {name: json.loads(card.to_json()) for name,card in cards.items()}
     (results/f'{args.out}.json').write_text(json.dumps(note))
-    if args.save: write_model(learn, cards, args, minutes, lib)
+    if args.save: write_model(learn, cards, args, note, lib)
 
 if __name__=='__main__': main()

@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parents[1]/'benchmarks'))
 import light_model
 
-from pyramidreid.all import load_embedder, synth_persons
+from pyramidreid.all import load_embedder, load_pretrained, synth_persons
 
 
 @pytest.fixture(scope='module')
@@ -16,8 +17,9 @@ def people(tmp_path_factory):
     return synth_persons(tmp_path_factory.mktemp('people'), n_train=16, n_test=4, size=(48,24))
 
 def test_stages():
-    assert light_model.stage('192x96:20')==((192,96), 20, 1.)
-    assert light_model.stage('96x48:3:0.5')==((96,48), 3, .5)
+    assert light_model.stage('192x96:20')==((192,96), 20, 1., None)
+    assert light_model.stage('96x48:3:0.5')==((96,48), 3, .5, None)
+    assert light_model.stage('96x48:3::0.2')==((96,48), 3, 1., .2)
     with pytest.raises(Exception, match='is not like'): light_model.stage('192')
 
 @pytest.mark.parametrize('more', [['--test', '--hold-out', '0.2'], ['--save', 'model']])
@@ -43,3 +45,19 @@ def test_stopped_resumed_and_written(tmp_path, people, monkeypatch):
     assert note['parameters']==sum(weights) and note['macs']>1e6
     assert model.size==(96,48) and model.about['neck'] and 'research only' in model.about['licence']
     assert '96×48 pixels' in (tmp_path/'model'/'README.md').read_text()
+
+@pytest.mark.slow
+def test_a_pretrained_model_goes_on(tmp_path, people, monkeypatch):
+    "Its stages and minutes count, and training starts at its weights: at hardly any learning rate, they stay the same"
+    monkeypatch.setattr(light_model, 'results', tmp_path)
+    before = dict(command='python before.py', stages=[[96,48,18,1.]], minutes=[20.])
+    (tmp_path/'light-model.json').write_text(json.dumps(before))
+    args = ['--data', str(people), '--run', str(tmp_path/'run'), '--start', 'market1501-lite0', '--threads', '1']
+    args += ['--stages', '96x48:1:1e-9:0.2', '--test', '--save', str(tmp_path/'model'), '--out', 'more']
+    light_model.main(args)
+    note = json.loads((tmp_path/'more.json').read_text())
+    assert note['stages']==[[96,48,18,1.], [96,48,1,1e-9]] and note['minutes'][0]==20. and len(note['minutes'])==2
+    assert note['command'].startswith('python before.py && python')
+    shipped,model = load_pretrained('market1501-lite0').model,load_embedder(tmp_path/'model').model
+    for name,p in shipped.named_parameters():
+        if 'classify' not in name: torch.testing.assert_close(dict(model.named_parameters())[name], p)
