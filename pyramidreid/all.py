@@ -34,6 +34,8 @@ from pyramidreid.evaluation.protocols import evaluate_cameras, evaluate_single_s
 from pyramidreid.evaluation.reranking import expand_queries, rerank, rerank_distances
 from pyramidreid.evaluation.retrieval import evaluate, evaluate_distances
 from pyramidreid.explain.interpretation import ReIDInterpretation
+from pyramidreid.explain.label_cleaner import LabelCleaner, apply_changes
+from pyramidreid.explain.match_explorer import MatchExplorer
 from pyramidreid.explain.matching_bands import plot_explanations
 from pyramidreid.export.hub import from_pretrained
 from pyramidreid.export.model_files import load_embedder

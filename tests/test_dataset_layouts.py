@@ -14,6 +14,7 @@ from pyramidreid.cli.entry import main
 from pyramidreid.cli.inputs import data_kind, read_data
 from pyramidreid.data.datasets import (
     dataset_table,
+    ilidsvid_table,
     mars_table,
     prcc_table,
     recognise_dataset,
@@ -24,6 +25,7 @@ from pyramidreid.data.doctor_report import doctor
 from pyramidreid.data.loaders import ReIDDataLoaders
 from pyramidreid.data.registry import own_sets, register_dataset, reid_sets
 from pyramidreid.data.tables import encode_table, hold_out, join_tables, train_on_all
+from pyramidreid.evaluation.tracklets import pool_table
 
 sio = pytest.importorskip('scipy.io')
 
@@ -103,8 +105,23 @@ def make_mars(path, make=make_empty, end='\r\n'):
     sio.savemat(path/'info/query_IDX.mat', dict(query_IDX=np.array([MARS_QUERIES], np.uint16)))
     return path
 
+ILIDS_PEOPLE = [1,2,5,9,10,30] # the numbers have gaps
+ILIDS_SPLITS = [[3,1,6,5,4,2], [1,2,3,4,5,6]] # places among them, counted from 1
+ILIDS_FILE = 'train-test people splits/train_test_splits_ilidsvid.mat'
+
+def make_ilidsvid(path, make=make_empty):
+    "Two images of each person from camera 1, three from camera 2; and the folder of single images, which is not read"
+    def name(kind, cam, pid, end):
+        return f'i-LIDS-VID/{kind}/cam{cam}/person{pid:03d}/cam{cam}_person{pid:03d}{end}.png'
+    make(path, *[name('sequences', cam, pid, f'_{i:05d}')
+                 for cam in (1,2) for pid in ILIDS_PEOPLE for i in range(317, 318+cam)])
+    make(path, *[name('images', cam, pid, '') for cam in (1,2) for pid in ILIDS_PEOPLE])
+    (path/ILIDS_FILE).parent.mkdir()
+    sio.savemat(path/ILIDS_FILE, dict(ls_set=np.array(ILIDS_SPLITS, float)))
+    return path
+
 MAKERS = dict(veri776=make_veri, ltcc=make_ltcc, vc_clothes=make_vc_clothes, prcc=make_prcc, sysu_mm01=make_sysu,
-              regdb=make_regdb, mars=make_mars)
+              regdb=make_regdb, mars=make_mars, ilidsvid=make_ilidsvid)
 
 def test_veri(tmp_path):
     df = dataset_table(make_veri(tmp_path/'VeRi'), 'veri776')
@@ -220,20 +237,20 @@ def test_regdb(tmp_path):
 def test_mars(tmp_path, end):
     path = make_mars(tmp_path/'MARS', end=end)
     df = mars_table(path)
-    assert df.columns.tolist()==['fn','pid','cam','split','tracklet']
+    assert df.columns.tolist()==['fn','pid','cam','split','track']
     assert pids_by_split(df)=={'train':[1,3], 'query':[2], 'gallery':[-1,0,2,4]}
-    assert df.groupby('split').tracklet.nunique().to_dict()==dict(train=3, query=2, gallery=6)
+    assert df.groupby('split').track.nunique().to_dict()==dict(train=3, query=2, gallery=6)
     assert [len(images_of(df, split)) for split in ('train','query','gallery')]==[4,3,8]
     assert all(fn.exists() for fn in df.fn) and df.pid.dtype==df.cam.dtype==np.int64
     query = images_of(df, 'query')
-    tracklets = query.groupby('tracklet').agg(pid=('pid','first'), cam=('cam','first'), n=('fn','size'))
+    tracklets = query.groupby('track').agg(pid=('pid','first'), cam=('cam','first'), n=('fn','size'))
     assert tracklets.to_numpy().tolist()==[[2,1,1],[2,2,2]]
-    assert df.groupby('tracklet')[['pid','cam']].nunique().eq(1).all(axis=None)
+    assert df.groupby('track')[['pid','cam']].nunique().eq(1).all(axis=None)
 
 def test_mars_without_queries_in_the_gallery(tmp_path):
     path = make_mars(tmp_path/'MARS')
     df = mars_table(path, queries_in_gallery=False)
-    assert df.fn.is_unique and images_of(df, 'gallery').tracklet.nunique()==4
+    assert df.fn.is_unique and images_of(df, 'gallery').track.nunique()==4
     assert df.attrs['name']=='MARS, gallery without queries' and df.attrs['counts']['gallery']==(543216,621)
     both = mars_table(path)
     assert set(images_of(both, 'query').fn) < set(images_of(both, 'gallery').fn)
@@ -252,12 +269,52 @@ def test_mars_with_wrong_files(tmp_path):
     (path/'bbox_test/0004/0004C6T0001F001.jpg').unlink()
     with pytest.raises(FileNotFoundError, match='1 of the 8 images .*0004C6T0001F001'): mars_table(path)
     (path/'info/query_IDX.mat').write_bytes(b'no matrix')
-    with pytest.raises(ValueError, match='query_IDX.mat cannot be read as MARS'):
+    with pytest.raises(ValueError, match='query_IDX.mat cannot be read as the file with the matrix query_IDX'):
         make_empty(path, 'bbox_test/0004/0004C6T0001F001.jpg')
         mars_table(path)
     (path/'info/query_IDX.mat').unlink()
     with pytest.raises(FileNotFoundError, match=r'Missing or empty: .*query_IDX\.mat\.') as e: mars_table(path)
     assert '\n  info/query_IDX.mat\n' in str(e.value) and '\n  bbox_train/\n' in str(e.value)
+
+@pytest.mark.parametrize('trial,half,tested', [(1,'first',[1,5,30]), (1,'second',[2,9,10]), (2,'first',[1,2,5])])
+def test_ilidsvid(tmp_path, trial, half, tested):
+    df = ilidsvid_table(make_ilidsvid(tmp_path/'x'), trial, half)
+    assert df.columns.tolist()==['fn','pid','cam','split','track']
+    others = sorted(set(ILIDS_PEOPLE)-set(tested))
+    assert pids_by_split(df)=={'train':others, 'query':tested, 'gallery':tested}
+    assert [len(images_of(df, split)) for split in ('train','query','gallery')]==[15,6,9]
+    assert set(images_of(df, 'query').cam)=={1} and set(images_of(df, 'gallery').cam)=={2}
+    assert df.groupby('track')[['pid','cam']].nunique().eq(1).all(axis=None) and df.track.nunique()==12
+    assert all(f'sequences/{track}/' in fn.as_posix() for track,fn in zip(df.track, df.fn))
+    assert df.attrs['name']==f'iLIDS-VID split {trial}' + ', second half tested'*(half=='second')
+
+def test_ilidsvid_with_wrong_files(tmp_path):
+    path = make_ilidsvid(tmp_path/'x')
+    for wrong in (dict(trial=0), dict(trial=3), dict(test_half='both')):
+        with pytest.raises(ValueError, match='is not valid'): ilidsvid_table(path, **wrong)
+    def fails(ls_set, message, key='ls_set'):
+        sio.savemat(path/ILIDS_FILE, {key: np.array(ls_set)})
+        with pytest.raises(ValueError, match=message): ilidsvid_table(path)
+    fails([[1,2,3,4]], 'There are 6 people, but .* lists 4')
+    fails([[1,2,3,4,5,5]], 'Split 1 in .* does not list each person once')
+    fails([[1]], 'cannot be read as the file with the matrix ls_set: KeyError', key='other')
+    (path/'i-LIDS-VID/sequences/cam2/person005').rename(path/'moved')
+    fails(ILIDS_SPLITS, '1 of 6 people are in cam1 and not in cam2, the first is person 5')
+    (path/ILIDS_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match='Missing or empty: .*train_test_splits_ilidsvid.mat') as e:
+        ilidsvid_table(path)
+    assert '\n  i-LIDS-VID/sequences/cam1/\n' in str(e.value)
+
+def test_ilidsvid_frame_of_another_person(tmp_path):
+    path = make_ilidsvid(tmp_path/'x')
+    make_empty(path, 'i-LIDS-VID/sequences/cam1/person001/cam1_person002_00001.png')
+    with pytest.raises(ValueError, match='1 of 31 file names are not like those of iLIDS-VID'): ilidsvid_table(path)
+
+@pytest.mark.parametrize('key', ['mars','ilidsvid'])
+def test_tables_of_videos_are_ranked_by_track(tmp_path, key):
+    df = dataset_table(MAKERS[key](tmp_path/'x'), key)
+    for split,n in dict(mars=dict(query=2, gallery=6), ilidsvid=dict(query=3, gallery=3))[key].items():
+        assert len(pool_table(images_of(df, split), 'track')[1])==n
 
 # all of them
 
@@ -284,7 +341,8 @@ def test_the_doctor_compares_counts_and_reads_what_is_left(tmp_path, key):
     path = MAKERS[key](tmp_path/'x', make=make_images)
     report = doctor(path, key)
     expected = {'not_as_published','one_image','train_and_test','no_match','one_camera','refused'}
-    assert 'not_as_published' in report.findings.index and set(report.findings.index) <= expected
+    assert ('not_as_published' in report.findings.index)==bool(reid_sets[key].counts)
+    assert set(report.findings.index) <= expected
     assert 'refused' not in report.findings.index and 'train_and_test' not in report.findings.index
     part = reid_sets[key].needs()[-1]
     (path/part).rename(path/'moved')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['nearby_folders', 'market_table', 'duke_table', 'occluded_duke_table', 'cuhk03_np_table', 'msmt17_table',
-           'prcc_table', 'sysu_table', 'regdb_table', 'mars_table', 'recognise_dataset', 'seems_published',
-           'dataset_table']
+           'prcc_table', 'sysu_table', 'regdb_table', 'mars_table', 'ilidsvid_table', 'recognise_dataset',
+           'seems_published', 'dataset_table']
 
 # %% ../../nbs/data/05_datasets.ipynb #912b7c59
 import os
@@ -20,6 +20,7 @@ from ..core import TextLines, clean_errors, read_regular, regular_size, require_
 from .csv_tables import csv_table, is_csv
 from .cuhk03 import check_cuhk03_boxes, cuhk03_table
 from pyramidreid.data.registry import (
+    _ilidsvid_splits,
     _regdb_layout,
     _sysu_lists,
     attach_counts,
@@ -270,19 +271,19 @@ def regdb_table(
     return attach_counts(df, f'RegDB split {trial}, {query} to {gallery}', dataset.counts)
 
 # %% ../../nbs/data/05_datasets.ipynb #f72c2e29
-def _load_matrix(file, key, width):
-    "The integer matrix `key` with `width` columns of a MATLAB file"
+def _load_matrix(file, key):
+    "The integer matrix `key` of a MATLAB file"
     loadmat = require_extra('scipy.io', 'mat').loadmat
     regular_size(file, 'MATLAB file')
-    try: matrix = loadmat(file)[key].astype(int)
+    try: return loadmat(file)[key].astype(int)
     except Exception as e: # whatever a file of other contents leads to
-        raise ValueError(f"{file} cannot be read as MARS's {key}: {type(e).__name__} {e}. Download it again") from e
-    return matrix.reshape(-1, width)
+        raise ValueError(f"{file} cannot be read as the file with the matrix {key}: {type(e).__name__} {e}. "
+                         "Download it again") from e
 
 def _tracklet_rows(path, part, key):
     "A table of the images of all tracklets of a `part`, 'train' or 'test', with the number of the tracklet"
     names = read_regular(path/f'info/{part}_name.txt', _MOST_BYTES, 'list').decode('utf-8-sig').split()
-    tracks = _load_matrix(path/f'info/tracks_{part}_info.mat', key, 4)
+    tracks = _load_matrix(path/f'info/tracks_{part}_info.mat', key).reshape(-1, 4)
     if tracks[:,1].max()>len(names) or tracks[:,0].min()<1: raise ValueError(
         f"info/tracks_{part}_info.mat names image {tracks[:,1].max():,}, but info/{part}_name.txt has {len(names):,}")
     folder,dataset = path/f'bbox_{part}',reid_sets['mars']
@@ -309,7 +310,7 @@ def _check_present(df, folder):
 def mars_table(
     path,                   # Folder that contains `bbox_train`, `bbox_test` and `info`
     queries_in_gallery=True # Are the query tracklets part of the gallery too, as in the official evaluation?
-)->pd.DataFrame:            # Columns `fn`, `pid`, `cam`, `split` and `tracklet`
+)->pd.DataFrame:            # Columns `fn`, `pid`, `cam`, `split` and `track`
     "Read MARS, one row for each image of each tracklet"
     path,dataset = Path(path),reid_sets['mars']
     missing = dataset.missing(path)
@@ -317,13 +318,54 @@ def mars_table(
     train = _tracklet_rows(path, 'train', 'track_train_info')
     test = _tracklet_rows(path, 'test', 'track_test_info')
     for part,df in dict(train=train, test=test).items(): _check_present(df, path/f'bbox_{part}')
-    is_query = test.number.isin(_load_matrix(path/'info/query_IDX.mat', 'query_IDX', 1)[:,0])
+    is_query = test.number.isin(_load_matrix(path/'info/query_IDX.mat', 'query_IDX').ravel())
     splits = dict(train=train, query=test[is_query], gallery=test if queries_in_gallery else test[~is_query])
-    parts = [rows.assign(split=split, tracklet=split+'/'+rows.number.astype(str)) for split,rows in splits.items()]
-    df = pd.concat(parts, ignore_index=True)[['fn','pid','cam','split','tracklet']]
+    parts = [rows.assign(split=split, track=split+'/'+rows.number.astype(str)) for split,rows in splits.items()]
+    df = pd.concat(parts, ignore_index=True)[['fn','pid','cam','split','track']]
     name,counts = dataset.name,dataset.counts
     if not queries_in_gallery: name,counts = f'{name}, gallery without queries',{**counts, 'gallery': (543216,621)}
     return attach_counts(df, name, counts)
+
+# %% ../../nbs/data/05_datasets.ipynb #dfee7b8e
+def _split_people(file, trial):
+    "The places of the people in split `trial` of iLIDS-VID, in the order of the list, from 0"
+    splits = _load_matrix(file, 'ls_set')
+    if trial not in range(1, len(splits)+1): raise ValueError(
+        f"trial={trial!r} is not valid: {file} has the splits 1 to {len(splits)}")
+    places = splits[trial-1]-1
+    if sorted(places)!=list(range(len(places))): raise ValueError(
+        f"Split {trial} in {file} does not list each person once, by numbers from 1. Download it again")
+    return places
+
+def _check_same_people(df, n_listed):
+    "Raise `ValueError` unless both cameras of iLIDS-VID show the people that the splits list"
+    seen = [set(df.pid[df.cam==cam]) for cam in (1,2)]
+    for cam,other in ((1,2), (2,1)):
+        alone = sorted(seen[cam-1]-seen[other-1])
+        if alone: raise ValueError(
+            f"{len(alone)} of {df.pid.nunique()} people are in cam{cam} and not in cam{other}, the first is person "
+            f"{alone[0]}. Unpack the archive again")
+    if len(seen[0])!=n_listed: raise ValueError(
+        f"There are {len(seen[0])} people, but {_ilidsvid_splits} lists {n_listed}. Unpack the archive again")
+
+# %% ../../nbs/data/05_datasets.ipynb #2332efcf
+def ilidsvid_table(
+    path,             # Folder that contains `i-LIDS-VID` and `train-test people splits`
+    trial=1,          # Number of the split, 1 to 10
+    test_half='first' # Half of the split's list that is tested, `'first'` or `'second'`; the other is for training
+)->pd.DataFrame:      # Columns `fn`, `pid`, `cam`, `split` and `track`
+    "Read one of iLIDS-VID's ten splits, one row for each image of each tracklet"
+    _check_choice('test_half', test_half, ('first','second'))
+    path,dataset = Path(path),reid_sets['ilidsvid']
+    df = _read_rows(path, dataset)
+    places = _split_people(path/_ilidsvid_splits, trial)
+    _check_same_people(df, len(places))
+    people,middle = sorted(df.pid.unique()),len(places)//2
+    tested = {people[i] for i in (places[:middle] if test_half=='first' else places[middle:])}
+    df['split'] = df.cam.map({1:'query', 2:'gallery'}).where(df.pid.isin(tested), 'train')
+    df['track'] = [f'cam{cam}/{fn.parent.name}' for cam,fn in zip(df.cam, df.fn)]
+    name = f'{dataset.name} split {trial}'
+    return attach_counts(df, name if test_half=='first' else f'{name}, second half tested', {})
 
 # %% ../../nbs/data/05_datasets.ipynb #47526f8a
 def _shape(name):
@@ -391,13 +433,14 @@ def _recognise_or_raise(path):
 
 # %% ../../nbs/data/05_datasets.ipynb #d68cc29e
 _readers = dict(market1501=market_table, cuhk03=cuhk03_table, cuhk03_np=cuhk03_np_table, prcc=prcc_table,
-                sysu_mm01=sysu_table, sysu=sysu_table, regdb=regdb_table, mars=mars_table)
+                sysu_mm01=sysu_table, sysu=sysu_table, regdb=regdb_table, mars=mars_table,
+                ilidsvid=ilidsvid_table)
 
 def dataset_table(
     path,      # Folder of the dataset, as its authors packed it, or a CSV table
     name=None, # Key in `reid_sets`, 'cuhk03', 'cuhk03_np', 'msmt17', registered name, or JSON file; None: recognised
     **choices  # Arguments of the dataset's own reader, such as `trial=2`
-)->pd.DataFrame: # Columns `fn`, `pid`, `cam` and `split`; for some also `clothes`, `modality` or `tracklet`
+)->pd.DataFrame: # Columns `fn`, `pid`, `cam` and `split`; for some also `clothes`, `modality` or `track`
     """Read any known dataset, or a table from a CSV file. Raises `FileNotFoundError` if `path` is not recognised or
     incomplete, `ValueError` for an unknown `name`, or a file that is not a table."""
     path = Path(path)

@@ -226,6 +226,19 @@ _mars = ReIDSet(
     also=('info/train_name.txt','info/test_name.txt','info/tracks_train_info.mat','info/tracks_test_info.mat',
           'info/query_IDX.mat'))
 
+# %% ../../nbs/data/04_registry.ipynb #0d00caca
+_ilidsvid_splits = 'train-test people splits/train_test_splits_ilidsvid.mat'
+
+_ilidsvid = ReIDSet(
+    name='iLIDS-VID',
+    parts=dict(train=['i-LIDS-VID/sequences/cam1', 'i-LIDS-VID/sequences/cam2']),
+    pattern=r'^person(?P<pid>\d+)/cam(?P<cam>[12])_person(?P=pid)_\d+\.', in_path=True,
+    example='person001/cam1_person001_00317.png',
+    counts={},
+    home="www.eecs.qmul.ac.uk/~xiatian/downloads_qmul_iLIDS-VID_ReID_dataset.html",
+    terms="as given on that page",
+    also=(_ilidsvid_splits,))
+
 # %% ../../nbs/data/04_registry.ipynb #dc7cf16e
 reid_sets = dict(
     market1501=_market1501,
@@ -244,7 +257,8 @@ reid_sets = dict(
     prcc=_prcc,
     sysu_mm01=_sysu_mm01,
     regdb=_regdb,
-    mars=_mars)
+    mars=_mars,
+    ilidsvid=_ilidsvid)
 
 own_sets = {} # What `register_dataset` adds
 

@@ -113,14 +113,17 @@ def from_learner(
 def ranked(
     self:ReIDInterpretation,
     at,  # Positions of queries
-    k=10 # Number of matches per query
+    k=10, # Number of matches per query
+    among=None # Positions of the gallery images that are ranked; None: all
 ):
-    "Return the `k` nearest gallery images of some queries, as `rank_gallery` does"
+    "Return the `k` nearest gallery images of some queries, as `rank_gallery` does; `row` is the row of `items`"
     if k<1: raise ValueError(f"k={k}: ask for at least one match")
     query_emb,gallery_emb = self._split(self.emb)
+    among = np.arange(len(gallery_emb)) if among is None else np.asarray(among, int)
     queries,step = self.queries.iloc[at],max(k, 2**23//query_emb.shape[1])
-    blocks = [slice(i, i+step) for i in range(0, len(gallery_emb), step)]
-    tables = [rank_gallery(query_emb[at], gallery_emb[b], queries, self.gallery.iloc[b], k) for b in blocks]
+    gallery = self.gallery.assign(row=self.gallery.index)
+    blocks = [among[i:i+step] for i in range(0, max(len(among), 1), step)]
+    tables = [rank_gallery(query_emb[at], gallery_emb[b], queries, gallery.iloc[b], k) for b in blocks]
     merged = pd.concat(tables)
     merged = merged.sort_values(['query','similarity'], ascending=[True,False], kind='stable', ignore_index=True)
     merged['rank'] = merged.groupby('query').cumcount()+1

@@ -90,7 +90,8 @@ def _seen_images(dl):
 def explain(
     self:ReIDLearner,
     query, # A file, an array or a PIL image of one person
-    match  # A file, an array or a PIL image to compare it with
+    match, # A file, an array or a PIL image to compare it with
+    emb=None # (2, D) embeddings of both by this model, where they are known; None: compute them
 )->Explanation:
     """Break the cosine of two images down into the similarities of their branches.
     Raises `ValueError` unless the model's embeddings are made with `norm='branch'`"""
@@ -102,7 +103,8 @@ def explain(
     for name,image in (('query',query),('match',match)): read_rgb(image, name, input_range(self)) # a clear error
     warn_if_untrained(model.full_history())
     dl = self.dls.test_dl([query,match], num_workers=0)
-    table = branch_similarities(*self.embed(dl), n_parts=model.head.n_parts, levels=model.head.levels)
+    if emb is None: emb = self.embed(dl)
+    table = branch_similarities(*emb, n_parts=model.head.n_parts, levels=model.head.levels)
     return Explanation(table, _seen_images(dl))
 
 # %% ../../nbs/explain/01_matching_bands.ipynb #82c3c84b
