@@ -3901,6 +3901,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'pyramidreid/video/identities.py'),
                                               'pyramidreid.video.identities.Identities._new_name': ( 'video/identities.html#identities._new_name',
                                                                                                      'pyramidreid/video/identities.py'),
+                                              'pyramidreid.video.identities.Identities._new_track': ( 'video/identities.html#identities._new_track',
+                                                                                                      'pyramidreid/video/identities.py'),
                                               'pyramidreid.video.identities.Identities._pooled': ( 'video/identities.html#identities._pooled',
                                                                                                    'pyramidreid/video/identities.py'),
                                               'pyramidreid.video.identities.Identities._rows_of': ( 'video/identities.html#identities._rows_of',

@@ -140,3 +140,7 @@ def test_tracks_come_from_a_csv_file(people, tmp_path):
     table.to_csv(tmp_path/'t.csv', index=False)
     dls = ReIDDataLoaders.from_csv(tmp_path/'t.csv', p=2, k=2, size=(48,24), num_workers=0)
     assert 'track' in dls.train.dataset.items
+
+def test_weights_are_for_pool_embeddings_only(trained, tracked):
+    dl = trained.dls.test_dl(tracked, with_labels=True)
+    with pytest.raises(ValueError, match="choose 'mean' or 'max'"): trained.evaluate(dl, by='track', how='weighted')

@@ -207,3 +207,9 @@ def test_thresholds_change_later():
     ids = make(threshold=.9).change(travel=20)
     ids.identify(seen(np.eye(4)[0]), cam=1, start=0, end=5)
     assert ids.identify(seen(np.eye(4)[0]), cam=2, start=10).is_new
+
+def test_numbers_of_tracks_leave_out_names_that_are_taken():
+    ids = make()
+    ids.identify(seen(np.eye(4)[0]), track='track 2')
+    assert [ids.identify(seen(np.eye(4)[i])).track for i in (1,2)]==['track 3','track 4']
+    assert len(ids.gallery)==3

@@ -96,7 +96,7 @@ def _people(console, folder, model, data, **asked):
     "The `Identities` in a folder, or new ones, with the threshold that is asked for; None is as it was"
     from pyramidreid.video.identities import Identities
     asked = {name: value for name,value in asked.items() if value is not None}
-    if data is not None: asked['calibration'] = _calibration(console, model, data, asked.get('far', .01))
+    if data is not None: asked['calibration'] = _calibration(console, model, data, asked.get('far', .05))
     if _saved_fingerprint(folder) is None:
         if 'calibration' in asked or 'threshold' in asked: return Identities(model, **asked)
         raise click.UsageError('How similar is one person? Pass --calibrate-on DATA, or --threshold')
@@ -179,7 +179,7 @@ _threshold_options = combine_options(
         help='Least similarity to be the same person; identical images have 1.'),
     click.option('--far', type=fraction_type, metavar='FRACTION',
         help='Maximum false accept rate: the fraction of new people who are taken for somebody known.  '
-             '[default: 0.01]'),
+             '[default: 0.05]'),
     click.option('--calibrate-on', 'data', metavar='DATA', type=existing,
         help='Labelled people that the model was not trained on, as for evaluate: they set the threshold.'))
 

@@ -151,6 +151,8 @@ def _pooled_sides(emb, items, query, gallery, by, how):
     by = by if isinstance(by, dict) else dict(query=by, gallery=by)
     unknown = by.keys()-{'query','gallery'}
     if unknown or not by: raise ValueError(f"by={by!r}: give a column, or a dict with 'query' or 'gallery' or both")
+    if how not in ('mean','max'):
+        raise ValueError(f"how={how!r}: choose 'mean' or 'max'; for weights, use pool_embeddings")
     embs,tables = [],[]
     for side,rows in (('query',query), ('gallery',gallery)):
         codes,table = pool_table(items[rows], by[side]) if side in by else (np.arange(rows.sum()),items[rows])

@@ -67,7 +67,7 @@ class Identities:
     "Gives tracklets identities that last over cameras and hours"
     def __init__(self,
         model=None,       # A learner, or an object with `embed` and `fingerprint`; None with a gallery without one
-        far=.01,          # Rate of false accepts: the fraction of new people that may be taken for somebody known
+        far=.05,          # Rate of false accepts: the fraction of new people that may be taken for somebody known
         calibration=None, # `Calibration` of the model, which turns `far` into a threshold
         threshold=None,   # Least similarity to be the same person, instead of `far` and `calibration`
         travel=None,      # Least seconds from one camera to another: a number, or `{(camera, camera): seconds}`
@@ -118,6 +118,12 @@ def _new_name(self:Identities):
         if f'person {self.n_named}' not in taken: return f'person {self.n_named}'
 
 @patch
+def _new_track(self:Identities):
+    number = self.gallery.store.next_id+1
+    while f'track {number}' in self.gallery: number += 1
+    return f'track {number}'
+
+@patch
 def _pooled(self:Identities, items):
     "One embedding for the pictures of a tracklet"
     embs = items if isinstance(items, Embeddings) else self.gallery.embed(list(items))
@@ -157,7 +163,7 @@ def identify(self:Identities,
     if end<start:
         raise ValueError(f"The tracklet ends at {end:g} s, before it begins at {start:g} s: swap start and end")
     cam,emb = '' if cam is None else str(cam),self._pooled(items)
-    key = str(track) if track is not None else f'track {self.gallery.store.next_id+1}'
+    key = self._new_track() if track is None else str(track)
     best = self._nearest(emb, cam, start, end)
     is_new = best is None or bool(best.similarity<self.threshold)
     pid = self._new_name() if is_new else best.pid
