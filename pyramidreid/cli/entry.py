@@ -11,10 +11,11 @@ from .demo import demo_command
 from .frame import app, run_app
 from .galleries import gallery_group
 from .models import embed_command, evaluate_command, export_command, models_command, train_command
+from .serve import serve_command
 
 # %% ../../nbs/cli/08_entry.ipynb #a8b00005
 for _command in (draw_command, demo_command, doctor_command, train_command, evaluate_command, embed_command,
-                 export_command, models_command, gallery_group):
+                 export_command, models_command, gallery_group, serve_command):
     app.add_command(_command)
 
 def main(
