@@ -3887,6 +3887,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'pyramidreid.web.page.entry_card': ('web/page.html#entry_card', 'pyramidreid/web/page.py'),
                                       'pyramidreid.web.page.entry_portrait': ('web/page.html#entry_portrait', 'pyramidreid/web/page.py'),
                                       'pyramidreid.web.page.filters': ('web/page.html#filters', 'pyramidreid/web/page.py'),
+                                      'pyramidreid.web.page.latest': ('web/page.html#latest', 'pyramidreid/web/page.py'),
                                       'pyramidreid.web.page.page': ('web/page.html#page', 'pyramidreid/web/page.py'),
                                       'pyramidreid.web.page.results': ('web/page.html#results', 'pyramidreid/web/page.py'),
                                       'pyramidreid.web.page.shade_scale': ('web/page.html#shade_scale', 'pyramidreid/web/page.py')},

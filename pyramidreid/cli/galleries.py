@@ -73,6 +73,7 @@ def check_gallery(
     if not (folder/'gallery.json').is_file():
         raise FileNotFoundError(f"There is no gallery at {folder}. Create one with pyramidreid gallery add")
 
+# %% ../../nbs/cli/06_galleries.ipynb #d86008a9
 def _files_table(files, cam_pat, pid_pat):
     "Return a table of the images in FILES, with the columns `cam` and `pid` that patterns find in their paths, as text"
     import pandas as pd

@@ -23,7 +23,7 @@ from .page import PageLink, page
 from .pictures import MAX_UPLOAD, Query, RecentQueries, as_jpeg, entry_picture, read_upload
 from .shared_gallery import PageError, SharedGallery, pid_text
 
-# %% ../../nbs/web/06_server.ipynb #9296a84d
+# %% ../../nbs/web/06_server.ipynb #eb0bc943
 _STATIC = {'page.css':'text/css', 'page.js':'text/javascript', 'icon.svg':'image/svg+xml'}
 _MOST_PIDS = 500 # Suggested for the field of the person's id
 
@@ -46,9 +46,10 @@ class Desk:
         gallery = self.shared.gallery
         table = gallery.store.table
         pids = table.pid.dropna().unique()[:_MOST_PIDS] if 'pid' in table else []
-        return dict(name=self.name, gallery=gallery, values=values, query=query, pids=[shown_text(o) for o in pids])
+        pids = [shown_text(o) for o in pids]
+        return dict(name=self.name, gallery=gallery, values=values, query=query, pids=pids)
 
-# %% ../../nbs/web/06_server.ipynb #609e7069
+# %% ../../nbs/web/06_server.ipynb #23a5d7c6
 @patch
 def query(self:Desk,
     values # Texts of the request by name
@@ -61,9 +62,11 @@ def query(self:Desk,
     with self.shared.fresh():
         key = self.shared.key_of(values['entry'])
         row = self.shared.row_of(key)
-        about = dict(address=values['entry'], image=f"/picture/{values['entry']}", words=key, pid=pid_text(row.get('pid')))
+        pid,address = pid_text(row.get('pid')),values['entry']
+        about = dict(address=address, image=f'/picture/{address}', words=key, pid=pid)
         return self.shared.embeddings_of([key]),about,key
 
+# %% ../../nbs/web/06_server.ipynb #a95b6ddb
 @patch
 def saved_words(self:Desk,
     address # Of an entry that was just changed
@@ -140,14 +143,15 @@ async def _form(request):
     except (HTTPException,MultiPartException,ValueError,UnicodeError) as e:
         raise PageError("What was sent cannot be read as a form") from e
 
-# %% ../../nbs/web/06_server.ipynb #e412fe85
+# %% ../../nbs/web/06_server.ipynb #c7d99b6a
 def _add_pages(app, desk):
     "The addresses that are read"
     from starlette.responses import Response
     def search(request): return _html(*desk.search(dict(request.query_params)))
     def picture(request):
         try:
-            with desk.shared.fresh(): file = desk.shared.row_of(desk.shared.key_of(request.path_params['address'])).get('fn')
+            with desk.shared.fresh():
+                file = desk.shared.row_of(desk.shared.key_of(request.path_params['address'])).get('fn')
         except PageError as e: return Response(str(e), e.status, media_type='text/plain')
         found = entry_picture(None if pd.isna(file) else file)
         return Response(found.data, 200 if found.found else 404, media_type=found.media_type)
@@ -161,6 +165,7 @@ def _add_pages(app, desk):
              '/static/{name}':static}
     for path,function in pages.items(): app.route(path, methods=['GET','HEAD'], name=path)(function)
 
+# %% ../../nbs/web/06_server.ipynb #1579e242
 def _add_forms(app, desk):
     "The addresses that something is sent to"
     from starlette.concurrency import run_in_threadpool
@@ -203,7 +208,7 @@ def make_app(
     _add_forms(app, desk)
     return app
 
-# %% ../../nbs/web/06_server.ipynb #9c131fd6
+# %% ../../nbs/web/06_server.ipynb #c1392630
 def open_socket(
     host, # Name or address
     port  # 0: any that is free
@@ -211,7 +216,7 @@ def open_socket(
     "Return a listening socket. Raises `ValueError` if that cannot be"
     try: family,_,_,_,address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (socket.gaierror,UnicodeError) as e: raise ValueError(
-        f"--host {host}: there is no such address. Use 127.0.0.1 for this machine only, 0.0.0.0 for all networks") from e
+        f"--host {host}: there is no such address. Use 127.0.0.1 for this machine only, 0.0.0.0 for all") from e
     try: return socket.create_server(address[:2], family=family, backlog=64)
     except OSError as e:
         if e.errno==errno.EADDRINUSE: raise ValueError(
@@ -231,7 +236,7 @@ def page_url(
     name = f'[{host}]' if ':' in host else host
     return f'http://{name}:{port}/' + (f'?token={token}' if token else '')
 
-# %% ../../nbs/web/06_server.ipynb #e14112be
+# %% ../../nbs/web/06_server.ipynb #d89942e4
 def run_server(
     desk,             # A `Desk`
     host='127.0.0.1', # Name or address to listen on
@@ -243,7 +248,7 @@ def run_server(
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
     with open_socket(host, port) as sock:
         app = make_app(desk, host, token, f'pyramidreid-{sock.getsockname()[1]}')
-        config = uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, lifespan='off', ws='none',
-                                limit_concurrency=64, timeout_graceful_shutdown=2)
+        config = uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, lifespan='off',
+                                ws='none', limit_concurrency=64, timeout_graceful_shutdown=2)
         announce(page_url(sock, host, token))
         uvicorn.Server(config).run(sockets=[sock])
