@@ -87,7 +87,8 @@ def chromium():
     from websockets.sync.client import connect
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen([PROGRAM, *FLAGS, f'--user-data-dir={folder}', 'about:blank'],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | dict(HOME=folder))
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   env=os.environ | dict(HOME=folder))
         try:
             file = Path(folder)/'DevToolsActivePort'
             wait_for(lambda: file.exists() and '\n' in file.read_text())
