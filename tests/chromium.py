@@ -46,12 +46,12 @@ class Tab:
         assert 'exceptionDetails' not in res, res
         return res['result'].get('value')
 
+    @property
+    def text(self): return self.js('document.body ? document.body.innerText : ""')
+
     def loaded(self, path=''):
         "Wait for a page whose address contains `path`, pictures included"
-        def is_done():
-            try: return path in self.js('location.href') and self.js('document.readyState')=='complete'
-            except AssertionError: return False # the page is being replaced
-        wait_for(is_done)
+        wait_for(lambda: path in self.js('location.href') and self.js('document.readyState')=='complete')
 
     def goto(self, url):
         self.call('Page.navigate', url='about:blank')
