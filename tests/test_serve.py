@@ -215,9 +215,9 @@ def test_text_of_the_gallery_is_escaped(tmp_path):
         tags = tags_of(html)
         assert [o for o in tags if o[0]=='script']==[('script', dict(src='/static/page.js', defer=None))]
         names = {name for _,attributes in tags for name in attributes}
-        assert 'style' not in names and not [o for o in names if o.startswith('on')] and '\u202e' not in html
+        assert 'style' not in names and not [o for o in names if o.startswith('on')]
         assert all(attributes['src'].startswith(('/picture/','/asked/')) for tag,attributes in tags if tag=='img')
-    assert pages[1].count('&lt;script&gt;')>=6*4
+    assert pages[1].count('&lt;script&gt;')>=6*4 and '\u202e' not in ''.join(pages[:2])
     done = label(browser, 'confirm', entry_address(keys[0]), 'anna', shown_text(HOSTILE))
     assert done.status_code==303 and pids(tmp_path/'street')[keys[0]]=='anna'
 

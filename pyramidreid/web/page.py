@@ -6,7 +6,8 @@
 __all__ = ['N_SHADES', 'shade_scale', 'band_column', 'band_chart', 'band_mark', 'entry_portrait', 'entry_card',
            'results', 'latest', 'filters', 'PageLink', 'page']
 
-# %% ../../nbs/web/05_page.ipynb #798c4bdb
+# %% ../../nbs/web/05_page.ipynb #68f4728c
+import re
 from urllib.parse import urlencode
 
 from fastcore import xml as h
@@ -105,7 +106,7 @@ def band_mark(
     rect = ft('rect', x=0, y=f'{100*top:.2f}', width=100, height=f'{100*(bottom-top):.2f}')
     return ft('svg', rect, viewBox='0 0 100 100', preserveAspectRatio='none', cls='mark', aria_hidden='true')
 
-# %% ../../nbs/web/05_page.ipynb #b4011daa
+# %% ../../nbs/web/05_page.ipynb #0d7c61f9
 def _facts(row):
     "Names and values of an entry"
     named = [('Person',row['pid'] or 'unknown'), ('Camera',row['cam']), ('Time',row['time']), ('Track',row['track']),
@@ -138,9 +139,9 @@ def _buttons(row, link):
                aria_label=f'Reject {about}', disabled=not row['pid']),
         h.A('More like this', href=link(entry=row['address'])), cls='actions')
 
-def _short(key, n=44): return key if len(key)<=n else '…'+key[1-n:]
+def _short(key): return shown_text(re.split(r'[/\\]', key)[-1] or key) # of a path, the name of the file
 
-# %% ../../nbs/web/05_page.ipynb #5178a065
+# %% ../../nbs/web/05_page.ipynb #81745132
 def entry_card(
     row,    # Of an answer
     rank,   # From 1
@@ -158,7 +159,7 @@ def entry_card(
     facts = Div(
         P(Span(str(rank), cls='rank'), B(f"{row['similarity']:.3f}"), cls='similarity',
           aria_label=f"Rank {rank}, similarity {row['similarity']:.3f}"),
-        _facts(row), P(shown_text(_short(row['key'])), cls='key', title=shown_text(row['key'])),
+        _facts(row), P(_short(row['key']), cls='key', title=shown_text(row['key'])),
         _buttons(row, link), Input(type='hidden', name=f"shown-{row['address']}", value=row['pid']), cls='facts')
     where = dict(data_top=f"{best['top']:.4f}", data_bottom=f"{best['bottom']:.4f}") if best else {}
     return Li(portrait, facts, details or None, id=f"e-{row['address']}", cls='card' if row['near'] else 'card far',
@@ -223,13 +224,13 @@ def latest(
                      href=link(entry=row['address']))) for row in rows]
     return h.Section(h.H2('Or begin with one of the latest entries'), Ol(*pictures, cls='latest')) if rows else None
 
-# %% ../../nbs/web/05_page.ipynb #baa73864
+# %% ../../nbs/web/05_page.ipynb #bcc94ca8
 def _upload(query, link):
     "The form that takes a picture; with a query, its picture"
     inside = [Span(B('Drop a picture'), Span('paste one, or choose a file'), cls='invitation')]
     if query: inside = [
         Div(Img(src=query['image'], alt=shown_text(query['words'])), band_mark(None), cls='portrait'),
-        Span(B(shown_text(_short(query['words'], 60))), Span('Drop, paste or choose another one'), cls='invitation')]
+        Span(B(_short(query['words'])), Span('Drop, paste or choose another one'), cls='invitation')]
     return Form(
         Label(*inside, fr='picture', cls='drop'),
         Input(type='file', name='picture', id='picture', accept='image/*', required=True),
@@ -237,6 +238,8 @@ def _upload(query, link):
         P(cls='problem', id='problem', role='alert'), Button('Search', cls='confirm'),
         Small('The picture stays in the memory of this program. It is not added to the gallery.'),
         id='ask', method='post', action='/query', enctype='multipart/form-data', data_most=MAX_UPLOAD)
+
+_PER = dict(image='each image', track='one per track', pid='one per person')
 
 def _choices(name, choices, value, title):
     options = [h.Option(text, value=key, selected=key==value) for key,text in choices]
@@ -246,7 +249,7 @@ def _field(name, value, title, error=None, **kwargs):
     about = dict(aria_invalid='true', aria_describedby=f'{name}-error') if error else {}
     return Div(Label(title, fr=name), Input(name=name, id=name, value=value, autocomplete='off', **about, **kwargs))
 
-# %% ../../nbs/web/05_page.ipynb #3bbe2035
+# %% ../../nbs/web/05_page.ipynb #6e792cce
 def _far_choices(gallery):
     return [*((f'{far:g}', f'{100*far:g} %') for far in reachable_rates(gallery.calibration)), ('none','no line')]
 
@@ -272,7 +275,7 @@ def filters(
     columns = ', '.join(shown_text(c) for c in gallery.store.table if c!='fn')
     fields = [
         _field('k', value('k', 12), 'Entries', wrong=='k', type='number', min=1, max=MAX_K),
-        _choices('per', [(o, 'each image' if o=='image' else f'one per {o}') for o in groups(gallery)],
+        _choices('per', [(o, _PER[o]) for o in groups(gallery)],
                  value('per', 'image'), 'Show'),
         _choices('cam', [('','all'), *cams], value('cam'), 'Camera') if cams else None,
         _choices('exclude_cam', [('','none'), *cams], value('exclude_cam'), 'Without camera') if cams else None,
@@ -317,7 +320,7 @@ def _counts(gallery):
         if name in table: counts.append(count(table[name].nunique(), *words))
     return ' · '.join(counts)
 
-# %% ../../nbs/web/05_page.ipynb #f0e32884
+# %% ../../nbs/web/05_page.ipynb #54347f70
 def page(
     shown,       # The gallery's `name`, the `gallery`, `values`, the `query` (`image`, `words`, `pid`) or None, `pids`
     answer=None, # From `search_answer`; None: nothing was searched for
@@ -331,8 +334,8 @@ def page(
     if error: main.append(P(shown_text(error), cls='problem', role='alert', id=f'{error.field}-error'))
     if saved: main.append(P(shown_text(saved), cls='saved', role='status'))
     if answer: main += results(answer, asked, shown, link)
-    elif not error: main.append(P("Drop a picture of a person to see who is most similar.", cls='statement'))
-    if not answer and gallery: main.append(latest(gallery, link))
+    elif not error: main += [P("Drop a picture of a person to see who is most similar.", cls='statement'),
+                             latest(gallery, link)]
     tools = [_upload(shown['query'], link), filters(shown['values'], gallery, asked, error)] if gallery else []
     name = shown_text(shown['name'])
     body = h.Body(
