@@ -76,8 +76,8 @@ def timed_calls(desk, browser, query):
         shown = desk.shared.row_of(desk.shared.key_of(address)).pid
         form = {'confirm':address, 'pid':str(next(count)), f'shown-{address}':str(shown)}
         assert browser.post('/label', data=form, headers=dict(origin=HERE)).status_code==303
-    return {'search, bands and page, after the embedding': lambda: desk.search(values),
-            'the same with k=100': lambda: desk.search(values | dict(k='100')),
+    return {'search, bands and page, after the embedding, k=12': lambda: desk.search(values),
+            'the same with k=60, the most that a page shows': lambda: desk.search(values | dict(k='60')),
             'the same with filters, one per person': lambda: desk.search(values | filters),
             'upload of 2 megapixels, embedding and page': whole,
             'picture of an entry': lambda: browser.get(f'/picture/{address}'),

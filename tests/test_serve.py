@@ -106,7 +106,7 @@ FILTERS = [
     (dict(cam='2'), dict(where='cam==2')), (dict(since='2026-11-23 08:10'), dict(since='2026-11-23 08:10')),
     (dict(where='pid in [1,3] and cam!=0'), dict(where='pid in [1,3] and cam!=0')),
     (dict(cam='2', where='pid<3', exclude_cam='0'), dict(where='pid<3 and cam==2')),
-    (dict(per='pid', k='4'), dict(per='pid', k=4)), (dict(per='track', k='100'), dict(per='track', k=24))]
+    (dict(per='pid', k='4'), dict(per='pid', k=4)), (dict(per='track', k='60'), dict(per='track', k=24))]
 
 @pytest.mark.parametrize('values,options', FILTERS, ids=lambda o: '&'.join(o) if isinstance(o, dict) else None)
 def test_results_are_those_of_the_gallery(site, values, options):
@@ -413,7 +413,7 @@ def test_what_another_program_saves_is_seen_and_kept(site):
     other = Gallery.load(site.folder, site.gallery.embedder)
     other.add(str(site.files/'07.jpg'), keys='new', pid=3).save()
     entry = entry_address('new')
-    assert len(addresses(site.browser.get(f'/search?entry={entry}&k=100').text))==24
+    assert len(addresses(site.browser.get(f'/search?entry={entry}&k=60').text))==24
     assert label(site.browser, 'confirm', entry, '9', '3').status_code==303
     assert pids(site.folder)['new']==9
     other = Gallery.load(site.folder)

@@ -21,8 +21,8 @@ from ..gallery.entries import filter_mask
 from ..models.fingerprints import inner_model
 from .shared_gallery import PageError, entry_address, pid_text
 
-# %% ../../nbs/web/02_answers.ipynb #ae0cd929
-MAX_K = 100 # Entries on a page
+# %% ../../nbs/web/02_answers.ipynb #16ef6a9c
+MAX_K = 60 # Entries on a page
 
 @dataclass
 class SearchRequest:
@@ -118,7 +118,7 @@ def read_search(
         since=text('since') or None, where=text('where') or None,
         far=None if threshold is not None else _read_far(text('far'), gallery), threshold=threshold)
 
-# %% ../../nbs/web/02_answers.ipynb #6b6f8c27
+# %% ../../nbs/web/02_answers.ipynb #df8016b1
 def model_pyramid(
     model # What a gallery embeds with
 ):
@@ -131,16 +131,22 @@ def model_pyramid(
         norm,pyramid = about.get('norm'),(about.get('n_parts'),about.get('levels'))
     return pyramid if norm=='branch' else None
 
+def _places(table):
+    "Level, top and bottom of each window, and the lane in which it is drawn"
+    lanes = {branch: dict(lane=lane, n_lanes=n_lanes) for branch,lane,n_lanes in window_lanes(table)}
+    return [dict(level=int(row.level), top=float(row.top), bottom=float(row.bottom), **lanes[row.Index])
+            for row in table.itertuples()]
+
 def match_bands(
     query,  # (D,) embedding
-    entry,  # (D,) embedding
+    embs,   # (N, D) embeddings that it is compared with
     pyramid # From `model_pyramid`
 )->list:
-    "Return the windows of the pyramid as dicts: level, top, bottom, similarity, and the lane in which each is drawn"
-    table = branch_similarities(query, entry, *pyramid)
-    lanes = {branch: (lane,n_lanes) for branch,lane,n_lanes in window_lanes(table)}
-    return [dict(level=int(row.level), top=float(row.top), bottom=float(row.bottom), similarity=float(row.similarity),
-                 lane=lanes[row.Index][0], n_lanes=lanes[row.Index][1]) for row in table.itertuples()]
+    "Return for each embedding the windows of the pyramid as dicts: level, top, bottom, lane, n_lanes, similarity"
+    tables = [branch_similarities(query, emb, *pyramid) for emb in embs]
+    places = _places(tables[0]) if tables else []
+    return [[dict(place, similarity=value) for place,value in zip(places, table.similarity.tolist())]
+            for table in tables]
 
 def finest(
     bands # From `match_bands`
@@ -177,10 +183,9 @@ def _threshold(gallery, asked):
         except ValueError as e: raise PageError(shown_text(e), field='far') from e
     return line,' '.join(str(o.message) for o in caught if issubclass(o.category, ReIDWarning))
 
-# %% ../../nbs/web/02_answers.ipynb #c41b7c6a
-def _row(found, embs, query, pyramid, line):
+# %% ../../nbs/web/02_answers.ipynb #9e52a50a
+def _row(found, bands, line):
     "A row of a search as plain values"
-    bands = [] if pyramid is None else match_bands(query, embs, pyramid)
     shown = {name: value_text(found.get(name)) for name in ('cam','time','track')}
     first = {'key','fn','pid','cam','time','track','similarity'}
     more = {shown_text(name): value_text(value) for name,value in found.items() if name not in first}
@@ -202,7 +207,8 @@ def search_answer(
         found = gallery.search(query, min(asked.k, len(gallery)), where=where, per=asked.per)
         embs,pyramid = shared.embeddings_of(found.key).values,model_pyramid(gallery.embedder)
         one = query.values[0]/np.linalg.norm(query.values[0])
-        rows = [_row(row, emb, one, pyramid, line) for row,emb in zip(found.to_dict('records'), embs)]
+        bands = [[]]*len(found) if pyramid is None else match_bands(one, embs, pyramid)
+        rows = [_row(row, bands_of_row, line) for row,bands_of_row in zip(found.to_dict('records'), bands)]
         return dict(rows=rows, n_entries=len(gallery), line=line, near=sum(row['near'] for row in rows),
                     warning=warning, calibrated=gallery.calibration is not None, pyramid=pyramid is not None)
 

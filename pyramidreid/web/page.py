@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_SHADES', 'shade_scale', 'band_column', 'band_chart', 'band_mark', 'entry_portrait', 'entry_card',
-           'results', 'latest', 'filters', 'PageLink', 'page']
+           'results', 'latest', 'filters', 'PageLink', 'draw_page']
 
 # %% ../../nbs/web/05_page.ipynb #68f4728c
 import re
@@ -187,11 +187,11 @@ def _lists(answer, cards):
                     Ol(*far, cls='cards', start=len(near)+1)]
     return res
 
-# %% ../../nbs/web/05_page.ipynb #c1300fcd
+# %% ../../nbs/web/05_page.ipynb #97b7bb2e
 def results(
     answer, # From `search_answer`
     asked,  # The `SearchRequest`
-    shown,  # The rest of the page, see `page`
+    shown,  # The rest of the page, see `draw_page`
     link    # Function of parts of a URL that are to change
 ):
     "Draw what a search has found"
@@ -320,8 +320,8 @@ def _counts(gallery):
         if name in table: counts.append(count(table[name].nunique(), *words))
     return ' · '.join(counts)
 
-# %% ../../nbs/web/05_page.ipynb #54347f70
-def page(
+# %% ../../nbs/web/05_page.ipynb #7512d1fe
+def draw_page(
     shown,       # The gallery's `name`, the `gallery`, `values`, the `query` (`image`, `words`, `pid`) or None, `pids`
     answer=None, # From `search_answer`; None: nothing was searched for
     asked=None,  # The `SearchRequest`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POSTS', 'Desk', 'back_values', 'make_app', 'open_socket', 'page_url', 'run_server']
 
-# %% ../../nbs/web/06_server.ipynb #a7c410b4
+# %% ../../nbs/web/06_server.ipynb #83d13043
 import errno
 import secrets
 import socket
@@ -19,11 +19,11 @@ import pyramidreid
 from ..core import require_extra, shown_text
 from .answers import read_search, search_answer
 from .guard import Guard, is_loopback
-from .page import PageLink, page
+from .page import PageLink, draw_page
 from .pictures import MAX_UPLOAD, Query, RecentQueries, as_jpeg, entry_picture, read_upload
 from .shared_gallery import PageError, SharedGallery, pid_text
 
-# %% ../../nbs/web/06_server.ipynb #eb0bc943
+# %% ../../nbs/web/06_server.ipynb #4f4de406
 _STATIC = {'page.css':'text/css', 'page.js':'text/javascript', 'icon.svg':'image/svg+xml'}
 _MOST_PIDS = 500 # Suggested for the field of the person's id
 
@@ -40,7 +40,7 @@ class Desk:
 
     def shown(self,
         values,    # Texts of the request by name
-        query=None # What `page` shows of the query
+        query=None # What `draw_page` shows of the query
     )->dict:
         "Return what every page shows"
         gallery = self.shared.gallery
@@ -66,7 +66,7 @@ def query(self:Desk,
         about = dict(address=address, image=f'/picture/{address}', words=key, pid=pid)
         return self.shared.embeddings_of([key]),about,key
 
-# %% ../../nbs/web/06_server.ipynb #a95b6ddb
+# %% ../../nbs/web/06_server.ipynb #1f616e5b
 @patch
 def saved_words(self:Desk,
     address # Of an entry that was just changed
@@ -90,7 +90,7 @@ def search(self:Desk,
             if values.get('saved'): saved = self.saved_words(values['saved'])
             if about: answer = search_answer(self.shared, embedding, asked, without=key)
     except PageError as e: error = error or e
-    with self.shared.lock: html = page(self.shown(values, about), answer, asked, error, saved)
+    with self.shared.lock: html = draw_page(self.shown(values, about), answer, asked, error, saved)
     return html,error.status if error else 200
 
 # %% ../../nbs/web/06_server.ipynb #2125200c
