@@ -118,7 +118,7 @@ def read_search(
         since=text('since') or None, where=text('where') or None,
         far=None if threshold is not None else _read_far(text('far'), gallery), threshold=threshold)
 
-# %% ../../nbs/web/02_answers.ipynb #df8016b1
+# %% ../../nbs/web/02_answers.ipynb #a08a9c0b
 def model_pyramid(
     model # What a gallery embeds with
 ):
@@ -148,6 +148,7 @@ def match_bands(
     return [[dict(place, similarity=value) for place,value in zip(places, table.similarity.tolist())]
             for table in tables]
 
+# %% ../../nbs/web/02_answers.ipynb #20e3978b
 def finest(
     bands # From `match_bands`
 )->list:
