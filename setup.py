@@ -14,7 +14,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
     author=cfg['author'], license='Apache-2.0', python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['pyramidreid', 'pyramidreid.*']),
-    package_data={'pyramidreid': ['py.typed', 'pretrained/README.md', 'pretrained/*/*']},
+    package_data={'pyramidreid': ['py.typed', 'pretrained/README.md', 'pretrained/*/*', 'web/static/*']},
     install_requires=cfg['requirements'].split(), extras_require=extras,
     long_description=Path('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',

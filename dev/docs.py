@@ -14,7 +14,7 @@ from api import entries, is_exported, module_of, read_cells, root, source_of
 ROOMS = {
     'synth': 'Synthetic people', 'data': 'Data', 'models': 'Model and losses', 'evaluation': 'Evaluation',
     'training': 'Training', 'explain': 'Explanations', 'gallery': 'Galleries', 'export': 'Export', 'video': 'Video',
-    'cli': 'Command line'}
+    'web': 'A page over a gallery', 'cli': 'Command line'}
 GUIDES = ['overview', 'tutorial', 'own_folder', 'research_sets', 'reranking_variants', 'several_gpus', 'gallery',
           'video_to_identities', 'command_line', 'results']
 GROUND = ['00_core', '01_images', '02_boxes'] # pages outside the rooms

@@ -17,6 +17,7 @@ picture = root/'nbs'/'images'/'rooms.svg'
 
 ABOUT = {
     'cli': 'the command pyramidreid',
+    'web': 'a page over a gallery',
     'video': 'frames, trackers and tracklets',
     'gallery': 'store people and search for them',
     'export': 'model files to share, ONNX runtime',

@@ -12,10 +12,11 @@ from .frame import app, run_app
 from .galleries import gallery_group
 from .identities import identify_command
 from .models import embed_command, evaluate_command, export_command, models_command, train_command
+from .serve import serve_command
 
 # %% ../../nbs/cli/08_entry.ipynb #a8b00005
 for _command in (draw_command, demo_command, doctor_command, train_command, evaluate_command, embed_command,
-                 export_command, models_command, gallery_group, identify_command):
+                 export_command, models_command, gallery_group, serve_command, identify_command):
     app.add_command(_command)
 
 def main(

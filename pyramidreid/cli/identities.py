@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .frame import CommandResult, command, writing
-from .galleries import _absolute, _check_reachable, _gallery_model, _records, _saved_fingerprint
+from .galleries import _absolute, _check_reachable, _records, _saved_fingerprint, gallery_model
 from .galleries import _shown_key as shown_key
 from pyramidreid.cli.options import (
     Number,
@@ -204,7 +204,7 @@ def identify_command(console, folder, files, model, table, track_pat, cam_pat, k
         raise click.UsageError('--threshold and --far both say how similar one person is: use only one of them')
     pictures = _pictures(files, table, track_pat, cam_pat)
     tracklets = _tracklets(pictures)
-    model = _gallery_model(console, folder, model, device)
+    model = gallery_model(console, folder, model, device)
     people = _people(console, folder, model, data, far=far, threshold=threshold, travel=travel)
     if known is not None: _enroll(console, people, model, known)
     new = _without_known(tracklets, people, skip_known)
