@@ -102,6 +102,16 @@ def written(name):
     text = (results/f'{name}.md').read_text(encoding='utf-8')
     return text.split('\n', 1)[1].replace('\n## ', '\n### ').strip()
 
+def embedding(): return written('embedding')
+
+def multi_query(): return written('multi-query')
+
+def identities(): return written('identities')
+
+def trackers(): return written('trackers')
+
+def weighting(): return written('weighting')
+
 def head():
     info = read('head-cpu')
     names = {'plain': 'branch by branch, with a loop over anchors', 'fused': 'pyramidreid'}

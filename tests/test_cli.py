@@ -196,7 +196,7 @@ def test_completion(tmp_path):
     assert 'search' in done.stdout
 
 @pytest.mark.parametrize('group,names', [
-    ([], 'draw demo doctor train evaluate embed export models gallery serve'),
+    ([], 'draw demo doctor train evaluate embed export models gallery serve identify'),
     (['gallery'], 'add remove search calibrate info')], ids=['app','gallery'])
 def test_help_lists_commands_in_order_of_use(group, names, cli, monkeypatch):
     "Each on one line, at the width of a common terminal"

@@ -10,8 +10,6 @@ import os
 from pathlib import Path
 
 import click
-import numpy as np
-import pandas as pd
 
 from .frame import CommandResult, command, writing
 from .galleries import _absolute, _check_reachable, _records, _saved_fingerprint, gallery_model
@@ -32,6 +30,8 @@ from pyramidreid.cli.options import (
 # %% ../../nbs/cli/10_identities.ipynb #b8b77949
 def _files_table(files, track_pat, cam_pat):
     "A table of the images in FILES, with their tracks and perhaps cameras"
+    import pandas as pd
+
     from pyramidreid.cli.inputs import image_files
     from pyramidreid.data.folders import find_in_paths
     rows = [(fn, fn.relative_to(o) if o.is_dir() else o) for o in files for fn in image_files([o])]
@@ -65,6 +65,9 @@ def _named(value):
 
 def _tracklets(df):
     "A table with a row for each tracklet, in the order in which they end: name, camera, times in seconds, its rows"
+    import numpy as np
+    import pandas as pd
+
     from pyramidreid.video.identities import _seconds
     cams,times = df.cam.map(_named),np.array([_seconds(None if o!=o else o, 'time') for o in df.time], float)
     names = [f'{cam}/{_named(track)}' if cam else _named(track) for cam,track in zip(cams, df.track)]
@@ -129,6 +132,8 @@ def _without_known(tracklets, people, skip_known):
 
 def _embeddings(console, model, pictures, tracklets):
     "`Embeddings` of each of the tracklets, by its name"
+    import numpy as np
+
     from pyramidreid.cli.inputs import embed_files
     from pyramidreid.gallery.entries import Embeddings
     if not len(tracklets): return {}
@@ -140,6 +145,7 @@ def _embeddings(console, model, pictures, tracklets):
 
 def _identify(people, tracklets, embs):
     "Identify tracklets one after another; return them as a table with the answers"
+    import pandas as pd
     answers = []
     for row in tracklets.itertuples():
         start,end = [None if time!=time else time for time in (row.start, row.end)]
@@ -150,6 +156,8 @@ def _identify(people, tracklets, embs):
 # %% ../../nbs/cli/10_identities.ipynb #19dcc62b
 def _write_table(file, pictures, tracklets, people):
     "Write the table of all images, with the pid of each"
+    import pandas as pd
+
     from pyramidreid.core import atomic_write
     pids = people.table.set_index('key').pid
     of_picture = {row: pids[track] for track,rows in zip(tracklets.track, tracklets.rows) for row in rows}
@@ -198,8 +206,8 @@ _threshold_options = combine_options(
 @device_option
 def identify_command(console, folder, files, model, table, track_pat, cam_pat, known, threshold, far, data, travel,
                      skip_known, out, device):
-    """Say who the people of tracklets are, and remember them in PEOPLE, a folder that is created if needed. FILES are
-    images of tracklets, or folders of them. Either all tracklets are identified or none."""
+    """Say who the people of tracklets are. PEOPLE, a folder that is created if needed, remembers them. FILES are images
+    of tracklets, or folders of them. Either all tracklets are identified or none."""
     if threshold is not None and (far or data):
         raise click.UsageError('--threshold and --far both say how similar one person is: use only one of them')
     pictures = _pictures(files, table, track_pat, cam_pat)
