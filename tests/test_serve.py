@@ -289,6 +289,7 @@ REQUESTS = [
     post('/label', 404, 'a path', data={'reject':'../../etc/passwd'}, headers=ORIGIN),
     post('/label', 400, 'no id', data={'confirm':'ENTRY', 'pid':'  '}, headers=ORIGIN),
     post('/label', 400, 'text for a number', data={'confirm':'ENTRY', 'pid':'anna'}, headers=ORIGIN),
+    post('/label', 400, 'two signs', data={'confirm':'ENTRY', 'pid':'--5'}, headers=ORIGIN),
     post('/label', 400, 'long', data={'confirm':'ENTRY', 'pid':'9'*300}, headers=ORIGIN),
     post('/label', 400, 'control', data={'confirm':'ENTRY', 'pid':'a\x1b[2J'}, headers=ORIGIN),
     post('/label', 413, 'giant', data={'confirm':'ENTRY', 'pid':'9'*2**19}, headers=ORIGIN),

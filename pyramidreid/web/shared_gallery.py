@@ -8,6 +8,7 @@ __all__ = ['PageError', 'entry_address', 'SharedGallery', 'pid_text', 'typed_pid
 # %% ../../nbs/web/01_shared_gallery.ipynb #da3a7721
 import hashlib
 import os
+import re
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,7 +124,7 @@ def typed_pid(
     if not text: raise PageError("Type a person's id first: confirming gives it to the entry", field='pid')
     if len(text)>_LONGEST_PID or not text.isprintable():
         raise PageError(f"A person's id is printable text of at most {_LONGEST_PID} characters", field='pid')
-    is_number = text.isascii() and text.lstrip('-').isdecimal() and len(text)<19
+    is_number = re.fullmatch('-?[0-9]{1,18}', text)
     if kind in ('number',None) and is_number: return int(text)
     if kind in ('text',None): return text
     what = 'whole numbers' if kind=='number' else f'of the kind {kind!r}, which the page does not write'
