@@ -110,6 +110,8 @@ def identities(): return written('identities')
 
 def trackers(): return written('trackers')
 
+def serve(): return written('serve')
+
 def weighting(): return written('weighting')
 
 def head():
