@@ -18,6 +18,7 @@ def parse(argv=None):
     add('--people', type=int, default=8)
     add('--frames', type=int, default=300)
     add('--seeds', type=int, default=3, help='clips')
+    add('--only', nargs='+', choices=list(TRACKERS), help='these trackers; what is noted of the others is kept')
     add('--out', default='trackers', help='name of the results')
     return parser.parse_args(argv)
 
@@ -59,6 +60,23 @@ def norfair(model):
         return np.array([[*track.last_detection.points.ravel(), track.id] for track in tracks]).reshape(-1, 5)
     return update
 
+def libreyolo(model):
+    import torch
+    from libreyolo.tracking.deepocsort import DeepOCSortTracker
+    from libreyolo.tracking.ocsort import OCSortTracker
+    from libreyolo.utils.results import Boxes, Results
+
+    from pyramidreid.video.trackers import ForLibreYolo
+    tracker = OCSortTracker() if model is None else DeepOCSortTracker(embedder=ForLibreYolo(model))
+    def update(frame, corners):
+        rows = torch.tensor(scored(corners), dtype=torch.float32)
+        results = Results(boxes=Boxes(rows[:, :4], rows[:, 4], rows[:, 5]), orig_shape=frame.shape[:2])
+        rgb = np.ascontiguousarray(frame[..., ::-1])
+        found = tracker.update(results) if model is None else tracker.update(results, rgb)
+        if not len(found.boxes): return np.zeros((0,5))
+        return np.c_[np.asarray(found.boxes.xyxy), np.asarray(found.track_id)]
+    return update
+
 def deep_sort_realtime(model):
     from deep_sort_realtime.deepsort_tracker import DeepSort
     tracker = DeepSort(embedder=None, n_init=1, max_age=200)
@@ -75,7 +93,8 @@ def scored(corners): return np.c_[corners, np.full(len(corners), .9), np.zeros(l
 TRACKERS = {
     'boxmot BotSort': lambda model: boxmot(model, use_cmc=False),
     'boxmot BoostTrack': lambda model: boxmot(model, 'BoostTrack', use_embeddings=True, use_cmc=False),
-    'ultralytics BoT-SORT': ultralytics, 'norfair': norfair, 'deep-sort-realtime': deep_sort_realtime}
+    'ultralytics BoT-SORT': ultralytics, 'libreyolo OC-SORT, Deep OC-SORT': libreyolo, 'norfair': norfair,
+    'deep-sort-realtime': deep_sort_realtime}
 
 # ---- against the truth
 
@@ -115,22 +134,35 @@ def scores(pids, identities, times, n_boxes):
 ABOUT_SETTINGS = (
     "Camera motion compensation is off in boxmot. deep-sort-realtime keeps lost tracks for 200 frames, and without "
     "embeddings all boxes look alike to it. norfair keeps them for 200 frames with embeddings only, at a distance up "
-    "to 0.4. ultralytics' and all other settings are the projects' own, with lost tracks kept for 30 frames.")
+    "to 0.4. libreyolo's OC-SORT and Deep OC-SORT differ in appearance only. Theirs, ultralytics' and "
+    "all other settings are the projects' own, with lost tracks kept for 30 frames.")
+
+def noted_others(args):
+    "The commands and rows of trackers that are not run again. Raises `ValueError` if they are of other clips"
+    file = results/f'{args.out}.json'
+    if not args.only or not file.exists(): return [],[]
+    note = json.loads(file.read_text())
+    if (note['people'],note['frames'])!=(args.people,args.frames):
+        raise ValueError(f"{file.name} is of {note['people']} people and {note['frames']} frames: run all trackers")
+    return note['command'].split(' && '),[row for row in note['runs'] if row['name'] not in args.only]
 
 def main(argv=None):
     args = parse(argv)
     from pyramidreid.all import load_pretrained
     from pyramidreid.synth.clip import synth_clip
-    model,rows = load_pretrained(args.model),[]
+    model,(commands,rows) = load_pretrained(args.model),noted_others(args)
     for seed in range(args.seeds):
         clip = synth_clip(args.people, args.frames, seed=seed)
-        for name,make in TRACKERS.items():
+        for name in args.only or TRACKERS:
+            make = TRACKERS[name]
             for with_reid in (False,True):
                 found = run(make, model if with_reid else None, clip)
                 if found is None: continue
                 rows.append(dict(name=name, embeddings=with_reid, seed=seed, **scores(*found)))
                 print(rows[-1], flush=True)
+    rows.sort(key=lambda row: list(TRACKERS).index(row['name']))
     note = dict(circumstances(), people=args.people, frames=args.frames, runs=rows)
+    note['command'] = ' && '.join(dict.fromkeys([*commands, note['command']]))
     (results/f'{args.out}.json').write_text(json.dumps(note, indent=1))
     means = pd.DataFrame(rows).groupby(['name','embeddings'], sort=False)[['switches','tracks','IDF1']].mean()
     shown = means.unstack().round(3)
