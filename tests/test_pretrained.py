@@ -574,19 +574,20 @@ def test_the_extra_is_named(learn, monkeypatch):
 # the package
 
 def test_pretrained_folders_are_package_data():
-    "Every file of every model, as setup.py gives the patterns; and nothing else lies there"
+    "Every file of every model, and those of the page, as setup.py gives the patterns; and nothing else lies there"
     root = Path(__file__).parents[1]
     patterns = re.search(r"package_data=\{'pyramidreid': (\[.*?\])\}", (root/'setup.py').read_text(encoding='utf-8'))[1]
     package,matched = root/'pyramidreid',set()
     for pattern in eval(patterns): matched |= {o for o in package.glob(pattern) if o.is_file()}
-    assert matched=={package/'py.typed', *(o for o in (package/'pretrained').rglob('*') if o.is_file())}
+    folders = package/'pretrained',package/'web'/'static'
+    assert matched=={package/'py.typed', *(o for folder in folders for o in folder.rglob('*') if o.is_file())}
     for folder in filter(Path.is_dir, (package/'pretrained').iterdir()):
         assert sorted(o.name for o in folder.iterdir())==['README.md', 'model.json', 'model.safetensors']
         assert sum(o.stat().st_size for o in folder.iterdir())<15.5e6
         load_pretrained(folder.name)
 
 @pytest.mark.slow
-def test_the_wheel_has_the_models(made, tmp_path):
+def test_the_wheel_has_the_models_and_the_page(made, tmp_path):
     pytest.importorskip('build')
     root,copied = Path(__file__).parents[1],tmp_path/'copy'
     ignored = shutil.ignore_patterns('.git', '.venv', 'nbs', 'benchmarks', 'tests', '__pycache__', '*.egg-info', 'docs')
@@ -600,5 +601,6 @@ def test_the_wheel_has_the_models(made, tmp_path):
     sdist, = (tmp_path/'dist').glob('*.tar.gz')
     folder = 'pyramidreid/pretrained'
     expected = {f'{folder}/README.md', *(f'{folder}/{NAME}/{o.name}' for o in made.iterdir())}
+    expected |= {f'pyramidreid/web/static/{name}' for name in ('icon.svg', 'page.css', 'page.js')}
     assert expected<=set(zipfile.ZipFile(wheel).namelist())
     assert expected<={o.partition('/')[2] for o in tarfile.open(sdist).getnames()}
