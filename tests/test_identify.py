@@ -159,3 +159,30 @@ def test_what_does_not_belong_is_refused(identify, table, csv, model, other_mode
     plain = Gallery(load_embedder(model)).add(list(table.fn[:2])).save(tmp_path/'plain')
     refused = identify(plain, '--csv', csv, '--model', model)
     assert refused.code==2 and 'without identities' in refused.err
+
+def test_a_folder_has_one_name_from_everywhere(identify, table, model, tmp_path, monkeypatch):
+    "The same crops are known in another working directory, and two folders of one name are not one track"
+    for name in ('crops/a', 'other/crops/a'):
+        (tmp_path/name).mkdir(parents=True)
+        shutil.copy(table.fn[0], tmp_path/name)
+    monkeypatch.chdir(tmp_path)
+    assert identify('home', 'crops', '--model', model, '--threshold', .9).code==0
+    monkeypatch.chdir(tmp_path/'other')
+    known = identify(tmp_path/'home', tmp_path/'crops', '--model', model)
+    assert known.code==2 and 'known already, the first is crops/a' in known.err
+    both = identify('new', tmp_path/'crops', tmp_path/'other'/'crops', '--model', model, '--threshold', .9)
+    assert both.code==2 and '--track-pat' in both.err and not Path('new').exists()
+
+def test_another_command_saves_meanwhile(identify, csv, model, tmp_path, monkeypatch):
+    "Nothing is lost: the second one says to run it again"
+    home = identify(tmp_path/'home', '--csv', csv, '--model', model, '--threshold', .9) and tmp_path/'home'
+    save = Identities.save
+    def late(self, path=None):
+        monkeypatch.setattr(Identities, 'save', save)
+        other = Identities.load(home, load_embedder(model))
+        other.rename('person 1', 'anna').save()
+        return save(self, path)
+    monkeypatch.setattr(Identities, 'save', late)
+    done = identify(home, '--csv', csv, '--model', model, '--skip-known')
+    assert done.code==2 and 'run the command again' in done.err
+    assert 'anna' in set(Identities.load(home).table.pid)

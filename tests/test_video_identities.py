@@ -1,7 +1,9 @@
 "Identities against a plain loop, what is impossible, corrections, and a crash at any time"
+import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -213,3 +215,12 @@ def test_numbers_of_tracks_leave_out_names_that_are_taken():
     ids.identify(seen(np.eye(4)[0]), track='track 2')
     assert [ids.identify(seen(np.eye(4)[i])).track for i in (1,2)]==['track 3','track 4']
     assert len(ids.gallery)==3
+
+def test_the_guide_is_as_short_as_it_says():
+    "Lines of code that a reader sees and would write: no tests, and not the drawing of the result"
+    guide = Path(__file__).parents[1]/'nbs'/'guides'/'video_to_identities.ipynb'
+    notebook = json.loads(guide.read_text(encoding='utf-8'))
+    cells = [''.join(o['source']) for o in notebook['cells'] if o['cell_type']=='code']
+    lines = [line.strip() for cell in cells if not cell.startswith('#|') for line in cell.splitlines()]
+    code = [line for line in lines if line and not line.startswith(('#','assert','test_eq'))]
+    assert 40<len(code)<60

@@ -6,13 +6,21 @@
 __all__ = ['identify_command']
 
 # %% ../../nbs/cli/10_identities.ipynb #66dc76c4
-import os
 from pathlib import Path
 
 import click
 
-from .frame import CommandResult, command, writing
-from .galleries import _absolute, _check_reachable, _records, _saved_fingerprint, gallery_model
+from .frame import CommandResult, command
+from pyramidreid.cli.galleries import (
+    _absolute,
+    _check_reachable,
+    _records,
+    _saved_fingerprint,
+    check_exist,
+    files_table,
+    gallery_model,
+    save_added,
+)
 from .galleries import _shown_key as shown_key
 from pyramidreid.cli.options import (
     Number,
@@ -28,19 +36,18 @@ from pyramidreid.cli.options import (
 )
 
 # %% ../../nbs/cli/10_identities.ipynb #b8b77949
-def _files_table(files, track_pat, cam_pat):
-    "A table of the images in FILES, with their tracks and perhaps cameras"
-    import pandas as pd
-
-    from pyramidreid.cli.inputs import image_files
-    from pyramidreid.data.folders import find_in_paths
-    rows = [(fn, fn.relative_to(o) if o.is_dir() else o) for o in files for fn in image_files([o])]
-    df = pd.DataFrame(dict(fn=_absolute(fn for fn,_ in rows)))
-    paths = [rel.as_posix() for _,rel in rows]
-    df['track'] = [shown_key(str(Path(fn).parent)) for fn in df.fn]
-    for name,pattern in dict(track=track_pat, cam=cam_pat).items():
-        if pattern is not None: df[name] = [match[1] for match in find_in_paths(f'{name}_pat', pattern, paths)]
-    return df.drop_duplicates('fn')
+def _in_folders(files, track_pat, cam_pat):
+    "A table of the images in FILES with their tracks. Raises `ValueError` if two folders have the same name"
+    df = files_table(files, track=track_pat, cam=cam_pat)
+    if track_pat is not None: return df
+    df['folder'] = [Path(fn).parent for fn in df.fn]
+    df['track'] = [folder.relative_to(Path(top).parent).as_posix() for folder,top in zip(df.folder, df.top)]
+    alike = df.groupby('track').folder.unique()
+    for track,(first,*others) in alike.items():
+        if others: raise ValueError(
+            f"{shown_key(str(first))} and {shown_key(str(others[0]))} would both be the track {track}: pass the folder "
+            "above them, or name the tracks with --track-pat")
+    return df
 
 def _pictures(files, table, track_pat, cam_pat):
     "A table of all images, with the columns `fn`, `track`, `cam` and `time`, which may be empty"
@@ -48,31 +55,26 @@ def _pictures(files, table, track_pat, cam_pat):
     if bool(files)==(table is not None): raise click.UsageError('Pass either FILES, or a table with --csv')
     if table and (track_pat or cam_pat):
         raise click.UsageError('--track-pat and --cam-pat are for FILES; a table has the columns track and cam')
-    if files: df = _files_table(files, track_pat, cam_pat)
+    if files: df = _in_folders(files, track_pat, cam_pat)
     else: df = read_csv(table, text=False, needs=('fn','track')).assign(fn=lambda df: _absolute(df.fn))
     if df.track.isna().any():
         raise ValueError(f"{shown_key(df.fn[df.track.isna()].iloc[0])} has no track: give each image one")
-    missing = [fn for fn in df.fn if not os.path.isfile(fn)]
-    if missing: raise FileNotFoundError(
-        f"{len(missing)} of {len(df)} files do not exist, the first is {shown_key(missing[0])}")
+    check_exist(df.fn)
     return df.reindex(columns=['fn','track','cam','time']).reset_index(drop=True)
 
 # %% ../../nbs/cli/10_identities.ipynb #2560f9bd
-def _named(value):
-    "A camera or track as text; '' if it is not known"
-    if value is None or value!=value: return ''
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
 def _tracklets(df):
     "A table with a row for each tracklet, in the order in which they end: name, camera, times in seconds, its rows"
     import numpy as np
     import pandas as pd
 
+    from pyramidreid.data.tables import id_text
     from pyramidreid.video.identities import _seconds
-    cams,times = df.cam.map(_named),np.array([_seconds(None if o!=o else o, 'time') for o in df.time], float)
-    names = [f'{cam}/{_named(track)}' if cam else _named(track) for cam,track in zip(cams, df.track)]
+    cams = ['' if pd.isna(cam) else id_text(cam) for cam in df.cam]
+    times = np.array([_seconds(None if o!=o else o, 'time') for o in df.time], float)
+    names = pd.Series([f'{cam}/{id_text(track)}' if cam else id_text(track) for cam,track in zip(cams, df.track)])
     groups = pd.Series(range(len(df))).groupby(names, sort=False)
-    rows = [dict(track=name, cam=cams.iloc[at.iloc[0]], start=times[at].min(), end=times[at].max(), rows=at.to_numpy())
+    rows = [dict(track=name, cam=cams[at.iloc[0]], start=times[at].min(), end=times[at].max(), rows=at.to_numpy())
             for name,at in groups]
     return pd.DataFrame(rows).sort_values('end', kind='stable', ignore_index=True)
 
@@ -217,7 +219,7 @@ def identify_command(console, folder, files, model, table, track_pat, cam_pat, k
     if known is not None: _enroll(console, people, model, known)
     new = _without_known(tracklets, people, skip_known)
     answers = _identify(people, new, _embeddings(console, model, pictures, new))
-    with writing(folder): people.save(folder)
+    save_added(people, folder)
     if out is not None: _write_table(out, pictures, tracklets, people)
     return CommandResult(text=_answers_text(answers, people), data=dict(
         people=folder, threshold=people.threshold, identities=len(people), tracklets=_records(answers)))

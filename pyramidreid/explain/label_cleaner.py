@@ -14,26 +14,22 @@ from fastcore.basics import patch
 
 import pyramidreid.explain.suspect_labels  # noqa: F401, for the method `label_errors`
 from ..core import shown_text
+from ..data.tables import id_text
 from .interpretation import ReIDInterpretation
 from .thumbnails import html_text, load_widgets, tile
 from ..training.learner import ReIDLearner
 
 # %% ../../nbs/explain/05_label_cleaner.ipynb #6a50ab8b
-def _written(value):
-    "An id as text, whole numbers without a decimal point"
-    is_whole = isinstance(value, Real) and float(value).is_integer()
-    return str(int(value)) if is_whole else str(value).strip()
-
 def find_id(
     value, # An id, or a text
     ids    # Ids of the table
 ):
     "Return the one of `ids` that is equal to `value` or written like it, or a new id. Raises `ValueError` for no id"
     ids = pd.unique(pd.Series(ids, dtype=object)).tolist()
-    same = [o for o in ids if _written(o)==_written(value)]
+    same = [o for o in ids if id_text(o)==id_text(value)]
     equal = [o for o in same if type(o) is type(value) and o==value]
     if same: return (equal or same)[0]
-    text = _written(value)
+    text = id_text(value)
     if text in ('','nan','None'): raise ValueError("There is no pid: write one")
     if not all(isinstance(o, Real) for o in ids): return text
     try: return int(text)
@@ -45,7 +41,7 @@ _ACTIONS = ('keep','delete','change')
 
 def _one_row_each(suspects):
     "Suspects with a row per image, which has all the signs and reasons"
-    image = pd.Series([(os.fspath(fn),_written(pid)) for fn,pid in zip(suspects.fn, suspects.pid)], dtype=object)
+    image = pd.Series([(os.fspath(fn),id_text(pid)) for fn,pid in zip(suspects.fn, suspects.pid)], dtype=object)
     image = image.map(repr).to_numpy()
     joined = {'sign':', '.join, 'why':'; '.join}
     texts = suspects.groupby(image, sort=False).agg({c:joined[c] for c in joined if c in suspects})
@@ -111,11 +107,11 @@ def _check_changes(df, changes):
 def _new_ids(df, changes):
     "`{(file, pid): new pid}`, None for what is deleted"
     res,ids = {},pd.unique(df.pid).tolist()
-    written = {_written(o) for o in ids}
+    written = {id_text(o) for o in ids}
     columns = (changes[c] for c in ('fn','pid','action','new_pid'))
     for fn,pid,action,new in zip(*columns):
         if action=='keep': continue
-        key = os.fspath(fn),find_id(pid, ids) if _written(pid) in written else pid
+        key = os.fspath(fn),find_id(pid, ids) if id_text(pid) in written else pid
         new = None if action=='delete' else find_id(new, ids)
         if res.setdefault(key, new)!=new: raise ValueError(
             f"{shown_text(fn)} of pid {shown_text(pid)} has two different changes: remove one of them")
@@ -253,7 +249,7 @@ class LabelEditor:
         pid = choices.suspects.other_pid[i] if choices.pids[i] is None else choices.pids[i]
         self.action = w.ToggleButtons(options=_ACTIONS, value=choices.actions[i])
         self.action.style.button_width = '72px'
-        self.pid = w.Text(value=_written(pid), description='pid', continuous_update=False)
+        self.pid = w.Text(value=id_text(pid), description='pid', continuous_update=False)
         self.pid.layout.width = '240px'
         self.problem = w.HTML()
         self.action.observe(self._on_action, 'value')

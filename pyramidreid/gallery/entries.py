@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LearnerEmbedder', 'as_embedder', 'Embeddings', 'open_picture', 'parse_times', 'parse_time', 'entry_table',
-           'typed_table', 'known_cameras', 'filter_mask', 'check_calibration']
+           'is_whole_number', 'typed_value', 'typed_table', 'known_cameras', 'filter_mask', 'check_calibration']
 
 # %% ../../nbs/gallery/01_entries.ipynb #9a2d470a
 import os
@@ -224,6 +224,22 @@ def entry_table(
         try: df['time'] = parse_times(df.time)
         except (ValueError,TypeError) as e: raise ValueError(f"Column 'time' is not all dates and times: {e}") from e
     return df[['key']+[c for c in df if c!='key']],images
+
+# %% ../../nbs/gallery/01_entries.ipynb #35f38654
+def is_whole_number(
+    text # As typed
+)->bool:
+    "Is it written like a whole number, of at most 18 digits?"
+    return re.fullmatch('-?[0-9]{1,18}', text) is not None
+
+def typed_value(
+    text,     # As typed
+    kind=None # Kind of the column: 'number', 'text', or None for a new column
+):
+    "Return what a column of this kind holds. Raises `ValueError` if a column of numbers gets text"
+    if kind=='text' or kind is None and not is_whole_number(text): return text
+    if is_whole_number(text): return int(text)
+    raise ValueError(f"{text}: this column of the gallery holds numbers")
 
 # %% ../../nbs/gallery/01_entries.ipynb #a55feaab
 _KINDS = {'integer':'number', 'floating':'number', 'mixed-integer-float':'number', 'datetime64':'time',

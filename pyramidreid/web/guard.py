@@ -156,7 +156,7 @@ def check(self:Guard,
     "Raise `Refused` unless the head of a request is right"
     hosts = [v for k,v in scope['headers'] if k.lower()==b'host']
     if len(hosts)!=1 or not allowed_host(host_name(head['host']), self.host): raise Refused(
-        400, "This is not the address that the page was started with")
+        400, "This is not the address that the page was started with: open the one that pyramidreid serve has printed")
     if scope['method'] not in ('GET','HEAD','POST'): raise Refused(
         405, "Only GET, HEAD and POST are answered", allow='GET, HEAD, POST')
     self.check_token(scope, head)

@@ -253,10 +253,11 @@ def _field(name, value, title, error=None, **kwargs):
 def _far_choices(gallery):
     return [*((f'{far:g}', f'{100*far:g} %') for far in reachable_rates(gallery.calibration)), ('none','no line')]
 
-def _line_field(values, gallery, asked):
+def _line_field(values, gallery, asked, wrong):
     "Where the line is: by the rate of false accepts, or without a calibration by a similarity"
     if gallery.calibration is None:
-        return _field('threshold', values.get('threshold'), 'Near enough from', inputmode='decimal', placeholder='0.7')
+        return _field('threshold', values.get('threshold'), 'Near enough from', wrong=='threshold', inputmode='decimal',
+                      placeholder='0.7')
     far = 'none' if asked is None or asked.far is None else f'{asked.far:g}'
     choices = _far_choices(gallery)
     if far not in dict(choices): choices.insert(0, (far, f'{100*float(far):g} %'))
@@ -275,13 +276,12 @@ def filters(
     columns = ', '.join(shown_text(c) for c in gallery.store.table if c!='fn')
     fields = [
         _field('k', value('k', 12), 'Entries', wrong=='k', type='number', min=1, max=MAX_K),
-        _choices('per', [(o, _PER[o]) for o in groups(gallery)],
-                 value('per', 'image'), 'Show'),
+        _choices('per', [(o, _PER[o]) for o in groups(gallery)], value('per', 'image'), 'Show'),
         _choices('cam', [('','all'), *cams], value('cam'), 'Camera') if cams else None,
         _choices('exclude_cam', [('','none'), *cams], value('exclude_cam'), 'Without camera') if cams else None,
         _field('since', value('since'), 'Since', wrong=='since', placeholder='2026-11-23')
         if 'time' in gallery.store.table else None,
-        _line_field(values, gallery, asked),
+        _line_field(values, gallery, asked, wrong),
         Div(_field('where', value('where'), 'Where', wrong=='where', placeholder='cam!=3', spellcheck='false'),
             Small(f'An expression over {columns}'), cls='wide')]
     of_query = [Input(type='hidden', name=o, value=value(o)) for o in ('query','entry') if value(o)]
@@ -331,7 +331,7 @@ def draw_page(
     "Return the page as HTML"
     link,gallery = PageLink(shown['values']),shown['gallery']
     main = []
-    if error: main.append(P(shown_text(error), cls='problem', role='alert', id=f'{error.field}-error'))
+    if error: main.append(P(shown_text(error), cls='problem', role='alert', id=error.field and f'{error.field}-error'))
     if saved: main.append(P(shown_text(saved), cls='saved', role='status'))
     if answer: main += results(answer, asked, shown, link)
     elif not error: main += [P("Drop a picture of a person to see who is most similar.", cls='statement'),

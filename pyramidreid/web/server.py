@@ -141,7 +141,7 @@ async def _form(request):
     from starlette.formparsers import MultiPartException
     try: return await request.form()
     except (HTTPException,MultiPartException,ValueError,UnicodeError) as e:
-        raise PageError("What was sent cannot be read as a form") from e
+        raise PageError("What was sent cannot be read as a form: open the page again, and send it from there") from e
 
 # %% ../../nbs/web/06_server.ipynb #c7d99b6a
 def _add_pages(app, desk):

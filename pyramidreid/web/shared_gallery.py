@@ -8,7 +8,6 @@ __all__ = ['PageError', 'entry_address', 'SharedGallery', 'pid_text', 'typed_pid
 # %% ../../nbs/web/01_shared_gallery.ipynb #da3a7721
 import hashlib
 import os
-import re
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import shown_text
-from ..gallery.entries import Embeddings
+from ..gallery.entries import Embeddings, typed_value
 from ..gallery.gallery import Gallery
 from ..gallery.store import read_manifest
 
@@ -124,11 +123,10 @@ def typed_pid(
     if not text: raise PageError("Type a person's id first: confirming gives it to the entry", field='pid')
     if len(text)>_LONGEST_PID or not text.isprintable():
         raise PageError(f"A person's id is printable text of at most {_LONGEST_PID} characters", field='pid')
-    is_number = re.fullmatch('-?[0-9]{1,18}', text)
-    if kind in ('number',None) and is_number: return int(text)
-    if kind in ('text',None): return text
-    what = 'whole numbers' if kind=='number' else f'of the kind {kind!r}, which the page does not write'
-    raise PageError(f"{text!r}: this gallery's person ids are {what}", field='pid')
+    if kind not in ('number','text',None): raise PageError(
+        f"This gallery's person ids are of the kind {kind!r}, which the page does not write", field='pid')
+    try: return typed_value(text, kind)
+    except ValueError: raise PageError(f"{text!r}: this gallery's person ids are whole numbers", field='pid') from None
 
 # %% ../../nbs/web/01_shared_gallery.ipynb #62ad7b41
 _TRIES = 5
