@@ -99,12 +99,21 @@ def fit(learn, recipe, epochs, lr, pretrained, fit_args=None):
         elif recipe=='paper': learn.fit_paper(epochs, **args)
         else: learn.fit_modern(epochs, **{'frozen_epochs':int(pretrained), **args})
 
+def use_device(learn, mixed, channels_last):
+    "Set precision, memory format and the choice of kernels for the learner's device; is it a GPU?"
+    on_gpu = learn.dls.device.type!='cpu'
+    if on_gpu: torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark = False,True
+    if on_gpu and mixed: learn.to_channelslast(amp_mode='bf16')
+    elif on_gpu or channels_last: learn.to_channelslast(use_amp=False)
+    return on_gpu
+
 def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=None, recipe='one_cycle', epochs=12,
           steps=None, lr=3e-3, p=8, k=8, workers=0, cache=None, only=None, mode='pk', dynamic=True, shift=0,
-          loss=None, change=None, channels_last=False, tfms_args=None, fit_args=None, **learner_args):
+          loss=None, change=None, channels_last=False, mixed=True, tfms_args=None, fit_args=None, **learner_args):
     """Train on the table `df` and evaluate once, at the end, on its queries and gallery or on people held out of its
     training set; a dict of results. `loss` and a callable `dynamic` make a loss and a rule; `change` gets the learner
-    before it is trained; `channels_last` is faster on a CPU. `cpu_seconds` do not count what else the machine does"""
+    before it is trained; `channels_last` is faster on a CPU; `mixed` uses bfloat16 on a GPU. `cpu_seconds` do not count
+    what else the machine does"""
     check_losses(only, dynamic, mode)
     gc.collect()
     torch.set_num_threads(1)
@@ -120,13 +129,11 @@ def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=
         dls, getattr(lib, arch, arch), pretrained=False, weights=weights, loss_func=loss() if loss else one_loss(only),
         dynamic=dynamic, metrics=[], cbs=skip_validation(), **learner_args)
     if change: change(learn)
-    cuda = dls.device.type=='cuda'
-    if cuda: learn.to_channelslast(amp_mode='bf16')
-    elif channels_last: learn.to_channelslast(use_amp=False)
+    on_gpu = use_device(learn, mixed and recipe!='modern', channels_last)
     start,cpu_start = time.perf_counter(),time.process_time()
     fit(learn, recipe, epochs, lr, bool(weights), fit_args)
     seconds,cpu_seconds = time.perf_counter()-start,time.process_time()-cpu_start
-    card = learn.evaluate(device=dls.device if cuda else None)
+    card = learn.evaluate(device=dls.device if on_gpu else None)
     row = dict(
         name=name, seed=seed, mAP=card.mAP, rank1=card.rank1, seconds=seconds, cpu_seconds=cpu_seconds,
         steps=epochs*len(dls.train), hardware=hardware(), date=str(date.today()), code=code,

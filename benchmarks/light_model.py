@@ -1,6 +1,6 @@
 """Train the light model that pyramidreid ships: an EfficientNet-Lite0 pyramid, in stages of growing images.
 `python benchmarks/light_model.py --data DIR [DIR] --weights FILE --run FOLDER [--minutes M]`
-Stopped or killed, the same command resumes it. `--hold-out 0.2` judges on people held out of the training set: settings
+Stopped or killed, the same command resumes it, on another machine too where FOLDER goes with it. `--hold-out 0.2` judges on people held out of the training set: settings
 are chosen there, and only there. With `--test` the official test of the first dataset is evaluated, once, at the end,
 and `--save DIR` writes the model to ship."""
 import argparse
@@ -9,11 +9,12 @@ import os
 import sys
 import time
 from copy import deepcopy
+from datetime import date
 from functools import partial
 from pathlib import Path
 
 from bodies import multiply_adds
-from common import circumstances, results
+from common import circumstances, hardware, results
 from market1501 import callbacks, knob
 
 from pyramidreid.evaluation.protocol_card import ReIDResult
@@ -84,6 +85,11 @@ def make_loaders(args, lib, size):
     return lib.ReIDDataLoaders.from_table(
         training_table(args, lib), p=8, k=8, size=size, valid_pct=args.hold_out, tfms=tfms, cache=cache)
 
+def where_trained(torch):
+    "The machine that trains a stage, as its table and its card name it"
+    threads = '' if torch.cuda.is_available() else f', {torch.get_num_threads()} threads'
+    return hardware()+threads
+
 def make_learner(args, lib, number, cbs):
     "The learner of a stage, before anything is trained"
     size,_,_,mix = args.stages[number]
@@ -109,7 +115,8 @@ def fit_stage(args, lib, number, began):
     rates.update({name: scale*rates[name] for name in ('lr_body','lr_head')})
     with learn.no_bar(): learn.fit_modern(epochs, **{'frozen_epochs':int(number==0), **rates})
     if not watch.stopped: learn.save(f'stage-{number+1}', with_opt=False)
-    return learn,watch.seconds[-1],watch.stopped
+    seconds = watch.seconds[-1] if watch.seconds else 0. # None were counted if --steps ended the stage
+    return learn,seconds,watch.stopped
 
 def cost(learn, size):
     "Parameters and multiply-adds of an embedding, in which the identity classifiers have no part"
@@ -130,18 +137,19 @@ def evaluated(learn):
     return {name: learn.evaluate(**way) for name,way in ways.items()}
 
 def train(args, lib, began):
-    "Train the stages that are not finished; return the last learner and the seconds of all stages"
-    notes = args.run/'seconds.json'
-    seconds = json.loads(notes.read_text()) if notes.exists() else []
-    for number in range(len(seconds), len(args.stages)):
-        learn,time_of_stage,stopped = fit_stage(args, lib, number, began)
+    "Train the stages that are not finished; return the last learner, and of each stage its seconds and its machine"
+    import torch
+    file = args.run/'stages.json'
+    finished = json.loads(file.read_text()) if file.exists() else []
+    for number in range(len(finished), len(args.stages)):
+        learn,seconds,stopped = fit_stage(args, lib, number, began)
         if stopped: sys.exit(f'Stopped in stage {number+1}: run the same command again to resume')
-        seconds.append(time_of_stage)
-        notes.write_text(json.dumps(seconds))
-        print(f'stage {number+1}: {time_of_stage/60:.1f} minutes', flush=True)
+        finished.append(dict(seconds=seconds, hardware=where_trained(torch), date=str(date.today())))
+        file.write_text(json.dumps(finished))
+        print(f'stage {number+1}: {seconds/60:.1f} minutes', flush=True)
     learn = make_learner(args, lib, len(args.stages)-1, [])
     embed_once(learn)
-    return learn.load(f'stage-{len(args.stages)}', with_opt=False),seconds
+    return learn.load(f'stage-{len(args.stages)}', with_opt=False),finished
 
 def all_cards(learn, args):
     "The protocol cards of the final evaluation by name, those of the other datasets included"
@@ -155,23 +163,26 @@ def all_cards(learn, args):
 def write_model(learn, cards, args, note, lib):
     "Write the model to ship, with its card"
     sizes = ', '.join(f'{height}×{width}' for height,width,*_ in note['stages'])
-    training = (f"`{note['command']}`: {sum(note['minutes']):.0f} minutes with {args.threads} CPU threads "
-                f"({note['hardware']}, {note['date']}), in stages of {sizes} pixels.")
+    minutes,machines = sum(note['minutes']),', '.join(dict.fromkeys(note['trained_on']))
+    stages = 'stages' if len(note['stages'])>1 else 'a stage'
+    training = (f"`{note['command']}`: {minutes:.{0 if minutes>20 else 1}f} minutes on {machines} ({note['date']}), "
+                f"in {stages} of {sizes} pixels.")
     known = [text for name,text in ABOUT_DATA.items() for folder in args.data if folder.name.lower().startswith(name)]
     cameras = lib.evaluate_cameras(**learn.to_rank())
     learn.save_pretrained(
         args.save, card=cards['plain'], licence=RESEARCH_ONLY, cards=cards, cameras=cameras, training=training,
         data=' '.join(known))
 
-def training_note(args, seconds):
+def training_note(args, finished):
     "What was trained, with what a pretrained model to start from had been before"
-    about,before = circumstances(),dict(stages=[], minutes=[])
+    about,before = circumstances(),dict(stages=[], minutes=[], trained_on=[])
     if args.start:
         before = json.loads((results/f'{RESULT_OF[args.start]}.json').read_text())
         about['command'] = f"{before['command']} && {about['command']}"
     return dict(
         about, stages=before['stages']+[[*size, epochs, scale] for size,epochs,scale,_ in args.stages],
-        minutes=before['minutes']+[round(s/60, 1) for s in seconds])
+        minutes=before['minutes']+[round(stage['seconds']/60, 1) for stage in finished],
+        trained_on=before['trained_on']+[stage['hardware'] for stage in finished])
 
 def main(argv=None):
     args,began = parse(argv),time.perf_counter()
@@ -180,8 +191,9 @@ def main(argv=None):
     import pyramidreid.all as lib
     torch.set_num_threads(args.threads)
     args.run.mkdir(parents=True, exist_ok=True)
-    learn,seconds = train(args, lib, began)
-    note = training_note(args, seconds) | cost(learn, args.stages[-1][0])
+    torch.backends.cudnn.benchmark = True
+    learn,finished = train(args, lib, began)
+    note = training_note(args, finished) | cost(learn, args.stages[-1][0])
     if args.test or args.hold_out:
         cards = all_cards(learn, args)
         note['cards'] = {name: json.loads(card.to_json()) for name,card in cards.items()}

@@ -176,7 +176,9 @@ def parse(argv=None):
     add('--arch', default='tf_efficientnet_lite0')
     add('--cache', type=Path, help='file for the decoded images, which all runs share')
     add('--size', type=int, nargs=2, default=(96,48), metavar=('H','W'))
+    add('--recipe', choices=('one_cycle','modern'), default='one_cycle')
     add('--steps', type=int, default=480)
+    add('--epochs', type=int, help='train for so many epochs instead')
     add('--lr', type=float, default=1e-3)
     add('--n-parts', type=int, default=6)
     add('--hold-out', type=float, default=.2)
@@ -188,20 +190,27 @@ def parse(argv=None):
     add('--out', default='weighting', help='name of the results')
     return parser.parse_args(argv)
 
+def length_and_rates(args):
+    "The arguments of a training that say how long and by which recipe; as few as needed, for they identify old results"
+    length = dict(epochs=args.epochs) if args.epochs else dict(steps=args.steps)
+    return length | (dict(lr=args.lr) if args.recipe=='one_cycle' else dict(recipe=args.recipe))
+
 def main(argv=None):
     args = parse(argv)
     asked = questions(args.share)
     schemes = {label: scheme for group in asked.values() for label,scheme in group.items()}
     names = args.only or list(schemes)
-    shared = dict(size=tuple(args.size), hold_out=args.hold_out, arch=args.arch, steps=args.steps, lr=args.lr,
-                  n_parts=args.n_parts, channels_last=True)
+    shared = dict(size=tuple(args.size), hold_out=args.hold_out, arch=args.arch, n_parts=args.n_parts,
+                  channels_last=True, **length_and_rates(args))
     settings = {**shared, 'size': list(args.size), 'data': args.data.name,
                 'weights': args.weights and args.weights.name}
+    shared['mixed'] = args.recipe=='modern' # One cycle computes as on a CPU
     files = dict(data=args.data, weights=args.weights, cache=args.cache)
     configs = [dict(name=name, seed=seed, **shared, **files, **schemes[name])
                for seed in range(args.seeds) for name in names]
     about = (f'{args.data.name}, {args.hold_out:.0%} of the training identities held out; {args.arch} at '
-             f'{args.size[0]}×{args.size[1]}, {args.n_parts} parts, batches of 64, one cycle at {args.lr:g}')
+             f'{args.size[0]}×{args.size[1]}, {args.n_parts} parts, batches of 64, '
+             + (f'one cycle at {args.lr:g}' if args.recipe=='one_cycle' else 'fit_modern, strong_tfms'))
     try: run_grid(f'{args.out}.json', configs, args.jobs, train_folder, settings, args.minutes)
     finally: report(args.out, asked, about)
 

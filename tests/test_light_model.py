@@ -35,7 +35,7 @@ def test_stopped_resumed_and_written(tmp_path, people, monkeypatch):
     args += ['--emb-sz', '8', '--stages', '48x24:2', '96x48:1:0.5', '--mix', '0.5', '--threads', '1', '--test']
     args += ['--also', str(people), '--save', str(tmp_path/'model')]
     with pytest.raises(SystemExit, match='Stopped in stage 1'): light_model.main([*args, '--minutes', '1e-6'])
-    assert not (tmp_path/'run'/'seconds.json').exists()
+    assert not (tmp_path/'run'/'stages.json').exists()
     light_model.main(args)
     note = json.loads((tmp_path/'light-model.json').read_text())
     assert list(note['cards'])==['plain', 'flip', 'flip, re-ranked', people.name] and len(note['minutes'])==2
@@ -50,7 +50,7 @@ def test_stopped_resumed_and_written(tmp_path, people, monkeypatch):
 def test_a_pretrained_model_goes_on(tmp_path, people, monkeypatch):
     "Its stages and minutes count, and training starts at its weights: at hardly any learning rate, they stay the same"
     monkeypatch.setattr(light_model, 'results', tmp_path)
-    before = dict(command='python before.py', stages=[[96,48,18,1.]], minutes=[20.])
+    before = dict(command='python before.py', stages=[[96,48,18,1.]], minutes=[20.], trained_on=['a core'])
     (tmp_path/'light-model.json').write_text(json.dumps(before))
     args = ['--data', str(people), '--run', str(tmp_path/'run'), '--start', 'market1501-lite0', '--threads', '1']
     args += ['--stages', '96x48:1:1e-9:0.2', '--test', '--save', str(tmp_path/'model'), '--out', 'more']
@@ -58,6 +58,8 @@ def test_a_pretrained_model_goes_on(tmp_path, people, monkeypatch):
     note = json.loads((tmp_path/'more.json').read_text())
     assert note['stages']==[[96,48,18,1.], [96,48,1,1e-9]] and note['minutes'][0]==20. and len(note['minutes'])==2
     assert note['command'].startswith('python before.py && python')
+    assert note['trained_on'][0]=='a core' and note['trained_on'][1].endswith('1 threads')
+    assert f"minutes on a core, {note['trained_on'][1]} (" in (tmp_path/'model'/'README.md').read_text()
     shipped,model = load_pretrained('market1501-lite0').model,load_embedder(tmp_path/'model').model
     for name,p in shipped.named_parameters():
         if 'classify' not in name: torch.testing.assert_close(dict(model.named_parameters())[name], p)
