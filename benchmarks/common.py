@@ -108,12 +108,14 @@ def use_device(learn, mixed, channels_last):
     return on_gpu
 
 def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=None, recipe='one_cycle', epochs=12,
-          steps=None, lr=3e-3, p=8, k=8, workers=0, cache=None, only=None, mode='pk', dynamic=True, shift=0,
-          loss=None, change=None, channels_last=False, mixed=True, tfms_args=None, fit_args=None, **learner_args):
+          steps=None, lr=3e-3, p=8, k=8, workers=0, cache=None, only=None, mode='pk', dynamic=True, neck=False,
+          shift=0, loss=None, change=None, channels_last=False, mixed=True, tfms_args=None, fit_args=None,
+          **learner_args):
     """Train on the table `df` and evaluate once, at the end, on its queries and gallery or on people held out of its
-    training set; a dict of results. `loss` and a callable `dynamic` make a loss and a rule; `change` gets the learner
-    before it is trained; `channels_last` is faster on a CPU; `mixed` uses bfloat16 on a GPU. `cpu_seconds` do not count
-    what else the machine does"""
+    training set; a dict of results. Without more arguments it is the paper's method: no BNNeck, dynamic training.
+    `loss` and a callable `dynamic` make a loss and a rule; `change` gets the learner before it is trained;
+    `channels_last` is faster on a CPU; `mixed` uses bfloat16 on a GPU. `cpu_seconds` do not count what else the machine
+    does"""
     check_losses(only, dynamic, mode)
     gc.collect()
     torch.set_num_threads(1)
@@ -127,7 +129,7 @@ def train(name, seed, df, size=(96,48), hold_out=None, arch='resnet10', weights=
     elif callable(dynamic): dynamic = dynamic()
     learn = lib.pyramid_learner(
         dls, getattr(lib, arch, arch), pretrained=False, weights=weights, loss_func=loss() if loss else one_loss(only),
-        dynamic=dynamic, metrics=[], cbs=skip_validation(), **learner_args)
+        dynamic=dynamic, neck=neck, metrics=[], cbs=skip_validation(), **learner_args)
     if change: change(learn)
     on_gpu = use_device(learn, mixed and recipe!='modern', channels_last)
     start,cpu_start = time.perf_counter(),time.process_time()

@@ -59,7 +59,7 @@ def case_parts():
     names = re.findall(r'\w+', re.search(r'^CASES = \[(.*?)\]', text, re.M|re.S)[1])
     for name in names:
         devices = NOT_ON_CPU if name.startswith('waits_') or 'on_the_cpu' in name else NOT_ON_CPU+('cpu',)
-        yield Part(f'case:{name}', name.replace('_', ' '), 75, True, REDUCED_CASES.get(name, ()), devices)
+        yield Part(f'case:{name}', name.replace('_', ' '), 120, True, REDUCED_CASES.get(name, ()), devices)
 
 def full_plan():
     "All parts, what matters most first"
@@ -91,6 +91,11 @@ def named(parts, words):
                                  f"{', '.join(part.name for part in parts)}")
     return [part for part in parts if {part.name, part.name.split(':')[0]} & set(words)]
 
+def few_threads(jobs):
+    "Environment of a child beside `jobs`-1 others, in which they share the cores; what the caller has set stays"
+    threads = max(1, (os.cpu_count() or 1)//jobs)
+    return {'OMP_NUM_THREADS': str(threads), **os.environ}
+
 # ---- one child process, which runs one or several parts
 
 def read_json(file):
@@ -106,7 +111,7 @@ def last_line(text, default=''):
 class Child:
     """A process that runs `parts` in their order, each within its seconds. It writes `PART.json` in `folder` when it
     begins a part, with the status 'running', and when it ends it. `to_start` are seconds until the first begins"""
-    def __init__(self, parts, command, folder, deadline, to_start=0):
+    def __init__(self, parts, command, folder, deadline, to_start=0, environment=None):
         self.parts,self.folder,self.deadline = list(parts),folder,deadline
         self.since,self.to_start = time.monotonic(),to_start
         self.beside = all(part.beside for part in parts)
@@ -114,7 +119,8 @@ class Child:
         for part in parts: self.file(part).unlink(missing_ok=True)
         self.log = folder/f'{parts[0].name.replace(":", "-")}.log'
         with self.log.open('wb') as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
     def file(self, part): return self.folder/f'{part.name.replace(":", "-")}.json'
 
@@ -195,7 +201,8 @@ class Run:
 
     def start(self, parts):
         command = self.command(parts, self.deadline-time.monotonic())
-        return Child(parts, command, self.folder, self.deadline, self.to_start)
+        beside = self.jobs if parts[0].beside else 1
+        return Child(parts, command, self.folder, self.deadline, self.to_start, few_threads(beside))
 
     def run(self, parts):
         "Run the parts. What no time was left for stays as it was"

@@ -19,7 +19,7 @@ def main():
     runs = run_grid('misalign.json', configs(args.seeds), args.jobs)
     table = runs.groupby(['name', 'misalign'], sort=False).mAP.agg(mean_std).unstack()
     table.columns = [f'mAP, misalign {strength}' for strength in table.columns]
-    text = ("Synthetic people; resnet10 from scratch at 96×48, 6 parts, default dynamic training, "
+    text = ("Synthetic people; resnet10 from scratch at 96×48, 6 parts, no BNNeck, the paper's dynamic training, "
             f"{runs.steps.iloc[0]} steps of 8×8, Adam one-cycle 3e-3; mean ± standard deviation over "
             f"{runs.seed.nunique()} seeds of data and training.")
     write_table('misalign', 'Pyramid, parts and global branch under misalignment', markdown(table), text)

@@ -44,7 +44,7 @@ def headline():
     batch = exact['rows'][0]
     ivf = read('gallery')['parts']['ivf']
     return table([
-        {'': f'Market-1501, `market1501-lite0` at {height}×{width}, {sum(light["minutes"]):.0f} minutes on two cores',
+        {'': f'Market-1501, `market1501-lite0` at {height}×{width}, {light["parameters"]/1e6:.1f} M parameters',
          'pyramidreid': f"mAP {percent(market['mAP'])}, rank-1 {percent(market['cmc'][0])}",
          'compared with': 'OSNet x0.25 at 256×128: 75.0 %, 91.2 %; the paper, ResNet-50 at 384×128: 88.2 %, 95.7 %'},
         {'': 'Pyramid head and losses, forward and backward, 64 images',
@@ -82,20 +82,30 @@ PEERS = [
     ('TinyViT, boxmot, 200 epochs on a GPU', '', '7 M', '', '90.0 %', '95.6 %', ''),
     ('the paper, ResNet-50', '384×128', '', '', '88.2 %', '95.7 %', '')]
 
-def light_model(name='light-model', title='`market1501-lite0`'):
-    "A model that comes with the package, beside what others publish"
-    info = read(name)
-    height,width = info['stages'][-1][:2]
-    ways = {'plain': title, 'flip': 'with mirrored images', 'flip, re-ranked': 'with mirrored images, re-ranked'}
-    rows = []
-    for way,text in ways.items():
-        card = info['cards'][way]
-        rows.append({'': text, 'input': f'{height}×{width}', 'parameters': f"{info['parameters']/1e6:.1f} M",
-                     'GMACs': f"{info['macs']/1e9:.2f}", 'mAP': percent(card['mAP']),
-                     'rank-1': percent(card['cmc'][0]), 'mINP': percent(card['mINP'])})
+def trained(info):
+    "Stages, minutes and machine of a light model's training"
     stages = ', then '.join(f'{epochs} epochs at {h}×{w}' for h,w,epochs,_ in info['stages'])
-    training = f"{stages}: {sum(info['minutes']):.0f} minutes on both cores."
-    return f"{table(rows+[dict(zip(rows[0], peer)) for peer in PEERS])}\n\n{training} {source(info)}"
+    machines = ', '.join(dict.fromkeys(info['trained_on']))
+    return f"{stages}: {sum(info['minutes']):.0f} minutes on {machines}"
+
+def light_row(info, way, title):
+    "A row of the table of light models: an evaluation of one of them"
+    height,width = info['stages'][-1][:2]
+    card = info['cards'][way]
+    return {'': title, 'input': f'{height}×{width}', 'parameters': f"{info['parameters']/1e6:.1f} M",
+            'GMACs': f"{info['macs']/1e9:.2f}", 'mAP': percent(card['mAP']), 'rank-1': percent(card['cmc'][0]),
+            'mINP': percent(card['mINP'])}
+
+def light_model():
+    "The model that comes with the package and its predecessor, beside what others publish"
+    info,before = read('light-model'),read('light-model-cpu')
+    ways = {'plain': '`market1501-lite0`', 'flip': 'with mirrored images',
+            'flip, re-ranked': 'with mirrored images, re-ranked'}
+    rows = [light_row(info, way, title) for way,title in ways.items()]
+    rows.append(light_row(before, 'plain', 'its predecessor, trained on two CPU cores'))
+    rows += [dict(zip(rows[0], peer)) for peer in PEERS]
+    return (f'{table(rows)}\n\n{trained(info)}. {source(info)}\n\nThe predecessor: {trained(before)}. '
+            f'{source(before)}')
 
 def written(name):
     "A result as its script wrote it, without its title and with smaller headings"
@@ -113,6 +123,16 @@ def trackers(): return written('trackers')
 def serve(): return written('serve')
 
 def weighting(): return written('weighting')
+
+def confirmation(data): return written(f'weighting-192x64-{data}')
+
+def gpu():
+    "The parts of gpu.py that passed on a GPU"
+    info = read('gpu')
+    parts = {name: part for name,part in info['parts'].items() if part['status']=='passed'}
+    rows = [{'part': name.removeprefix('case:').replace('_', ' '), 'result': part['result'].get('text', '')}
+            for name,part in parts.items()]
+    return f'{table(rows)}\n\n{source(info)}'
 
 def head():
     info = read('head-cpu')

@@ -117,10 +117,15 @@ def percent(values):
     values = values.dropna() if values is not None else []
     return f'{values.mean():.0%}' if len(values) else ''
 
+def cpu_minutes(group):
+    "Mean of the processor's minutes over the runs on a CPU, whose hardware names its cores; '' if there are none"
+    on_cpu = group[group.hardware.str.contains('cores')]
+    return f'{on_cpu.cpu_seconds.mean()/60:.1f}' if len(on_cpu) else ''
+
 def table_row(label, group, gains):
     return {'': f'**{label}**' if label==BASE else label, 'mAP': mean_std(group.mAP), 'rank-1': mean_std(group.rank1),
             'mAP against the fixed sum, same seed: mean (least … most)': '' if label==BASE else mean_range(gains),
-            'random batches': percent(group.get('random')), 'CPU minutes': f'{group.cpu_seconds.mean()/60:.1f}',
+            'random batches': percent(group.get('random')), 'CPU minutes': cpu_minutes(group),
             'runs': len(group)}
 
 def tables(runs, asked):

@@ -27,8 +27,8 @@ def add_learner_methods():
 def __getattr__(name):
     if name in _HOMES: return getattr(import_module(f'pyramidreid.{_HOMES[name]}'), name)
     if name=='__version__':
-        from importlib.metadata import version
-        return version('pyramidreid')
+        from .core import installed_version
+        return installed_version('pyramidreid')
     raise AttributeError(f"module 'pyramidreid' has no attribute {name!r}; other names are imported from their room, "
                          "e.g. from pyramidreid.data.tables import hold_out")
 

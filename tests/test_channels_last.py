@@ -94,7 +94,7 @@ def test_the_same_numbers_in_double_precision(make_pair, fit):
 def test_a_step_in_single_precision_differs_by_rounding(make_pair):
     "With both losses; the difference of the weights is the gradient"
     results = []
-    for learn in make_pair(dynamic=False, opt_func=SGD):
+    for learn in make_pair(dynamic=False, neck=False, opt_func=SGD):
         before = {name: p.detach().clone() for name,p in learn.model.named_parameters()}
         seed(learn)
         learn.fit(1, 1., cbs=StopAfterOne(), wd=0)

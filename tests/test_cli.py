@@ -473,11 +473,25 @@ def test_training_continues_a_model(desk, people, cli, tmp_path):
     refused = cli(*base, '--out', tmp_path/'other', '--neck')
     assert refused.code==2 and 'has its own head, with or without a neck. Leave out --neck' in refused.err
 
-def test_training_with_a_neck(people, cli, tmp_path):
+def train_small(people, cli, out, *options):
+    "Train a network from scratch on images of which a map has six rows"
     small = [*SMALLER, '--arch', 'resnet10', '--weights', 'none']
-    small[small.index('48'):small.index('48')+2] = ['96','24'] # of which a map has six rows
-    done = cli('train', people, '--out', tmp_path/'run', *small, '--neck', '--json')
+    small[small.index('48'):small.index('48')+2] = ['96','24']
+    done = cli('train', people, '--out', out, *small, '--json', *options)
     assert done.code==0, done.err
+    return done
+
+def test_training_without_a_neck(people, cli, tmp_path):
+    done = train_small(people, cli, tmp_path/'run', '--no-neck')
+    assert 'neck' not in open_model(done.json['model']).about and "Not the paper's" not in done.out+done.err
+
+def test_the_paper_s_recipe_has_the_paper_s_method(people, cli, tmp_path):
+    done = train_small(people, cli, tmp_path/'run', '--recipe', 'paper')
+    assert 'neck' not in open_model(done.json['model']).about
+    assert "Not the paper's loaders" in done.out+done.err and "Not the paper's method" not in done.out+done.err
+
+def test_training_with_a_neck(people, cli, tmp_path):
+    done = train_small(people, cli, tmp_path/'run')
     assert open_model(done.json['model']).about['neck'] is True
     card = json.loads((tmp_path/'run'/'card.json').read_text(encoding='utf-8'))
     assert 'neck=True' in str(card)

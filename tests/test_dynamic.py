@@ -688,7 +688,7 @@ def test_dynamic_false_leaves_loss_and_batches_alone(make_learner):
 
 def test_dynamic_true_does_not(make_learner):
     "With dynamic training there are losses without the triplet part, and random batches"
-    learn = make_learner(cbs=LossSpy())
+    learn = make_learner(dynamic=True, cbs=LossSpy())
     learn.fit(1)
     seen,history = learn.loss_spy.seen,learn.dynamic_loss_weights.history
     assert len(history)==len(seen)

@@ -23,7 +23,7 @@ def with_statistics(model):
         m.running_mean.normal_()
         m.running_var.uniform_(.5, 2)
         nn.init.uniform_(m.weight, .5, 1.5)
-        nn.init.normal_(m.bias)
+        if m.bias is not None: nn.init.normal_(m.bias)
     return model.eval()
 
 def pyramid(body): return with_statistics(PyramidNet(body, n_ids=2, n_parts=3, emb_sz=8))

@@ -29,7 +29,7 @@ from pyramidreid.evaluation import retrieval as evaluation
 from pyramidreid.models.backbone import resnet10
 from pyramidreid.training import metrics as reid_metrics
 from pyramidreid.training.base_learner import *
-from pyramidreid.training.dynamic_losses import DynamicLossWeights
+from pyramidreid.training.dynamic_losses import DynamicLossWeights, LossDynamics
 from pyramidreid.training.learner import *
 from pyramidreid.training.learner_evaluation import *
 from pyramidreid.training.learner_files import *
@@ -135,6 +135,29 @@ def test_training_improves(make_learner):
     learn.fit_one_cycle(4, 3e-3)
     assert column(learn, 'id_loss')[-1]<column(learn, 'id_loss')[0]
     assert learn.evaluate().mAP>before
+
+def test_the_default_is_what_measured_best(make_tiny_learner):
+    "A BNNeck, and P×K and random batches in turn: both losses on the former, the ID loss alone on the latter"
+    learn = make_tiny_learner()
+    learn.fit(2)
+    history = learn.dynamic_loss_weights.history
+    assert learn.model.head.neck and len(history)>=4
+    assert list(history['mode'])==[('pk','random')[i%2] for i in range(len(history))]
+    assert list(history.weight_triplet)==[float(i%2==0) for i in range(len(history))]
+    assert set(history.weight_id)=={1.}
+
+def test_the_paper_s_method(make_tiny_learner):
+    learn = make_tiny_learner(neck=False, dynamic=True)
+    assert not learn.model.head.neck and type(learn.dynamic_loss_weights.dynamics) is LossDynamics
+
+def test_a_callback_of_one_s_own_takes_the_place_of_the_default(make_tiny_learner):
+    learn = make_tiny_learner(cbs=DynamicLossWeights(weighting='paper'))
+    assert learn.dynamic_loss_weights.dynamics.weighting=='paper'
+    assert len([cb for cb in learn.cbs if isinstance(cb, DynamicLossWeights)])==1
+
+@pytest.mark.parametrize('dynamic', ['gate','Mix',''])
+def test_other_names_of_dynamic_training_are_refused(make_tiny_learner, dynamic):
+    with pytest.raises(ValueError, match="choose 'mix', True for the paper's rule"): make_tiny_learner(dynamic=dynamic)
 
 def test_a_loss_without_parts_is_refused_with_a_reason(make_learner):
     with pytest.raises(ValueError, match='parts'): make_learner(loss_func=CrossEntropyLossFlat()).fit(1)
@@ -414,7 +437,7 @@ def opt_tensors(learn): return [{k:v for k,v in learn.opt.state[p].items()} for 
 
 @pytest.mark.parametrize('with_opt', [True,False])
 def test_save_and_load(make_tiny_learner, with_opt):
-    learn = make_tiny_learner()
+    learn = make_tiny_learner(dynamic=True)
     learn.fit(1)
     state,opt,dynamic = copied(learn.model),learn.opt.state_dict(),learn.dynamic_loss_weights.state_dict()
     f = learn.save('here', with_opt=with_opt)
@@ -423,7 +446,7 @@ def test_save_and_load(make_tiny_learner, with_opt):
     learn.dynamic_loss_weights.dynamics.reset()
     assert learn.load('here') is learn
     assert same(learn.model.state_dict(), state) and learn.dynamic_loss_weights.state_dict()==dynamic
-    other = make_tiny_learner(path=learn.path)
+    other = make_tiny_learner(dynamic=True, path=learn.path)
     other.load('here', with_opt=with_opt)
     assert same(other.model.state_dict(), state) and other.dynamic_loss_weights.state_dict()==dynamic
     assert other.model.trained

@@ -10,7 +10,7 @@ from ranks import tiny
 
 from pyramidreid.data.transforms import *
 from pyramidreid.training.recipes import *
-from pyramidreid.training.recipes import _unlike_paper
+from pyramidreid.training.recipes import _unlike_method, _unlike_paper
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA', 'ignore:.*GradScaler', 'ignore:.*cuda')
 
@@ -144,12 +144,17 @@ def test_torchs_optimizer_is_saved_and_loaded(make_learner, tmp_path):
     torch.testing.assert_close(a['state'], b['state'], rtol=0, atol=0)
 
 def test_says_what_is_not_the_papers(make_learner, make_dls, capsys):
-    learn = make_learner()
+    learn = make_learner(neck=True, dynamic='mix')
     learn.metrics = []
     learn.fit_paper(1, cbs=ShortEpochCallback(.2))
     out = [line for line in capsys.readouterr().out.splitlines() if 'paper' in line]
-    assert out==["Not the paper's loaders: images of 48×24, not 384×128; batches of 4×4, not 8×8"]
-    assert _unlike_paper(make_learner(make_dls(p=8, k=8, size=(384,128))))==[]
+    assert out==["Not the paper's loaders: images of 48×24, not 384×128; batches of 4×4, not 8×8",
+                 "Not the paper's method: a BNNeck, not neck=False; "
+                 "losses and batches by another rule, not dynamic=True"]
+    learn = make_learner(make_dls(p=8, k=8, size=(384,128)), neck=False, dynamic=True)
+    assert _unlike_paper(learn)==_unlike_method(learn)==[]
+    fixed = make_learner(neck=False, dynamic=False)
+    assert _unlike_method(fixed)==['losses and batches by another rule, not dynamic=True']
 
 def test_one_group_of_weights_is_refused(make_learner):
     with pytest.raises(ValueError, match='pyramid_split'): make_learner(splitter=trainable_params).fit_paper(1)

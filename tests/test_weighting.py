@@ -89,7 +89,8 @@ def test_rules_without_a_part_of_the_paper_s():
     assert measured.k['triplet']==pytest.approx(.25*4 + .75*(.25*1 + .75*10)) # of all four batches
 
 def runs():
-    row = dict(rank1=.5, seconds=60., cpu_seconds=60., steps=10, random=float('nan'))
+    row = dict(rank1=.5, seconds=60., cpu_seconds=60., steps=10, random=float('nan'),
+               hardware='A CPU, 2 cores')
     base = [dict(row, name=weighting.BASE, seed=seed, mAP=.5+.1*seed) for seed in (0,1)]
     again = [dict(row, name=name, seed=0, mAP=.5+d) for name,d in zip(weighting.AGAIN, (.03,-.04))]
     gate = [dict(row, name='rule, gate', seed=seed, mAP=.52+.1*seed, random=.6) for seed in (0,1)]

@@ -71,7 +71,7 @@ def _untrained_learner(out, n_train, n_test, seed):
     people = synth_persons(n_train=n_train, n_test=n_test, size=(96,48), distractors=2*n_test, junk=20, seed=seed)
     set_seed(seed)
     dls = ReIDDataLoaders.from_market(people, p=8, k=8, size=(96,48), num_workers=0)
-    return pyramid_learner(dls, resnet10, pretrained=False, path=out)
+    return pyramid_learner(dls, resnet10, pretrained=False, neck=False, dynamic=True, path=out) # the paper's method
 
 def _untrained_mAP(learn):
     "mAP of the network before training, which needs no warning here"

@@ -62,11 +62,11 @@ _network_options = combine_options(
         help='Height and width of the input in pixels.'),
     click.option('--neck/--no-neck', default=None,
         help='BNNeck: the triplet loss before the batch norm of each branch, the ID loss and the embedding after it.  '
-             "[default: no neck; a model folder's own]"))
+             "[default: a neck, but not with --recipe paper; a model folder's own]"))
 
 _schedule_options = combine_options(
     click.option('--recipe', type=click.Choice(['modern','paper']), default='modern', show_default=True,
-        help="Training recipe: current practice, or the paper's schedule."),
+        help="Training recipe: current practice, or the paper's method and schedule."),
     click.option('--epochs', type=click.IntRange(1), help='Number of epochs.  [default: modern 60, paper 120]'),
     click.option('--lr', type=Number(0, min_open=True),
         help="Maximum learning rate of the new layers.  [default: the recipe's]"))
@@ -110,6 +110,10 @@ def _backbone(name):
                          "Try resnet50, or our own resnet10")
     return name
 
+def _dynamic(opt):
+    "The paper's recipe comes with its dynamic training"
+    return dict(dynamic=True) if getattr(opt, 'recipe', None)=='paper' else {}
+
 def _learner_from_model(dls, opt):
     "Return a learner that continues with the model in the folder `--weights`"
     from pyramidreid.export.model_files import learner_from
@@ -119,7 +123,7 @@ def _learner_from_model(dls, opt):
         option = '--neck' if opt.neck else '--no-neck'
         raise ValueError(f"{option}: the model in {opt.weights} has its own head, with or without a neck. "
                          f"Leave out {option}")
-    return learner_from(opt.weights, dls, path=opt.out)
+    return learner_from(opt.weights, dls, path=opt.out, **_dynamic(opt))
 
 # %% ../../nbs/cli/05_models.ipynb #4dcb96c9
 def _train_learner(dls, opt):
@@ -133,8 +137,8 @@ def _train_learner(dls, opt):
         raise FileNotFoundError(f"--weights {weights_file} is not imagenet, none, a file of weights, "
                                 "or a folder with a model.json")
     settings = dict(pretrained=opt.weights=='imagenet', weights=weights_file, path=opt.out)
-    if opt.neck is not None: settings['neck'] = opt.neck
-    try: return pyramid_learner(dls, _backbone(arch), **settings)
+    neck = opt.recipe!='paper' if opt.neck is None else opt.neck
+    try: return pyramid_learner(dls, _backbone(arch), neck=neck, **_dynamic(opt), **settings)
     except DownloadError as e:
         raise OSError(f"The pretrained weights of {arch} could not be downloaded ({e.reason}). "
                       "Pass a file with them as --weights FILE, or train from scratch with --weights none") from e
@@ -147,7 +151,7 @@ def _pretrained_learner(dls, opt):
     if Path(opt.weights).exists() or opt.weights not in pretrained_names(): return None
     given = dict(arch=opt.arch and _backbone(opt.arch), neck=getattr(opt, 'neck', None))
     given = {name:value for name,value in given.items() if value is not None}
-    return pyramid_learner(dls, pretrained=opt.weights, path=opt.out, **given)
+    return pyramid_learner(dls, pretrained=opt.weights, path=opt.out, **_dynamic(opt), **given)
 
 # %% ../../nbs/cli/05_models.ipynb #a5b00005
 _LEARNING_RATES = dict(paper=.1, modern=1e-3) # of the new layers

@@ -12,7 +12,6 @@ import io
 import re
 import threading
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import nn
 from torch.nn.modules import module as registration
 
 # %% ../../nbs/export/02_model_files.ipynb #8db1f6fa
-from ..core import atomic_write, clean_errors, require_extra
+from ..core import atomic_write, clean_errors, installed_version, require_extra
 from pyramidreid.export.onnx_runtime import (
     BLANK_CHECKSUM,
     FORMAT,
@@ -166,7 +165,7 @@ def describe_model(
         **({'pixel_range': list(input_range(learn))} if input_range(learn) else {}), # else as in older files
         **({'neck': True} if head.neck else {}),
         card=_card_entries(card),
-        versions={name: version(name) for name in ('pyramidreid', 'torch', 'torchvision', 'fastai')})
+        versions={name: installed_version(name) for name in ('pyramidreid', 'torch', 'torchvision', 'fastai')})
 
 # %% ../../nbs/export/02_model_files.ipynb #6a147d4a
 _TOLERANCE = 1e-4 # Largest difference to the learner, of any component of an embedding

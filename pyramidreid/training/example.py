@@ -38,7 +38,7 @@ def _untrained_learner():
     set_seed(0)
     people = synth_persons(n_train=40, n_test=16, size=(96,48), distractors=12, junk=4)
     dls = ReIDDataLoaders.from_market(people, p=8, k=4, size=(96,48), num_workers=0)
-    return pyramid_learner(dls, resnet10, pretrained=False, emb_sz=32)
+    return pyramid_learner(dls, resnet10, pretrained=False, emb_sz=32, neck=False, dynamic=True) # the paper's method
 
 def example_learner(
     folder=None, # Where the weights are kept; None: fastai's folder for models

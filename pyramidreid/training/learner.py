@@ -21,6 +21,7 @@ from ..models.pyramid import PyramidNet, pyramid_split
 from .base_learner import ReIDLearner
 from .dynamic_losses import DynamicLossWeights
 from .learner_evaluation import in_eval_mode, loader_image_size
+from .loss_rules import MixedBatches
 from .metrics import mAP, rank1, rank5
 from .progress import LossParts
 from .supported_callbacks import loggable
@@ -103,12 +104,17 @@ def _check_loaders(dls):
         f"{type(dls).__name__}. Make them with ReIDDataLoaders.from_folder, from_df, from_table or from_market")
 
 # %% ../../nbs/training/08_learner.ipynb #be9c5795
+def _has_dynamic(cbs): return any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs))
+
 def _dynamic_cbs(dynamic, cbs):
     "The callback for dynamic training, unless it is switched off or among `cbs` already"
     if hasattr(dynamic, 'step') and not isinstance(dynamic, Callback): return L(DynamicLossWeights(rule=dynamic))
-    if dynamic is not True: return L(dynamic or None)
-    given = any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs))
-    return L() if given else L(DynamicLossWeights())
+    if isinstance(dynamic, str) and dynamic!='mix': raise ValueError(
+        f"dynamic={dynamic!r}: choose 'mix', True for the paper's rule, False for a fixed sum, a rule such as "
+        "MixedBatches(0.25), or DynamicLossWeights(weighting='paper')")
+    if dynamic is not True and dynamic!='mix': return L(dynamic or None)
+    if _has_dynamic(cbs): return L()
+    return L(DynamicLossWeights() if dynamic is True else DynamicLossWeights(rule=MixedBatches()))
 
 # %% ../../nbs/training/08_learner.ipynb #f0c2code
 def _agrees(name, given, about):
@@ -141,7 +147,8 @@ def _normalise_as(learn, about, name):
 def _fine_tuned(create, name, given, kwargs):
     "The learner that `create` makes for the pretrained model `name`, with the arguments that were `given`"
     about,signature = pretrained_description(name),inspect.signature(create)
-    shape = {o:about.get(o, signature.parameters[o].default) for o in ARCHITECTURE if o in signature.parameters}
+    described = {'neck':False, **about} # Descriptions of models without a neck do not name it
+    shape = {o:described.get(o, signature.parameters[o].default) for o in ARCHITECTURE if o in signature.parameters}
     _check_given(given, {**about, **shape}, name)
     arch = find_arch(about['arch_from'], about['arch'])
     learn = create(**{**shape, **given, 'arch':arch, 'pretrained':False, 'normalize':False}, **kwargs)
@@ -174,9 +181,10 @@ def pyramid_learner(
     last_stride=1,          # Stride of the backbone's last stage; 1 keeps the resolution
     drop=0.2,               # Dropout before the identity classifiers
     norm='branch',          # Normalise the embedding per 'branch', as a 'whole', or not at all (None)
-    neck=False,             # BNNeck: triplet loss before the batch norm of each branch, ID loss and embedding after it?
+    neck=True,              # BNNeck: triplet loss before the batch norm of each branch, ID loss and embedding after it?
     loss_func=None,         # A loss with named `parts`; None: `PyramidLoss()`
-    dynamic=True,           # Dynamic training: True, False, a rule such as `MixedBatches`, or a `DynamicLossWeights`
+    dynamic='mix',          # 'mix': the ID loss alone on every second batch, drawn at random; True: the paper's rule;
+                            # False: a fixed sum; or a rule such as `MixedBatches(.25)`, or a `DynamicLossWeights`
     metrics=None,           # None: `mAP`, `rank1` and `rank5`
     normalize=True,         # Normalise the images as the backbone expects?
     splitter=pyramid_split, # Groups of weights with learning rates of their own

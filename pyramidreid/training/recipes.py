@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fastai.vision.all import *
 
 from ..models.fingerprints import inner_model
-from .dynamic_losses import is_fitting
+from .dynamic_losses import LossDynamics, is_fitting
 from .learner import ReIDLearner
 
 # %% ../../nbs/training/09_recipes.ipynb #ff577ef5
@@ -73,6 +73,14 @@ def _unlike_paper(learn):
     paper = {'images of':'384×128', 'batches of':'8×8'}
     return [f"{name} {value}, not {paper[name]}" for name,value in found.items() if value!=paper[name]]
 
+def _unlike_method(learn):
+    "How the learner differs from the paper's method (§3), a list of texts"
+    rule = getattr(getattr(learn, 'dynamic_loss_weights', None), 'dynamics', None)
+    texts = []
+    if getattr(getattr(inner_model(learn.model), 'head', None), 'neck', False): texts.append('a BNNeck, not neck=False')
+    if not isinstance(rule, LossDynamics): texts.append('losses and batches by another rule, not dynamic=True')
+    return texts
+
 def _n_groups(learn):
     "Number of parameter groups of an optimizer of `learn`"
     groups = L(learn.splitter(learn.model))
@@ -91,13 +99,13 @@ def fit_paper(self:ReIDLearner,
     gamma=.5,     # Factor at each milestone
     cbs=None      # More callbacks for this fit
 ):
-    "Train as in the paper (§4.2): SGD with rates that fall in steps. Prints how the loaders differ from the paper's"
+    "Train as in the paper (§4.2): SGD with rates that fall in steps. Prints how loaders and method differ"
     n_groups = _n_groups(self)
     if n_groups<2: raise ValueError(
         "The body and the new layers have different learning rates, but this learner's splitter puts all weights "
         "into one group: use splitter=pyramid_split")
-    unlike = _unlike_paper(self)
-    if unlike: print(f"Not the paper's loaders: {'; '.join(unlike)}")
+    for what,unlike in dict(loaders=_unlike_paper(self), method=_unlike_method(self)).items():
+        if unlike: print(f"Not the paper's {what}: {'; '.join(unlike)}")
     lrs = [lr_body]*(n_groups-1) + [lr_head]
     sched = ParamScheduler({'lr':paper_sched(lrs, milestones, of, gamma)})
     with _with_recipe(self, L(cbs)+sched, torch_opt(torch.optim.SGD, momentum=mom)):

@@ -162,7 +162,7 @@ class Watched(Callback):
     def after_batch(self):
         if self.iter+1==self.skip: self.watch = gpu.watch().__enter__()
         elif self.watch: self.n += 1
-        if self.iter+1==self.n_iter and self.watch: self.watch.__exit__()
+        if self.iter+1==self.n_iter and self.watch: self.watch.__exit__(None, None, None)
 
 def waits_of_a_step(learn, fit=lambda learn, cbs: learn.fit(1, cbs=cbs), cbs=()):
     "Numbers of waits and of copies per step"
