@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import matplotlib
@@ -33,6 +34,12 @@ def use_own_temporary_folder(config):
     folder = tempfile.TemporaryDirectory(prefix='reid-', ignore_cleanup_errors=True)
     os.environ['TMPDIR'] = tempfile.tempdir = folder.name
     config.add_cleanup(folder.cleanup)
+
+def pytest_runtest_setup(item):
+    "On a machine with limited time, leave out the slow tests that are not begun by `SLOW_TESTS_UNTIL`, in Unix seconds"
+    until = os.environ.get('SLOW_TESTS_UNTIL')
+    if until and item.get_closest_marker('slow') and time.time()>float(until):
+        pytest.skip('the time for slow tests is over')
 
 @pytest.fixture(scope='session')
 def people(tmp_path_factory):
