@@ -124,7 +124,9 @@ def serve(): return written('serve')
 
 def weighting(): return written('weighting')
 
-def confirmation(data): return written(f'weighting-192x64-{data}')
+def confirmation_market(): return written('weighting-192x64-market')
+
+def confirmation_cuhk(): return written('weighting-192x64-cuhk')
 
 def gpu():
     "The parts of gpu.py that passed on a GPU"
