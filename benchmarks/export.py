@@ -59,7 +59,7 @@ def new_learner(arch, size):
     dls = lib.ReIDDataLoaders.from_market(people, p=4, k=2, size=size, num_workers=0)
     lib.set_seed(0)
     warnings.filterwarnings('ignore', 'This model has not been trained') # which makes no difference to its speed
-    return lib.pyramid_learner(dls, getattr(lib, arch), pretrained=False, path=mkdtemp())
+    return lib.pyramid_learner(dls, getattr(lib, arch), pretrained=False, neck=False, path=mkdtemp())
 
 def measure(name, threads, repeats, compiled):
     "Rows of results of one model"

@@ -92,7 +92,7 @@ def named(parts, words):
     return [part for part in parts if {part.name, part.name.split(':')[0]} & set(words)]
 
 def few_threads(jobs):
-    "Environment of a child beside `jobs`-1 others, in which they share the cores; what the caller has set stays"
+    "The environment of one of `jobs` children that share the cores; a number of threads that is set already stays"
     threads = max(1, (os.cpu_count() or 1)//jobs)
     return {'OMP_NUM_THREADS': str(threads), **os.environ}
 
@@ -201,8 +201,8 @@ class Run:
 
     def start(self, parts):
         command = self.command(parts, self.deadline-time.monotonic())
-        beside = self.jobs if parts[0].beside else 1
-        return Child(parts, command, self.folder, self.deadline, self.to_start, few_threads(beside))
+        at_once = self.jobs if parts[0].beside else 1
+        return Child(parts, command, self.folder, self.deadline, self.to_start, few_threads(at_once))
 
     def run(self, parts):
         "Run the parts. What no time was left for stays as it was"

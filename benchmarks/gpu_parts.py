@@ -214,7 +214,8 @@ def paper(s):
     arch,weights = (lib.resnet10,None) if s.reduced else (lib.resnet50,s.weights)
     for mode in ('fp32','bf16') if s.is_gpu else ('fp32',):
         lib.set_seed(0)
-        learn = lib.pyramid_learner(dls, arch, pretrained=False, weights=weights, path=s.folder)
+        learn = lib.pyramid_learner(
+            dls, arch, pretrained=False, weights=weights, neck=False, dynamic=True, path=s.folder)
         if mode=='bf16': learn.to_bf16()
         reset_peak(s)
         with learn.no_bar(), learn.no_logging(): learn.fit_paper(1, cbs=stop_after(2))

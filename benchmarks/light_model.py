@@ -1,6 +1,6 @@
 """Train the light model that pyramidreid ships: an EfficientNet-Lite0 pyramid, in stages of growing images.
 `python benchmarks/light_model.py --data DIR [DIR] --weights FILE --run FOLDER [--minutes M]`
-Stopped or killed, the same command resumes it, on another machine too where FOLDER goes with it. `--hold-out 0.2`
+Stopped or killed, the same command resumes it, also on another machine to which FOLDER was copied. `--hold-out 0.2`
 judges on people held out of the training set: settings are chosen there, and only there. With `--test` the official
 test of the first dataset is evaluated, once, at the end, and `--save DIR` writes the model to ship."""
 import argparse

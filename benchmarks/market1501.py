@@ -39,7 +39,8 @@ def parse(argv=None):
     add('--from-scratch', action='store_true', help='no ImageNet weights')
     add('--size', type=int, nargs=2, default=(384,128), metavar=('H','W'))
     add('--epochs', type=int, help="default: the recipe's own number")
-    add('--paper', action='store_true', help='the method as published: no BNNeck, dynamic training by its rule')
+    add('--paper', action='store_true',
+        help='the method as published: no BNNeck, dynamic training by its rule; always so with --recipe paper')
     add('--hold-out', type=float, help='evaluate on this fraction of the training identities, not on the test split')
     add('--curve', type=int, help='also evaluate after every so many epochs')
     add('--fp32', action='store_true', help='no bf16 on a GPU')
@@ -123,7 +124,7 @@ def make_learner(args, lib, cbs):
     if args.checkpoints: cbs.append(lib.Checkpoints(Path(args.checkpoints).absolute(), resume=True))
     arch = getattr(lib, args.arch, args.arch)
     pretrained = not args.from_scratch
-    method = dict(neck=False, dynamic=True) if args.paper else {}
+    method = dict(neck=False, dynamic=True) if args.paper or args.recipe=='paper' else {}
     learn = lib.pyramid_learner(
         make_loaders(args, lib), arch, pretrained=pretrained, weights=args.weights, cbs=cbs, **method)
     learn = learn.to_channelslast(use_amp=False)

@@ -55,7 +55,7 @@ def synthetic_people(args, seed):
     set_seed(seed, reproducible=True)
     table = market_table(synth_persons(n_train=args.train, n_test=args.people, size=(96,48), seed=seed))
     dls = ReIDDataLoaders.from_table(table, p=8, k=4, size=(96,48), num_workers=0, cache=True)
-    learn = pyramid_learner(dls, resnet10, pretrained=False, path=mkdtemp())
+    learn = pyramid_learner(dls, resnet10, pretrained=False, neck=False, dynamic=True, path=mkdtemp())
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(args.epochs, 3e-3)
     what = f'Synthetic people at 96×48, resnet10 from scratch, {args.train} people trained on for {args.epochs} epochs'
     return learn.evaluate().mAP, searches_of(learn.to_rank()), what

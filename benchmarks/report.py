@@ -31,6 +31,10 @@ def seconds(x): return f'{x:.3g} s'
 
 def mean_std(values): return f'{values.mean():.3f} ± {values.std():.3f}'
 
+def minutes_and_machine(info):
+    "How long a light model was trained, and where"
+    return f"{sum(info['minutes']):.0f} minutes on {', '.join(dict.fromkeys(info['trained_on']))}"
+
 # ---- the README's table
 
 def headline():
@@ -44,7 +48,7 @@ def headline():
     batch = exact['rows'][0]
     ivf = read('gallery')['parts']['ivf']
     return table([
-        {'': f'Market-1501, `market1501-lite0` at {height}×{width}, {light["parameters"]/1e6:.1f} M parameters',
+        {'': f'Market-1501, `market1501-lite0` at {height}×{width}, {minutes_and_machine(light)}',
          'pyramidreid': f"mAP {percent(market['mAP'])}, rank-1 {percent(market['cmc'][0])}",
          'compared with': 'OSNet x0.25 at 256×128: 75.0 %, 91.2 %; the paper, ResNet-50 at 384×128: 88.2 %, 95.7 %'},
         {'': 'Pyramid head and losses, forward and backward, 64 images',
@@ -85,8 +89,7 @@ PEERS = [
 def trained(info):
     "Stages, minutes and machine of a light model's training"
     stages = ', then '.join(f'{epochs} epochs at {h}×{w}' for h,w,epochs,_ in info['stages'])
-    machines = ', '.join(dict.fromkeys(info['trained_on']))
-    return f"{stages}: {sum(info['minutes']):.0f} minutes on {machines}"
+    return f'{stages}: {minutes_and_machine(info)}'
 
 def light_row(info, way, title):
     "A row of the table of light models: an evaluation of one of them"
@@ -97,15 +100,13 @@ def light_row(info, way, title):
             'mINP': percent(card['mINP'])}
 
 def light_model():
-    "The model that comes with the package and its predecessor, beside what others publish"
-    info,before = read('light-model'),read('light-model-cpu')
+    "The model that comes with the package, beside what others publish"
+    info = read('light-model')
     ways = {'plain': '`market1501-lite0`', 'flip': 'with mirrored images',
             'flip, re-ranked': 'with mirrored images, re-ranked'}
     rows = [light_row(info, way, title) for way,title in ways.items()]
-    rows.append(light_row(before, 'plain', 'its predecessor, trained on two CPU cores'))
     rows += [dict(zip(rows[0], peer)) for peer in PEERS]
-    return (f'{table(rows)}\n\n{trained(info)}. {source(info)}\n\nThe predecessor: {trained(before)}. '
-            f'{source(before)}')
+    return f'{table(rows)}\n\n{trained(info)}. {source(info)}'
 
 def written(name):
     "A result as its script wrote it, without its title and with smaller headings"

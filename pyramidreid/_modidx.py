@@ -3557,8 +3557,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'pyramidreid/training/learner.py'),
                                               'pyramidreid.training.learner._fine_tuned': ( 'training/learner.html#_fine_tuned',
                                                                                             'pyramidreid/training/learner.py'),
-                                              'pyramidreid.training.learner._has_dynamic': ( 'training/learner.html#_has_dynamic',
-                                                                                             'pyramidreid/training/learner.py'),
                                               'pyramidreid.training.learner._layer_rows': ( 'training/learner.html#_layer_rows',
                                                                                             'pyramidreid/training/learner.py'),
                                               'pyramidreid.training.learner._normalise_as': ( 'training/learner.html#_normalise_as',

@@ -36,7 +36,7 @@ def use_own_temporary_folder(config):
     config.add_cleanup(folder.cleanup)
 
 def pytest_runtest_setup(item):
-    "On a machine with limited time, leave out the slow tests that are not begun by `SLOW_TESTS_UNTIL`, in Unix seconds"
+    "Skip slow tests that have not begun by `SLOW_TESTS_UNTIL`, in Unix seconds: `.ci/run` has limited time"
     until = os.environ.get('SLOW_TESTS_UNTIL')
     if until and item.get_closest_marker('slow') and time.time()>float(until):
         pytest.skip('the time for slow tests is over')

@@ -130,6 +130,14 @@ def test_a_second_run_repeats_only_what_has_not_passed(tmp_path):
     run,started = make_run(tmp_path, does)
     assert run.missing(parts)==[] and run.missing(parts, again=parts[:1])==parts[:1]
 
+def test_children_share_the_cores(monkeypatch):
+    "Two threads each for four children of eight cores, one at least; what is set stays"
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 8)
+    assert [gpu.few_threads(jobs)['OMP_NUM_THREADS'] for jobs in (1,4,16)]==['8','2','1']
+    monkeypatch.setenv('OMP_NUM_THREADS', '5')
+    assert gpu.few_threads(4)['OMP_NUM_THREADS']=='5'
+
 def test_results_of_another_form_are_refused(tmp_path):
     (tmp_path/'gpu.json').write_text(json.dumps(dict(device='cpu', reduced=True, parts={})))
     with pytest.raises(ValueError, match=r"device: 'cpu' there, 'cuda' now; reduced: True there.*--out"):

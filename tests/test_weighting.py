@@ -105,6 +105,18 @@ def test_the_table_by_hand():
     assert row=='| rule, gate | 0.570 ± 0.071 | 0.500 ± 0.000 | +0.020 (+0.020 … +0.020) | 60% | 1.0 | 2 |'
     assert len(weighting.plot(runs(), weighting.questions(.5), 'title').axes)==1
 
+def test_minutes_of_a_processor_count_no_run_on_a_gpu():
+    "Of 60 and 180 seconds on a CPU and 9 on a GPU, the mean of the first two: 2 minutes"
+    group = pd.DataFrame(dict(cpu_seconds=[60.,180.,9.], hardware=['A CPU, 2 cores','A CPU, 4 cores','NVIDIA H200']))
+    assert weighting.cpu_minutes(group)=='2.0' and weighting.cpu_minutes(group[2:])==''
+
+def test_old_results_are_of_the_same_settings():
+    "Steps and rate identify the runs of one cycle, as they did before there was a choice of recipe"
+    words = ['--data','x']
+    assert weighting.length_and_rates(weighting.parse([*words, '--steps','636']))==dict(steps=636, lr=1e-3)
+    modern = weighting.parse([*words, '--recipe','modern', '--epochs','8'])
+    assert weighting.length_and_rates(modern)==dict(epochs=8, recipe='modern')
+
 def test_no_chance_without_a_second_training():
     first = runs()[lambda df: ~df.name.isin(list(weighting.AGAIN))]
     assert weighting.chance(weighting.against_base(first)) is None

@@ -104,8 +104,6 @@ def _check_loaders(dls):
         f"{type(dls).__name__}. Make them with ReIDDataLoaders.from_folder, from_df, from_table or from_market")
 
 # %% ../../nbs/training/08_learner.ipynb #be9c5795
-def _has_dynamic(cbs): return any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs))
-
 def _dynamic_cbs(dynamic, cbs):
     "The callback for dynamic training, unless it is switched off or among `cbs` already"
     if hasattr(dynamic, 'step') and not isinstance(dynamic, Callback): return L(DynamicLossWeights(rule=dynamic))
@@ -113,8 +111,9 @@ def _dynamic_cbs(dynamic, cbs):
         f"dynamic={dynamic!r}: choose 'mix', True for the paper's rule, False for a fixed sum, a rule such as "
         "MixedBatches(0.25), or DynamicLossWeights(weighting='paper')")
     if dynamic is not True and dynamic!='mix': return L(dynamic or None)
-    if _has_dynamic(cbs): return L()
-    return L(DynamicLossWeights() if dynamic is True else DynamicLossWeights(rule=MixedBatches()))
+    given = any(isinstance(cb, DynamicLossWeights) or cb is DynamicLossWeights for cb in L(cbs))
+    rule = MixedBatches() if dynamic=='mix' else None # None: the paper's
+    return L() if given else L(DynamicLossWeights(rule=rule))
 
 # %% ../../nbs/training/08_learner.ipynb #f0c2code
 def _agrees(name, given, about):
