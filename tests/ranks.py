@@ -59,8 +59,9 @@ def norm_over_ranks(bn, x):
         bn.running_mean.lerp_(mean, bn.momentum)
         bn.running_var.lerp_(var*n/(n-1), bn.momentum)
         bn.num_batches_tracked += 1
-    mean,var,weight,bias = (o.view(shape) for o in (mean, var, bn.weight, bn.bias))
-    return (x-mean)/(var+bn.eps).sqrt()*weight + bias
+    mean,var,weight = (o.view(shape) for o in (mean, var, bn.weight))
+    res = (x-mean)/(var+bn.eps).sqrt()*weight
+    return res if bn.bias is None else res+bn.bias.view(shape) # A BNNeck has no shift
 
 def stand_in(model):
     "Let all batch norms of `model` work over all ranks"
