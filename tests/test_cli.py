@@ -963,10 +963,11 @@ def test_small_exports(desk, cli, tmp_path, option):
     assert (tmp_path/'small.onnx').stat().st_size<.6*desk.onnx.stat().st_size
     assert (small.embed(desk.queries)*whole.embed(desk.queries)).sum(1).mean()>.95
 
-def test_export_for_trackers(desk, cli, tmp_path):
-    done = cli('export', desk.model, '--to', 'onnx', '--out', tmp_path/'tracker.onnx', '--layout', 'nchw')
+@pytest.mark.parametrize('layout', ['nchw','nchw-imagenet'])
+def test_export_for_trackers(desk, cli, tmp_path, layout):
+    done = cli('export', desk.model, '--to', 'onnx', '--out', tmp_path/'tracker.onnx', '--layout', layout)
     made,whole = Runtime(tmp_path/'tracker.onnx'),Runtime(desk.onnx)
-    assert done.code==0 and made.layout=='nchw' and made.fingerprint==whole.fingerprint
+    assert done.code==0 and made.layout==layout and made.fingerprint==whole.fingerprint
     assert abs(made.embed(desk.queries)-whole.embed(desk.queries)).max()<1e-4
 
 def test_int8_takes_crops_from_all_of_a_large_folder(monkeypatch):

@@ -66,7 +66,8 @@ def plain_groups(gallery, query, k, per, **filters):
     seen,rows = set(),[]
     for row in gallery.search(query, k=len(gallery), **filters).itertuples():
         value = getattr(row, per)
-        if value in seen and not pd.isna(value): continue
+        if per=='track' and not pd.isna(value): value = row.cam,value # a camera's own
+        if value in seen and (isinstance(value, tuple) or not pd.isna(value)): continue
         seen.add(value)
         rows.append(row.key)
     return rows[:k]
@@ -103,3 +104,28 @@ def test_a_threshold_holds_for_people(gallery):
     middle = found.similarity.median()
     assert gallery.search(embeddings(1, 2), k=9, per='pid', threshold=middle).key.tolist()==(
         found.key[found.similarity>=middle].tolist())
+
+def test_tracks_are_numbered_by_each_camera():
+    table = pd.DataFrame(dict(key=list('abcd'), pid=['ann','bob','cem','ann'], cam=[1,2,3,1], track=[1,1,1,1]))
+    gallery = Gallery(BandModel()).add(table, embs=embeddings(4))
+    found = gallery.search(embeddings(1), k=4, per='track')
+    assert sorted(found.cam)==[1,2,3] and len(found)==3
+
+@pytest.mark.parametrize('saved', [False,True])
+@pytest.mark.parametrize('moment', ['_append_rows','remove'])
+def test_an_interrupted_update_changes_nothing(tmp_path, monkeypatch, saved, moment):
+    gallery = Gallery(BandModel()).add(pd.DataFrame(dict(key=list('abc'))), embs=embeddings(3))
+    if saved: gallery.save(tmp_path/'g')
+    before,kinds = gallery.table,dict(gallery.store.kinds)
+    original,calls = getattr(gallery.store, moment),[]
+    def interrupted(ids, *args):
+        calls.append(ids)
+        original(ids[:1] if moment=='remove' and len(calls)==1 else ids, *args)
+        if len(calls)==1: raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(gallery.store, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt): gallery.update(['a','b'], pid='x')
+    assert gallery.table.equals(before) and gallery.store.kinds==kinds and len(gallery)==3
+    assert gallery.update('a', pid='x').table.key.tolist()==['b','c','a']
+    gallery.save(tmp_path/'g')
+    assert Gallery.load(tmp_path/'g').table.key.tolist()==['b','c','a']

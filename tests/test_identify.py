@@ -17,7 +17,7 @@ from pyramidreid.export.model_files import load_embedder
 from pyramidreid.gallery.entries import Embeddings
 from pyramidreid.gallery.gallery import Gallery
 from pyramidreid.training.threshold_calibration import calibrate_distances
-from pyramidreid.video.identities import Identities
+from pyramidreid.video.identities import Identities, cluster_tracklets, impossible_pairs
 
 Outcome = namedtuple('Outcome', 'code out err')
 
@@ -186,3 +186,34 @@ def test_another_command_saves_meanwhile(identify, csv, model, tmp_path, monkeyp
     done = identify(home, '--csv', csv, '--model', model, '--skip-known')
     assert done.code==2 and 'run the command again' in done.err
     assert 'anna' in set(Identities.load(home).table.pid)
+
+def test_together(identify, csv, table, model, tmp_path):
+    "As in Python: clusters of the mean embeddings, what is impossible apart"
+    tracks = '--csv', csv, '--model', model
+    done = identify(tmp_path/'crowd', *tracks, '--threshold', '.7', '--together', '--travel', '9',
+                    '--out', tmp_path/'out.csv', '--json')
+    assert done.code==0
+    answers = json.loads(done.out)['tracklets']
+    rows = table.assign(name=[f'{cam}/{track}' for cam,track in zip(table.cam, table.track)])
+    embs = pd.Series(list(load_embedder(model).embed(rows.fn.tolist())))
+    means = embs.groupby(rows["name"]).apply(lambda part: np.stack(list(part)).mean(0))
+    mean = means[[o['track'] for o in answers]]
+    times = rows.groupby('name').agg(cam=('cam','first'), start=('time','min'), end=('time','max'))
+    apart = impossible_pairs(times.loc[mean.index].assign(cam=lambda df: df.cam.astype(str)), 9)
+    codes = cluster_tracklets(np.stack(list(mean)), .7, apart)
+    assert [o['pid'] for o in answers]==[f'person {code+1}' for code in codes]
+    assert sum(o['is_new'] for o in answers)==codes.max()+1
+    assert set(pd.read_csv(tmp_path/'out.csv').pid)=={o['pid'] for o in answers}
+    again = identify(tmp_path/'crowd', *tracks, '--together')
+    assert again.code==2 and 'new PEOPLE' in again.err
+
+@pytest.mark.parametrize('change,said', [
+    (lambda df: df.assign(time=df.time.astype(object).where(df.index>0, '2026-11-01 08:00')), 'Some times are seconds'),
+    (lambda df: df.assign(cam=df.cam.where(df.index>0), track=df.track.astype(object).where(
+        df.index>0, f'{df.cam[1]}/{df.track[1]}')), 'could be one of two cameras'),
+    (lambda df: df.drop(columns='time'), '--travel needs times')], ids=['times','names','travel'])
+def test_tables_that_could_be_misread(identify, table, model, tmp_path, change, said):
+    change(table).to_csv(tmp_path/'wrong.csv', index=False)
+    wrong = '--csv', tmp_path/'wrong.csv', '--model', model, '--threshold', '.7', '--travel', '3'
+    done = identify(tmp_path/'crowd', *wrong)
+    assert done.code and said in done.err and not (tmp_path/'crowd').exists()

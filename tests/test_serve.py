@@ -35,7 +35,7 @@ from pyramidreid.web.answers import SearchRequest as Asked
 from pyramidreid.web.guard import HEADERS
 from pyramidreid.web.pictures import MAX_UPLOAD
 from pyramidreid.web.server import Desk, make_app, open_socket
-from pyramidreid.web.shared_gallery import PageError, SharedGallery, entry_address
+from pyramidreid.web.shared_gallery import PageError, SharedGallery, entry_address, pid_text
 
 HERE = 'http://127.0.0.1:8000'
 ORIGIN = dict(origin=HERE)
@@ -499,6 +499,43 @@ def test_ids_in_a_gallery_without_any(tmp_path):
     shared.set_pid(entry_address('a'), 'anna', '')
     with pytest.raises(PageError, match='is now anna'): shared.set_pid(entry_address('a'), 'bob', '')
     assert pids(tmp_path/'bare')['a']=='anna' and pd.isna(pids(tmp_path/'bare')['b'])
+
+def test_a_first_id_with_zeros_stays_text(tmp_path):
+    model = PyramidModel()
+    embs = Embeddings(np.eye(18)[:2], model.fingerprint)
+    Gallery(model).add(pd.DataFrame(dict(key=['a','b'])), embs=embs).save(tmp_path/'bare')
+    shared = SharedGallery(tmp_path/'bare', model)
+    for key,pid in dict(a='007', b='anna').items(): shared.set_pid(entry_address(key), pid, '')
+    assert dict(pids(tmp_path/'bare'))==dict(a='007', b='anna')
+
+@pytest.mark.parametrize('pid', ['Anna\xa0Smith', 'a\u3000b', ' bob', 300*'x'])
+def test_ids_that_exist_are_confirmed_as_they_are(tmp_path, pid):
+    model = PyramidModel()
+    embs = Embeddings(np.eye(18)[:2], model.fingerprint)
+    Gallery(model).add(pd.DataFrame(dict(key=['a','b'], pid=[pid,'other'])), embs=embs).save(tmp_path/'named')
+    shared = SharedGallery(tmp_path/'named', model)
+    shared.set_pid(entry_address('b'), pid_text(pid), 'other')
+    assert set(pids(tmp_path/'named').values())=={pid}
+
+def test_a_picture_in_which_the_model_sees_nothing(site, monkeypatch):
+    monkeypatch.setattr(PyramidModel, 'embed', lambda self, items: np.zeros((len(items),18)))
+    done = upload(site.browser, jpeg(1))
+    assert done.status_code==400 and 'cannot compare this picture' in said(done.text)
+
+def test_the_latest_entries_by_their_times(tmp_path):
+    model = PyramidModel()
+    times = pd.to_datetime(['2026-11-03','2026-11-01','2026-11-02'])
+    embs = Embeddings(np.eye(18)[:3], model.fingerprint)
+    gallery = Gallery(model).add(pd.DataFrame(dict(key=list('abc'), time=times)), embs=embs)
+    gallery.update('b', pid='x').save(tmp_path/'g')
+    page = new_browser(Desk(tmp_path/'g', model)).get('/').text
+    assert re.findall(r'href="[^"]*entry=([0-9a-f]{32})', page)==[entry_address(key) for key in 'acb']
+
+@pytest.mark.parametrize('others', ['theme={"a": 1}; ','a=b c d; ','x; =; '])
+def test_the_token_beside_cookies_of_other_ports(site, others):
+    browser = new_browser(site.desk, 'http://192.168.0.7:8000', host='0.0.0.0', token='secret', cookie='reid')
+    assert browser.get('/', headers=dict(cookie=f'{others}reid=secret')).status_code==200
+    assert browser.get('/', headers=dict(cookie=f'{others}reid=wrong')).status_code==401
 
 def test_a_number_of_entries_that_the_page_can_show(site):
     done = site.browser.get('/search', params=dict(entry=entry_address(site.keys[0]), k=str(MAX_K)))

@@ -144,3 +144,9 @@ def test_tracks_come_from_a_csv_file(people, tmp_path):
 def test_weights_are_for_pool_embeddings_only(trained, tracked):
     dl = trained.dls.test_dl(tracked, with_labels=True)
     with pytest.raises(ValueError, match="choose 'mean' or 'max'"): trained.evaluate(dl, by='track', how='weighted')
+
+@pytest.mark.parametrize('embs,said', [
+    (np.array([[1,2],[3,4]]), 'floating-point'), (np.array([[1.,np.nan],[3,4]]), 'finite'), (np.ones(2), 'N, D'),
+    (np.array([[1.,2],[-1,-2]]), 'cancel')])
+def test_what_has_no_mean_is_refused(embs, said):
+    with pytest.raises(ValueError, match=said): pool_embeddings(embs, [0,0])

@@ -14,7 +14,7 @@ pytest.importorskip('pyarrow', reason='needs the extra gallery')
 
 from pyramidreid.gallery.entries import Embeddings
 from pyramidreid.gallery.gallery import Gallery
-from pyramidreid.video.identities import Identities, cluster_tracklets, conflicts
+from pyramidreid.video.identities import Identities, cluster_tracklets, conflicts, impossible_pairs
 
 FINGERPRINT = 'directions'
 
@@ -83,7 +83,8 @@ def test_times_of_any_kind():
 
 @pytest.mark.parametrize('kwargs,said', [
     (dict(start=5, end=4), 'before it begins'), (dict(start='noon-ish'), 'seconds, or a date'),
-    (dict(track='t'), 'exist already'), (dict(items=Embeddings(np.eye(4)[:1], 'another')), "Another model's"),
+    (dict(start=math.inf), 'seconds, or a date'), (dict(track='t'), 'exist already'),
+    (dict(items=Embeddings(np.eye(4)[:1], 'another')), "Another model's"),
     (dict(items=seen(np.empty((0,4)))), 'at least one picture'), (dict(items=seen(np.zeros(4))), 'zero or not finite'),
     (dict(items=seen(np.eye(5)[0])), '5 dimensions')])
 def test_wrong_tracklets_change_nothing(kwargs, said):
@@ -95,7 +96,10 @@ def test_wrong_tracklets_change_nothing(kwargs, said):
 
 @pytest.mark.parametrize('kwargs,said', [
     (dict(threshold=None), 'How similar'), (dict(travel=-1.), 'travel=-1'), (dict(travel={(1,): 3.}), 'camera, camera'),
-    (dict(travel={(1,2): 'far'}), 'give seconds')])
+    (dict(travel={(1,2): 'far'}), 'give seconds'),
+    (dict(travel={(1,1): 3.}), 'two cameras'), (dict(travel={'ab': 3.}), 'two cameras'),
+    (dict(travel=math.inf), 'travel'), (dict(threshold=math.nan), 'a similarity'),
+    (dict(threshold='high'), 'a similarity'), (dict(threshold=5), 'a similarity')])
 def test_wrong_settings(kwargs, said):
     with pytest.raises(ValueError, match=said): make(**kwargs)
 
@@ -224,3 +228,95 @@ def test_the_guide_is_as_short_as_it_says():
     lines = [line.strip() for cell in cells if not cell.startswith('#|') for line in cell.splitlines()]
     code = [line for line in lines if line and not line.startswith(('#','assert','test_eq'))]
     assert 40<len(code)<60
+
+def test_what_is_refused_changes_nothing():
+    ids = make(travel=3)
+    for kwargs in (dict(far=.1), dict(threshold='high'), dict(threshold=.7, travel=-1), dict(calibration=.7)):
+        with pytest.raises((ValueError,TypeError)): ids.change(**kwargs)
+    assert (ids.far,ids.threshold,ids.travel)==(.05,.6,{None: 3.}) and ids.gallery.calibration is None
+    ids.change(calibration=calibration_of(np.linspace(-.1, .8, 10), 100, about={}), far=.1)
+    with pytest.raises(ValueError, match='out of reach'): ids.change(far=.01)
+    assert ids.threshold==pytest.approx(.8) and ids.far==.1
+
+def test_a_pair_of_one_camera_that_was_saved_earlier(tmp_path):
+    ids = make()
+    ids.travel = {frozenset('1'): 3., frozenset('12'): 4.}
+    assert Identities.load(ids.save(tmp_path/'ids'), Model()).travel=={frozenset('12'): 4.}
+
+class ThreeColours:
+    "The mean colour of a picture"
+    fingerprint,size = 'three colours',(8,8)
+    def embed(self, items): return np.stack([np.asarray(item, float).mean((0,1)) for item in items])
+
+@pytest.mark.parametrize('kind', ['array','image','file','list'])
+def test_one_picture_by_itself(kind, tmp_path):
+    from PIL import Image
+    red = np.zeros((64,32,3), np.uint8)
+    red[...,0] = 200
+    picture = dict(array=red, image=Image.fromarray(red), file=tmp_path/'red.png', list=[red])[kind]
+    Image.fromarray(red).save(tmp_path/'red.png')
+    ids = Identities(ThreeColours(), threshold=.9).enroll('red', picture)
+    assert len(ids.gallery)==1 and ids.identify(picture).pid=='red'
+    if kind=='file': assert ids.identify(str(picture)).pid=='red'
+
+def with_gallery(embs, **columns):
+    table = pd.DataFrame(dict(key=[f'{i}' for i in range(len(embs))])).assign(**columns)
+    return Identities(threshold=.6, gallery=Gallery(Model()).add(table, embs=seen(embs)))
+
+def test_going_on_with_a_gallery():
+    people = dict(pid=['ann','bob',None,'cem'], cam=['1',None,'2','2'], start=[0.,1,2,None], end=[5.,6,7,None])
+    ids = with_gallery(np.eye(5)[:4], **people)
+    assert len(ids)==3
+    assert [ids.identify(seen(np.eye(5)[i]), '1', 20).pid for i in range(5)]==['ann','bob','person 1','cem','person 2']
+    assert ids.identify(seen(np.eye(5)[0]), '1', 3).is_new # ann was in the picture
+    assert ids.forget(before=10)==4 and set(ids.table.pid)=={'ann','bob','person 1','cem','person 2'}
+
+@pytest.mark.parametrize('change,said', [
+    (dict(pid=[1,2]), "'pid' of the gallery is number"), (dict(cam=[1,2]), "'cam' of the gallery is number"),
+    (dict(start=['a','b']), "'start' of the gallery is text"), (dict(end=None), "'end' of the gallery is missing")])
+def test_galleries_that_do_not_fit(change, said):
+    people = dict(pid=['ann','bob'], cam=['1','2'], start=[0.,1], end=[5.,6], **{}) | change
+    with pytest.raises(ValueError, match=said):
+        with_gallery(np.eye(4)[:2], **{name: values for name,values in people.items() if values is not None})
+
+def test_forgetting_needs_a_time():
+    for before in (None,math.nan,'soon'):
+        with pytest.raises(ValueError, match='before='): make().forget(before)
+
+def test_half_a_mask_is_a_mask():
+    apart = np.zeros((3,3), bool)
+    apart[2,0] = True
+    assert cluster_tracklets(np.ones((3,4)), .5, apart).tolist() in ([0,0,1],[0,1,1])
+
+def test_impossible_pairs_equal_the_plain_rule():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame([dict(cam=str(o['cam']), start=o['start'], end=o['end']) for o in walks(30)])
+    table.loc[rng.choice(30, 5), 'cam'] = None
+    table.loc[rng.choice(30, 5), ['start','end']] = math.nan
+    rows = table.to_dict('records')
+    for travel,seconds in ((None, {}), (20., {None: 20.}), ({(1,2): 50.}, {frozenset('12'): 50.})):
+        plain = PlainIdentities(.6, seconds)
+        def apart(a, b, plain=plain):
+            return a is not b and isinstance(a['cam'], str) and isinstance(b['cam'], str) and plain.is_impossible(a, b)
+        expected = [[bool(apart(a, b)) for b in rows] for a in rows]
+        assert impossible_pairs(table, travel).tolist()==expected
+
+def test_together():
+    all_walks = walks(40, 2, noise=.2)
+    table = pd.DataFrame([dict(track=f't{i}', cam=str(o['cam']), start=o['start'], end=o['end'])
+                          for i,o in enumerate(all_walks)])
+    embs = seen(np.stack([o['pictures'].mean(0) for o in all_walks]))
+    ids = make()
+    pids = ids.identify_together(embs, table)
+    assert ids.table.pid.tolist()==pids and ids.table.key.tolist()==table.track.tolist()
+    unit = embs.values/np.linalg.norm(embs.values, axis=1, keepdims=True)
+    codes = cluster_tracklets(unit, .6, impossible_pairs(table))
+    assert pids==[f'person {code+1}' for code in codes]
+    new = ids.identify(seen(-embs.values[0]))
+    assert new.is_new and new.pid==f'person {codes.max()+2}'
+    with pytest.raises(ValueError, match='already'): ids.identify_together(embs, table)
+    with pytest.raises(ValueError, match='40 embeddings for 3'): make().identify_together(embs, table[:3])
+    with pytest.raises(ValueError, match='before it begins'): make().identify_together(embs, table.assign(end=-1.))
+    with pytest.raises(ValueError, match="Another model's"):
+        make().identify_together(Embeddings(embs.values, 'another'), table)
+    assert make().identify_together(seen(np.empty((0,4))), table[:0])==[]

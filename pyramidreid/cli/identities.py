@@ -63,16 +63,29 @@ def _pictures(files, table, track_pat, cam_pat):
     return df.reindex(columns=['fn','track','cam','time']).reset_index(drop=True)
 
 # %% ../../nbs/cli/10_identities.ipynb #2560f9bd
+def _times(column):
+    "Seconds of a column of seconds, or of dates and times; NaN where it is missing. Raises `ValueError` if it has both"
+    import pandas as pd
+
+    from pyramidreid.video.identities import _seconds
+    is_number = pd.to_numeric(column, errors='coerce').notna()
+    if is_number.any() and (column.notna() & ~is_number).any(): raise ValueError(
+        f"Some times are seconds, such as {column[is_number].iloc[0]}, and some are not, such as "
+        f"{column[column.notna() & ~is_number].iloc[0]}: use one of them")
+    if is_number.any(): return pd.to_numeric(column).tolist()
+    return [_seconds(None if pd.isna(value) else value, 'time') for value in column]
+
 def _tracklets(df):
     "A table with a row for each tracklet, in the order in which they end: name, camera, times in seconds, its rows"
-    import numpy as np
     import pandas as pd
 
     from pyramidreid.data.tables import id_text
-    from pyramidreid.video.identities import _seconds
-    cams = ['' if pd.isna(cam) else id_text(cam) for cam in df.cam]
-    times = np.array([_seconds(None if o!=o else o, 'time') for o in df.time], float)
+    cams = pd.Series(['' if pd.isna(cam) else id_text(cam) for cam in df.cam])
+    times = pd.Series(_times(df.time))
     names = pd.Series([f'{cam}/{id_text(track)}' if cam else id_text(track) for cam,track in zip(cams, df.track)])
+    n_cams = cams.groupby(names).nunique()
+    if (n_cams>1).any(): raise ValueError(
+        f"The track {n_cams.idxmax()} could be one of two cameras: rename a track, or give each image its camera")
     groups = pd.Series(range(len(df))).groupby(names, sort=False)
     rows = [dict(track=name, cam=cams[at.iloc[0]], start=times[at].min(), end=times[at].max(), rows=at.to_numpy())
             for name,at in groups]
@@ -145,6 +158,19 @@ def _embeddings(console, model, pictures, tracklets):
     parts = np.split(values, np.cumsum([len(o) for o in tracklets.rows])[:-1])
     return {track: Embeddings(part, model.fingerprint) for track,part in zip(tracklets.track, parts)}
 
+def _identify_together(people, tracklets, embs):
+    "Sort tracklets into people, all at once; return them as a table with the answers"
+    import numpy as np
+
+    from pyramidreid.evaluation.tracklets import pool_embeddings
+    from pyramidreid.gallery.entries import Embeddings
+    parts = [embs[track] for track in tracklets.track]
+    of_tracklet = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    pooled = pool_embeddings(np.concatenate([part.values for part in parts]), of_tracklet)
+    pids = people.identify_together(Embeddings(pooled, parts[0].fingerprint), tracklets)
+    answers = tracklets[['track','cam']].assign(pid=pids)
+    return answers.assign(is_new=~answers.pid.duplicated(), similarity=float('nan'))
+
 def _identify(people, tracklets, embs):
     "Identify tracklets one after another; return them as a table with the answers"
     import pandas as pd
@@ -168,8 +194,9 @@ def _write_table(file, pictures, tracklets, people):
 
 def _answers_text(answers, people):
     "The answers as text, one line per tracklet"
-    lines = [f"{row.pid:<16} {'new' if row.is_new else f'{row.similarity:.3f}':>6}  {shown_key(row.track)}"
-             for row in answers.itertuples()]
+    import pandas as pd
+    def found(row): return 'new' if row.is_new else '' if pd.isna(row.similarity) else f'{row.similarity:.3f}'
+    lines = [f"{row.pid:<16} {found(row):>6}  {shown_key(row.track)}" for row in answers.itertuples()]
     n_new = int(answers.is_new.sum())
     return '\n'.join([*lines, f"{len(answers):,} tracklets, {n_new:,} new people, {len(people):,} in total"])
 
@@ -203,22 +230,29 @@ _threshold_options = combine_options(
 @_tracklet_options
 @_threshold_options
 @click.option('--known', type=existing, help='Folder with a folder of photos for each known person, named after them.')
+@click.option('--together', is_flag=True,
+    help='Decide on all tracklets at once, instead of one after another as they end; for a new PEOPLE.')
 @click.option('--skip-known', is_flag=True, help='Skip tracklets that are already in PEOPLE.')
 @click.option('--out', type=new_file, help='Write a CSV table of all images with the pid that each was given.')
 @device_option
 def identify_command(console, folder, files, model, table, track_pat, cam_pat, known, threshold, far, data, travel,
-                     skip_known, out, device):
+                     together, skip_known, out, device):
     """Say who the people of tracklets are. PEOPLE, a folder that is created if needed, remembers them. FILES are images
     of tracklets, or folders of them. Either all tracklets are identified or none."""
     if threshold is not None and (far or data):
         raise click.UsageError('--threshold and --far both say how similar one person is: use only one of them')
+    if together and (known or _saved_fingerprint(folder) is not None):
+        raise click.UsageError('--together is for a new PEOPLE folder, without --known: nobody is known yet')
     pictures = _pictures(files, table, track_pat, cam_pat)
     tracklets = _tracklets(pictures)
+    if travel is not None and tracklets.start.isna().all():
+        raise click.UsageError('--travel needs times: pass a table with the column time by --csv')
     model = gallery_model(console, folder, model, device)
     people = _people(console, folder, model, data, far=far, threshold=threshold, travel=travel)
     if known is not None: _enroll(console, people, model, known)
     new = _without_known(tracklets, people, skip_known)
-    answers = _identify(people, new, _embeddings(console, model, pictures, new))
+    identify = _identify_together if together else _identify
+    answers = identify(people, new, _embeddings(console, model, pictures, new))
     save_added(people, folder)
     if out is not None: _write_table(out, pictures, tracklets, people)
     return CommandResult(text=_answers_text(answers, people), data=dict(

@@ -359,8 +359,9 @@ def _write_single_file(model, to, out, half, int8, layout):
 @click.option('--half', is_flag=True, help='Store the weights of an ONNX file in half precision.')
 @click.option('--int8', type=existing, metavar='IMAGES',
               help='Compute in int8, in an ONNX file calibrated with these crops: a folder with a few hundred.')
-@click.option('--layout', type=click.Choice(['nhwc','nchw']), default='nhwc', show_default=True,
-              help='Input of an ONNX file: 8 bits, channels last; or 0 to 1, channels first, as for trackers.')
+@click.option('--layout', type=click.Choice(['nhwc','nchw','nchw-imagenet']), default='nhwc', show_default=True,
+              help="Input of an ONNX file: 8 bits, channels last; 0 to 1, channels first, as for ultralytics; or with "
+                   "ImageNet's normalisation, as for boxmot.")
 def export_command(console, model, to, out, half, int8, layout):
     """Export MODEL to a single file that runs without this library. MODEL is a folder from train or save_model, or the
     name of a pretrained model."""

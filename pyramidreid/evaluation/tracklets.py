@@ -32,8 +32,11 @@ def first_rows(
 # %% ../../nbs/evaluation/11_tracklets.ipynb #9e8a9bbb
 HOWS = ('mean','max','weighted')
 
-def _check_pooling(n, codes, how, weights):
+def _check_pooling(embs, codes, how, weights):
     "Raise a `ValueError` for arguments that do not fit"
+    if embs.ndim!=2 or not embs.is_floating_point() or not embs.isfinite().all():
+        raise ValueError("embs: give the rows of a table (N, D) of finite floating-point numbers")
+    n = len(embs)
     if how not in HOWS: raise ValueError(f"how={how!r}: choose from {', '.join(map(repr, HOWS))}")
     if len(codes)!=n: raise ValueError(f"by has {len(codes):,} entries for {n:,} embeddings: give one for each")
     if (weights is not None)!=(how=='weighted'): raise ValueError("how='weighted' and weights= go together")
@@ -59,8 +62,10 @@ def pool_embeddings(
 ):               # (M, D) of the same kind, of length 1, in the order of the groups' first rows
     "Return one embedding for each group of rows. Raises `ValueError` for arguments that do not fit"
     values,codes = torch.as_tensor(embs),group_codes(by)
-    _check_pooling(len(values), codes, how, weights)
-    pooled = torch.nn.functional.normalize(_pooled(values, codes, how, weights), dim=1).to(values.dtype)
+    _check_pooling(values, codes, how, weights)
+    sums = _pooled(values, codes, how, weights)
+    if not sums.any(1).all(): raise ValueError("The embeddings of a group cancel each other out: their mean is zero")
+    pooled = torch.nn.functional.normalize(sums, dim=1).to(values.dtype)
     return pooled if isinstance(embs, torch.Tensor) else pooled.numpy()
 
 # %% ../../nbs/evaluation/11_tracklets.ipynb #e2a74439

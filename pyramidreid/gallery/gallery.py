@@ -28,7 +28,7 @@ from pyramidreid.gallery.entries import (
 )
 from .nearest import RowBlocks, nearest_rows, normalize_rows, read_index, train_index
 from .store import Store, read_manifest, warn_without_index
-from ..images import decoded_pixels
+from ..images import as_images, decoded_pixels
 
 # %% ../../nbs/gallery/05_gallery.ipynb #f6155830
 class Gallery:
@@ -136,7 +136,7 @@ def _decoded(self:Gallery, items, bs):
 # %% ../../nbs/gallery/05_gallery.ipynb #ae96cf57
 @patch
 def embed(self:Gallery,
-    items, # Files or images
+    items, # Files or images, or a single one
     bs=128 # Images at a time
 )->Embeddings:
     "Return the `Embeddings` of `items` by the gallery's model"
@@ -144,7 +144,7 @@ def embed(self:Gallery,
                                                "`Embeddings`: load it with Gallery.load(path, learn)")
     self._check_model(self.embedder)
     batches = []
-    for images in self._decoded(list(items), bs):
+    for images in self._decoded(list(as_images(items)), bs):
         batches.append(np.asarray(self.embedder.embed(images)))
         del images # before the next ones are decoded
     if not batches: batches = [np.zeros((0, self.store.dim or getattr(self.embedder, 'emb_sz', 1)))]
@@ -235,7 +235,7 @@ def search(self:Gallery,
     where=None,       # Only entries for which it holds: an expression over the columns, or a function of the table
     threshold=None,   # Only entries at least this similar
     far=None,         # Rate of false accepts that sets the threshold, by the gallery's `calibration`
-    per='image',      # Or a column such as 'track' or 'pid': `k` of them, each by its most similar entry
+    per='image',      # Or a column such as 'pid' or 'track' (of a camera): `k` of them, each by its most similar entry
     as_one=False      # Are several queries pictures of one person, to be searched by their mean embedding?
 )->pd.DataFrame:
     "Return the most similar entries: `key`, `similarity` and all columns; for several queries also `query`, a number"
@@ -299,10 +299,12 @@ def _search(self:Gallery, q, k, exclude_cam, since, where):
 
 # %% ../../nbs/gallery/05_gallery.ipynb #1f98307d
 def _first_of_groups(found, per):
-    "The first row of each value of the column `per` for each query; rows without a value are kept"
+    """The first row of each value of the column `per` for each query; rows without a value are kept. Each camera's
+    tracker counts from 1, so a track is one of its camera"""
     if per not in found: raise ValueError(
         f"per={per!r}: the gallery has no such column; give 'image', or one of {', '.join(map(repr, found))}")
-    repeated = found.duplicated(['query', per]) & found[per].notna()
+    columns = ['query','cam',per] if per=='track' and 'cam' in found else ['query',per]
+    repeated = found.duplicated(columns) & found[per].notna()
     return found[~repeated]
 
 @patch
@@ -336,8 +338,18 @@ def update(self:Gallery,
     if not keys: return self
     table,embs = self._stored(keys)
     typed = self.check_columns(entry_table(table, None, columns)[0])
-    self._delete(keys)
-    self._append(embs, *typed)
+    store,old = self.store,[self.keys[key] for key in keys]
+    first_new,kinds = store.next_id,store.kinds
+    try:
+        self._append(embs, *typed)
+        store.remove(old)
+    except BaseException: # An interrupt: everything as before
+        store.remove(range(first_new, store.next_id))
+        store.restore(old)
+        store.kinds = kinds
+        self.keys.update(zip(keys, old))
+        raise
+    finally: self._rows = None
     return self
 
 # %% ../../nbs/gallery/05_gallery.ipynb #7c13dd9e

@@ -262,13 +262,14 @@ def _join_equals(tables, n=32):
 # %% ../../nbs/gallery/03_store.ipynb #f221423a
 @patch
 def mark_gone(self:Segment,
-    ids # Row ids; others than the segment's are ignored
+    ids,      # Row ids; others than the segment's are ignored
+    gone=True # False: mark them as not gone
 ):
     "Mark rows as gone"
     rows = np.searchsorted(self.ids, ids)
     inside = rows<len(self.ids)
     rows = rows[inside]
-    self.gone[rows[self.ids[rows]==ids[inside]]] = True
+    self.gone[rows[self.ids[rows]==ids[inside]]] = gone
     self.n_gone = np.count_nonzero(self.gone)
 
 @patch
@@ -360,6 +361,14 @@ def remove(self:Store,
 ):
     "Mark entries as gone, in memory"
     for s in self.segments: s.mark_gone(np.asarray(ids, np.int64))
+    self._table = None
+
+@patch
+def restore(self:Store,
+    ids # Row ids
+):
+    "Undo `remove`, before anything else is changed"
+    for s in self.segments: s.mark_gone(np.asarray(ids, np.int64), gone=False)
     self._table = None
 
 # %% ../../nbs/gallery/03_store.ipynb #162d73d8

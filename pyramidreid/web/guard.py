@@ -11,7 +11,6 @@ import ipaddress
 import re
 import secrets
 import socket
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
 from fastcore.basics import patch
@@ -87,10 +86,9 @@ def same_token(
     return secrets.compare_digest(given.encode('utf-8', 'replace'), token.encode())
 
 def _cookie(head, name):
-    "A cookie of a request, '' without one"
-    try: found = SimpleCookie(head.get('cookie', '')).get(name)
-    except CookieError: return ''
-    return found.value if found else ''
+    "A cookie of a request, '' without one; other cookies, which may be those of other ports, may be malformed"
+    pairs = [pair.partition('=') for pair in head.get('cookie', '').split(';')]
+    return next((value.strip() for key,_,value in pairs if key.strip()==name), '')
 
 def _query_token(scope):
     "The token in the URL; '' without one"

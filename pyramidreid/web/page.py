@@ -216,8 +216,10 @@ def latest(
     gallery, # A `Gallery`
     link     # Function of parts of a URL that are to change
 ):
-    "Draw the last entries, each a link to the search for more like it"
-    table = gallery.store.table.iloc[:-_N_LATEST-1:-1]
+    "Draw the latest entries by their times, if there are any, each a link to the search for more like it"
+    table = gallery.store.table
+    newest = table.time.nlargest(_N_LATEST).index if 'time' in table else []
+    table = table.loc[newest] if len(newest) else table.iloc[:-_N_LATEST-1:-1]
     rows = [dict(pid=value_text(row.get('pid')), cam=value_text(row.get('cam')), time=value_text(row.get('time')),
                  address=entry_address(row['key'])) for row in table.to_dict('records')]
     pictures = [Li(h.A(entry_portrait(row['address'], f'Search for more like: {_picture_words(row)}'),

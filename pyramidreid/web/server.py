@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 import pyramidreid
 from ..core import require_extra, shown_text
+from ..gallery.nearest import normalize_rows
 from .answers import read_search, search_answer
 from .guard import Guard, is_loopback
 from .page import PageLink, draw_page
@@ -102,7 +103,10 @@ def ask(self:Desk,
     "Embed a picture; return the name under which the query is kept"
     with self.shared.fresh() as gallery:
         image = read_upload(data, getattr(gallery.embedder, 'pixel_range', None))
-        query = Query(gallery.embed([image]), as_jpeg(image), shown_text(name)[-100:] or 'a picture')
+        embedding = gallery.embed([image])
+        try: normalize_rows(embedding.values)
+        except ValueError as e: raise PageError(f"The model cannot compare this picture: {shown_text(e)}") from e
+        query = Query(embedding, as_jpeg(image), shown_text(name)[-100:] or 'a picture')
     return self.recent.add(query)
 
 @patch

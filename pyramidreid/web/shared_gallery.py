@@ -115,18 +115,22 @@ def pid_text(
     return '' if pd.isna(pid) else shown_text(pid)
 
 def typed_pid(
-    text, # As typed
-    kind  # Kind of the gallery's column `pid`; None: it has none yet
+    text,    # As typed
+    kind,    # Kind of the gallery's column `pid`; None: it has none yet
+    known=() # Ids in the gallery: whatever they look like, they can be typed
 ):
     "Return a typed id as the gallery stores it. Raises `PageError` if it cannot be one"
+    same = next((pid for pid in known if pid_text(pid)==text), None)
+    if same is not None: return same
     text = text.strip()
     if not text: raise PageError("Type a person's id first: confirming gives it to the entry", field='pid')
     if len(text)>_LONGEST_PID or not text.isprintable():
         raise PageError(f"A person's id is printable text of at most {_LONGEST_PID} characters", field='pid')
     if kind not in ('number','text',None): raise PageError(
         f"This gallery's person ids are of the kind {kind!r}, which the page does not write", field='pid')
-    try: return typed_value(text, kind)
+    try: value = typed_value(text, kind)
     except ValueError: raise PageError(f"{text!r}: this gallery's person ids are whole numbers", field='pid') from None
+    return text if kind is None and str(value)!=text else value # 007 is a name
 
 # %% ../../nbs/web/01_shared_gallery.ipynb #62ad7b41
 _TRIES = 5
@@ -155,7 +159,9 @@ def set_pid(self:SharedGallery,
     for _ in range(_TRIES):
         with self.fresh() as gallery:
             key = self.key_of(address)
-            pid = None if text is None else typed_pid(text, gallery.store.kinds.get('pid'))
+            table = gallery.store.table
+            known = table.pid.dropna().unique() if 'pid' in table else ()
+            pid = None if text is None else typed_pid(text, gallery.store.kinds.get('pid'), known)
             present = pid_text(self.row_of(key).get('pid'))
             if present==pid_text(pid): return key
             if present!=shown: raise PageError(
