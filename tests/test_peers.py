@@ -47,6 +47,22 @@ def test_boxmots_own_features_have_our_shape(clip, colours):
     frame,corners = next(frames(clip))
     assert ForBoxmot(colours).get_features(corners, frame).shape==(len(corners),6)
 
+def test_oriented_boxes_are_refused(colours):
+    with pytest.raises(ValueError, match='upright'): ForBoxmot(colours).get_features(np.zeros((2,5)), None)
+
+@pytest.mark.filterwarnings('ignore')
+def test_boxmot_reads_an_onnx_file(clip, trained, tmp_path):
+    "Its own backend resizes crops and normalises them; the file has the inverse inside"
+    pytest.importorskip('boxmot', reason='boxmot is not installed')
+    pytest.importorskip('onnxscript', reason='the onnx extra is not installed')
+    import torch
+    from boxmot.reid.backends.onnx_backend import ONNXBackend
+    file = trained.to_onnx(tmp_path/'person.onnx', layout='nchw-imagenet')
+    backend = ONNXBackend(file, torch.device('cpu'), False)
+    frame,corners = next(frames(clip))
+    theirs,ours = backend.get_features(corners, frame),trained.embed_boxes(frame, corners)
+    assert theirs.shape==ours.shape and (theirs*ours).sum(1).min()>.95 # they resize crops otherwise
+
 def ultralytics_tracker(**more):
     from ultralytics.trackers.bot_sort import BOTSORT
     return BOTSORT(SimpleNamespace(**{**dict(

@@ -158,6 +158,7 @@ def _embeddings(console, model, pictures, tracklets):
     parts = np.split(values, np.cumsum([len(o) for o in tracklets.rows])[:-1])
     return {track: Embeddings(part, model.fingerprint) for track,part in zip(tracklets.track, parts)}
 
+# %% ../../nbs/cli/10_identities.ipynb #89881007
 def _identify_together(people, tracklets, embs):
     "Sort tracklets into people, all at once; return them as a table with the answers"
     import numpy as np

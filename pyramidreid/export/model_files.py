@@ -117,6 +117,7 @@ class StandardizedNet(PlanarNet):
         "Return the images as the model sees them, float32, (N, 3, H, W)"
         return super().normalise(images*self.from_std + self.from_mean)
 
+# %% ../../nbs/export/02_model_files.ipynb #8289343c
 # Inputs of an ONNX file: 8 bits, channels last; 0…1, channels first, as ultralytics' trackers prepare their crops;
 # and channels first, with ImageNet's normalisation, as boxmot does
 LAYOUTS = ('nhwc','nchw','nchw-imagenet')

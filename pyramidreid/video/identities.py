@@ -78,6 +78,7 @@ def _check_threshold(threshold):
     if threshold is None or isinstance(threshold, numbers.Real) and -1<=threshold<=1: return
     raise ValueError(f"threshold={threshold!r}: give a similarity, a number from -1 to 1")
 
+# %% ../../nbs/video/02_identities.ipynb #fe68066d
 class Answer(NamedTuple):
     "Who a tracklet is"
     pid: str          # The identity
@@ -244,6 +245,7 @@ def split(self:Identities,
     self.gallery.update(keys, pid=pid)
     return pid
 
+# %% ../../nbs/video/02_identities.ipynb #ff22de24
 @patch
 def forget(self:Identities,
     before # Tracklets that ended before: seconds, or a date and time (UTC if it names no zone)

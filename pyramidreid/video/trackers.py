@@ -30,8 +30,11 @@ class ForBoxmot(_Adapter):
         xyxys, # (N, 4) corners
         img    # uint8, BGR
     ):
-        "Return the embeddings of the boxes, (N, D)"
-        return self._rows(img, np.asarray(xyxys)[:, :4] if len(xyxys) else [])
+        "Return the embeddings of the boxes, (N, D). Raises `ValueError` for oriented boxes, which end in an angle"
+        if not len(xyxys): return self._rows(img, [])
+        boxes = np.asarray(xyxys)
+        if boxes.shape[1] in (5,7,9): raise ValueError("Oriented boxes are not embedded: pass their upright corners")
+        return self._rows(img, boxes[:, :4])
 
 class ForUltralytics(_Adapter):
     "For `encoder` of ultralytics' trackers"

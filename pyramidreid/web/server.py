@@ -254,5 +254,12 @@ def run_server(
         app = make_app(desk, host, token, f'pyramidreid-{sock.getsockname()[1]}')
         config = uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, lifespan='off',
                                 ws='none', limit_concurrency=64, timeout_graceful_shutdown=2)
-        announce(page_url(sock, host, token))
-        uvicorn.Server(config).run(sockets=[sock])
+        url = page_url(sock, host, token)
+
+        class Server(uvicorn.Server):
+            "Announces itself when it handles signals: before, Python may lose a Ctrl-C in an import"
+            async def startup(self, sockets=None):
+                await super().startup(sockets=sockets)
+                announce(url)
+
+        Server(config).run(sockets=[sock])
