@@ -44,7 +44,7 @@ def test_half_precision_int8_and_saved_models_have_it_too(trained, planar, crops
     assert (small.embed(crops)*expected).sum(1).mean()>.95 and small.layout=='nchw'
 
 def test_an_unknown_layout(trained, tmp_path):
-    with pytest.raises(ValueError, match="'nhwc' or 'nchw'"): trained.to_onnx(tmp_path/'a.onnx', layout='chwn')
+    with pytest.raises(ValueError, match="choose from 'nhwc', 'nchw'"): trained.to_onnx(tmp_path/'a.onnx', layout='chwn')
     assert not list(tmp_path.iterdir())
 
 # files of other projects
