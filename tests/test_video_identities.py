@@ -1,8 +1,11 @@
 "Identities against a plain loop, what is impossible, corrections, and a crash at any time"
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -150,32 +153,51 @@ def test_a_plain_gallery_is_refused(tmp_path):
     Gallery(Model()).add(pd.DataFrame(dict(key=['a'])), embs=seen(np.eye(4)[0])).save(tmp_path/'g')
     with pytest.raises(ValueError, match='without identities'): Identities.load(tmp_path/'g', Model())
 
-CHILD = '''
+LAUNCHER = '''
+import os
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_video_identities import Identities, Model, make, seen, walks
-ids = make()
-for i,walk in enumerate(walks(10_000, 5)):
-    ids.identify(seen(walk['pictures']), walk['cam'], walk['start'], walk['end'], track=i)
-    if i%3==2:
-        ids.save(sys.argv[2])
-        print(i+1, flush=True)
+from test_video_identities import make, seen, walks
+
+def work(folder):
+    ids = make()
+    for i,walk in enumerate(walks(10_000, 5)):
+        ids.identify(seen(walk['pictures']), walk['cam'], walk['start'], walk['end'], track=i)
+        if i%3==2:
+            ids.save(folder)
+            print(i+1, flush=True)
+
+for folder in sys.stdin: # each in a process of its own, for which everything is imported already
+    pid = os.fork()
+    if not pid:
+        work(folder.strip())
+        os._exit(0)
+    print(f'child {pid}', flush=True)
+    os.waitpid(pid, 0)
+    print('ended', flush=True)
 '''
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_nothing_saved_is_lost_by_kill_9(tmp_path):
-    from pathlib import Path
     rng = np.random.default_rng(0)
-    for n in range(50):
-        folder = tmp_path/f'{n}'
-        child = subprocess.Popen([sys.executable,'-c',CHILD,str(Path(__file__).parent),str(folder)],
-                                 stdout=subprocess.PIPE, text=True)
-        for _ in range(int(rng.integers(1, 12))): saved = int(child.stdout.readline())
-        if rng.random()<.5: child.stdout.readline() # and now in the middle of what follows
-        child.kill()
-        saved = max([saved, *map(int, child.communicate()[0].split())])
-        again = Identities.load(folder, Model())
-        assert len(again.gallery)>=saved and again.table.key.tolist()==[str(i) for i in range(len(again.gallery))]
+    command = [sys.executable, '-c', LAUNCHER, str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
+        for n in range(50):
+            folder,saves,pid = tmp_path/f'{n}',[0],None
+            print(folder, file=launcher.stdin, flush=True)
+            n_saves = int(rng.integers(1, 12))
+            while pid is None or len(saves)<=n_saves:
+                line = launcher.stdout.readline()
+                if line.startswith('child'): pid = int(line.split()[1])
+                else: saves.append(int(line))
+            time.sleep(rng.uniform(0, .05)) # into the middle of what follows
+            os.kill(pid, signal.SIGKILL)
+            saves += map(int, iter(launcher.stdout.readline, 'ended\n'))
+            again = Identities.load(folder, Model())
+            assert len(again.gallery)>=max(saves)>0
+            assert again.table.key.tolist()==[str(i) for i in range(len(again.gallery))]
+        launcher.stdin.close()
 
 # all at once
 
