@@ -217,3 +217,8 @@ def test_tables_that_could_be_misread(identify, table, model, tmp_path, change, 
     wrong = '--csv', tmp_path/'wrong.csv', '--model', model, '--threshold', '.7', '--travel', '3'
     done = identify(tmp_path/'crowd', *wrong)
     assert done.code and said in done.err and not (tmp_path/'crowd').exists()
+
+def test_no_tracklets_together(identify, model, tmp_path):
+    (tmp_path/'none.csv').write_text('fn,track\n')
+    done = identify(tmp_path/'crowd', '--csv', tmp_path/'none.csv', '--model', model, '--threshold', '.7', '--together')
+    assert done.code in (0,2) and 'bug' not in done.err

@@ -297,7 +297,7 @@ def test_going_on_with_a_gallery():
     (dict(pid=[1,2]), "'pid' of the gallery is number"), (dict(cam=[1,2]), "'cam' of the gallery is number"),
     (dict(start=['a','b']), "'start' of the gallery is text"), (dict(end=None), "'end' of the gallery is missing")])
 def test_galleries_that_do_not_fit(change, said):
-    people = dict(pid=['ann','bob'], cam=['1','2'], start=[0.,1], end=[5.,6], **{}) | change
+    people = dict(pid=['ann','bob'], cam=['1','2'], start=[0.,1], end=[5.,6]) | change
     with pytest.raises(ValueError, match=said):
         with_gallery(np.eye(4)[:2], **{name: values for name,values in people.items() if values is not None})
 
@@ -341,4 +341,5 @@ def test_together():
     with pytest.raises(ValueError, match='before it begins'): make().identify_together(embs, table.assign(end=-1.))
     with pytest.raises(ValueError, match="Another model's"):
         make().identify_together(Embeddings(embs.values, 'another'), table)
+    with pytest.raises(ValueError, match='zero or not finite'): make().identify_together(seen(0*embs.values), table)
     assert make().identify_together(seen(np.empty((0,4))), table[:0])==[]

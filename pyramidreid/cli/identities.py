@@ -163,12 +163,10 @@ def _identify_together(people, tracklets, embs):
     "Sort tracklets into people, all at once; return them as a table with the answers"
     import numpy as np
 
-    from pyramidreid.evaluation.tracklets import pool_embeddings
     from pyramidreid.gallery.entries import Embeddings
-    parts = [embs[track] for track in tracklets.track]
-    of_tracklet = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    pooled = pool_embeddings(np.concatenate([part.values for part in parts]), of_tracklet)
-    pids = people.identify_together(Embeddings(pooled, parts[0].fingerprint), tracklets)
+    rows = [people._pooled(embs[track]).values for track in tracklets.track]
+    pooled = np.concatenate(rows) if rows else np.empty((0, 1))
+    pids = people.identify_together(Embeddings(pooled, people.gallery.fingerprint), tracklets)
     answers = tracklets[['track','cam']].assign(pid=pids)
     return answers.assign(is_new=~answers.pid.duplicated(), similarity=float('nan'))
 

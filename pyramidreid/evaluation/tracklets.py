@@ -64,7 +64,8 @@ def pool_embeddings(
     values,codes = torch.as_tensor(embs),group_codes(by)
     _check_pooling(values, codes, how, weights)
     sums = _pooled(values, codes, how, weights)
-    if not sums.any(1).all(): raise ValueError("The embeddings of a group cancel each other out: their mean is zero")
+    if not sums.any(1).all(): raise ValueError(
+        "The embeddings of a group cancel each other out, so it has no mean: leave the group out")
     pooled = torch.nn.functional.normalize(sums, dim=1).to(values.dtype)
     return pooled if isinstance(embs, torch.Tensor) else pooled.numpy()
 

@@ -31,9 +31,8 @@ def _seconds(value, name):
 
 def _checked_travel(travel):
     "Seconds for pairs of cameras as a dict, in which `None` is for all others; None: nothing is known"
-    def is_pair(pair): return isinstance(pair, (tuple,list)) and len(pair)==2 and len(set(map(str, pair)))==2
+    def is_pair(pair): return isinstance(pair, (tuple,list,frozenset)) and len(pair)==2 and len(set(map(str, pair)))==2
     if travel is None: return {}
-    if isinstance(travel, dict) and all(pair is None or isinstance(pair, frozenset) for pair in travel): return travel
     pairs = travel if isinstance(travel, dict) else {None: travel}
     res = {}
     for pair,seconds in pairs.items():
@@ -351,7 +350,8 @@ def identify_together(self:Identities,
     if not len(embs): return []
     self.gallery._check_model(embs)
     if (tracklets.end<tracklets.start).any(): raise ValueError("A tracklet ends before it begins: swap start and end")
-    people = cluster_tracklets(embs.values, self.threshold, impossible_pairs(tracklets, self.travel))
+    unit = self.gallery._normalized(embs) # which refuses what has no direction
+    people = cluster_tracklets(unit, self.threshold, impossible_pairs(tracklets, self.travel))
     pids = [f'person {number+1}' for number in people]
     columns = {name: tracklets[name].to_numpy() for name in ('start','end')}
     self._keep(embs, list(tracklets.track), pids, tracklets.cam.fillna('').astype(str).to_numpy(), **columns)

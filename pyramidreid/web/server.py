@@ -105,7 +105,8 @@ def ask(self:Desk,
         image = read_upload(data, getattr(gallery.embedder, 'pixel_range', None))
         embedding = gallery.embed([image])
         try: normalize_rows(embedding.values)
-        except ValueError as e: raise PageError(f"The model cannot compare this picture: {shown_text(e)}") from e
+        except ValueError as e: raise PageError(
+            "The model cannot compare this picture, because its embedding has no direction: choose another one") from e
         query = Query(embedding, as_jpeg(image), shown_text(name)[-100:] or 'a picture')
     return self.recent.add(query)
 
