@@ -75,6 +75,9 @@ def test_answers_are_those_of_identities(identify, table, csv, model, tmp_path, 
     assert answer['identities']==len(set(expected.values()))
     stored = Identities.load(tmp_path/'home', load_embedder(model))
     assert dict(zip(stored.table.key, stored.table.pid))==expected
+    middle = {f'{cam}/{track}': rows.fn.iloc[len(rows)//2] for (cam,track),rows in table.groupby(['cam','track'])}
+    assert {key: Path(fn) for key,fn in zip(stored.table.key, stored.table.fn)}=={
+        key: Path(fn).absolute() for key,fn in middle.items()}
 
 def test_folders_are_tracks_and_out_has_every_crop(identify, table, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -111,7 +114,8 @@ def test_known_people_are_enrolled_once(identify, table, csv, model, tmp_path):
     own = {f'{cam}/{track}' for pid,cam,track in zip(table.pid, table.cam, table.track) if pid==table.pid[0]}
     assert any(row['pid']=='anna' for row in json.loads(done.out)['tracklets'] if row['track'] in own)
     identify(tmp_path/'home', *options, '--skip-known')
-    assert Gallery.load(tmp_path/'home').table.enrolled.sum()==3
+    known = Gallery.load(tmp_path/'home').table.query('enrolled')
+    assert len(known)==3 and sorted(known.fn)==sorted(map(str, anna.iterdir()))
 
 def test_calibration_is_that_of_tracklets(identify, table, csv, model, tmp_path):
     embedder = load_embedder(model)

@@ -281,6 +281,29 @@ def test_one_picture_by_itself(kind, tmp_path):
     assert len(ids.gallery)==1 and ids.identify(picture).pid=='red'
     if kind=='file': assert ids.identify(str(picture)).pid=='red'
 
+def test_the_middle_picture_is_remembered(tmp_path):
+    from PIL import Image
+    files = [tmp_path/f'{i}.png' for i in range(5)]
+    for i,file in enumerate(files): Image.new('RGB', (8,16), (200,i,0)).save(file)
+    arrays = [np.asarray(Image.open(file)) for file in files]
+    ids = Identities(ThreeColours(), threshold=.9)
+    ids.identify(arrays)
+    assert 'fn' not in ids.table
+    ids.identify(files[:3])
+    ids.identify([*files[:2], *arrays[2:], str(files[3])])
+    embs = Embeddings(np.eye(3)[:1], ThreeColours.fingerprint)
+    ids.identify(embs, picture=files[4])
+    ids.enroll('red', files[:2]).enroll('green', embs, [files[2]]).enroll('blue', embs)
+    expected = [None, files[1], None, files[4], files[0], files[1], files[2], None]
+    for people in (ids, Identities.load(ids.save(tmp_path/'ids'), ThreeColours())):
+        assert [None if pd.isna(fn) else Path(fn) for fn in people.table.fn]==expected
+    with pytest.raises(ValueError, match='2 pictures to show for 1 photos of ann'): ids.enroll('ann', embs, files[:2])
+    assert len(ids.gallery)==8
+    table = pd.DataFrame(dict(track=['a','b'], cam=['1','2'], start=[0.,1], end=[1.,2], picture=[None,str(files[0])]))
+    both = Identities(ThreeColours(), threshold=.9)
+    both.identify_together(Embeddings(np.eye(3)[:2], ThreeColours.fingerprint), table)
+    assert pd.isna(both.table.fn[0]) and both.table.fn[1]==str(files[0])
+
 def with_gallery(embs, **columns):
     table = pd.DataFrame(dict(key=[f'{i}' for i in range(len(embs))])).assign(**columns)
     return Identities(threshold=.6, gallery=Gallery(Model()).add(table, embs=seen(embs)))

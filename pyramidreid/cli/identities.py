@@ -76,7 +76,8 @@ def _times(column):
     return [_seconds(None if pd.isna(value) else value, 'time') for value in column]
 
 def _tracklets(df):
-    "A table with a row for each tracklet, in the order in which they end: name, camera, times in seconds, its rows"
+    """A table with a row for each tracklet, in the order in which they end: name, camera, times in seconds, its rows
+    in `df`, and the picture in the middle"""
     import pandas as pd
 
     from pyramidreid.data.tables import id_text
@@ -87,8 +88,8 @@ def _tracklets(df):
     if (n_cams>1).any(): raise ValueError(
         f"The track {n_cams.idxmax()} could be one of two cameras: rename a track, or give each image its camera")
     groups = pd.Series(range(len(df))).groupby(names, sort=False)
-    rows = [dict(track=name, cam=cams[at.iloc[0]], start=times[at].min(), end=times[at].max(), rows=at.to_numpy())
-            for name,at in groups]
+    rows = [dict(track=name, cam=cams[at.iloc[0]], start=times[at].min(), end=times[at].max(), rows=at.to_numpy(),
+                 picture=df.fn.iloc[at.iloc[len(at)//2]]) for name,at in groups]
     return pd.DataFrame(rows).sort_values('end', kind='stable', ignore_index=True)
 
 # %% ../../nbs/cli/10_identities.ipynb #22d54f82
@@ -133,8 +134,9 @@ def _enroll(console, people, model, known):
     if not folders: raise ValueError(f"{known} has no folders: make one for each person, with a few photos")
     for person in folders:
         if person.name in have: continue
-        photos = embed_files(console, model, image_files([person]))
-        people.enroll(person.name, Embeddings(photos, model.fingerprint))
+        files = image_files([person])
+        photos = embed_files(console, model, files)
+        people.enroll(person.name, Embeddings(photos, model.fingerprint), files)
 
 # %% ../../nbs/cli/10_identities.ipynb #3d391f1d
 def _without_known(tracklets, people, skip_known):
@@ -176,7 +178,7 @@ def _identify(people, tracklets, embs):
     answers = []
     for row in tracklets.itertuples():
         start,end = [None if time!=time else time for time in (row.start, row.end)]
-        answers.append(people.identify(embs[row.track], row.cam or None, start, end, row.track))
+        answers.append(people.identify(embs[row.track], row.cam or None, start, end, row.track, row.picture))
     answers = pd.DataFrame(answers, columns=['pid','is_new','similarity','track'])
     return answers.assign(cam=tracklets.cam.to_numpy())[['track','cam','pid','is_new','similarity']]
 

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..evaluation.tracklets import pool_embeddings
 from ..gallery.entries import Embeddings, check_calibration, parse_time
 from ..gallery.gallery import Gallery
+from ..images import as_images
 
 # %% ../../nbs/video/02_identities.ipynb #a9686bde
 def _seconds(value, name):
@@ -154,6 +155,16 @@ def _new_track(self:Identities):
     while f'track {number}' in self.gallery: number += 1
     return f'track {number}'
 
+# %% ../../nbs/video/02_identities.ipynb #45ac241b
+def _listed(items):
+    "Pictures as a list; `Embeddings` as they are"
+    return items if isinstance(items, Embeddings) else list(as_images(items))
+
+def _files(items):
+    "The file of each picture, None for those that are not files"
+    if isinstance(items, Embeddings): return [None]*len(items)
+    return [item if isinstance(item, (str,Path)) else None for item in items]
+
 @patch
 def _pooled(self:Identities, items):
     "One embedding for the pictures of a tracklet"
@@ -163,6 +174,7 @@ def _pooled(self:Identities, items):
     values = self.gallery._normalized(embs)
     return Embeddings(pool_embeddings(values, np.zeros(len(values))), embs.fingerprint)
 
+# %% ../../nbs/video/02_identities.ipynb #85e11b0e
 @patch
 def _nearest(self:Identities, emb, cam, start, end):
     "The most similar tracklet whose person it can be, as a row; None if there is none"
@@ -174,8 +186,9 @@ def _nearest(self:Identities, emb, cam, start, end):
     return found.iloc[0] if len(found) else None
 
 @patch
-def _keep(self:Identities, embs, keys, pid, cam='', start=math.nan, end=math.nan, enrolled=False):
+def _keep(self:Identities, embs, keys, pid, cam='', start=math.nan, end=math.nan, enrolled=False, files=None):
     columns = dict(pid=pid, cam=cam, start=start, end=end, enrolled=enrolled)
+    if files is not None and any(file is not None for file in files): columns['fn'] = list(files)
     self.gallery.add(pd.DataFrame(dict(key=keys)).assign(**columns), embs=embs)
 
 # %% ../../nbs/video/02_identities.ipynb #0c695a35
@@ -185,7 +198,8 @@ def identify(self:Identities,
     cam=None,   # The camera's id; None: unknown
     start=None, # When it began: seconds, or a date and time (UTC if it names no zone); None: unknown
     end=None,   # When it ended; None: as `start`
-    track=None  # A name for it, not yet used; None: a number
+    track=None, # A name for it, not yet used; None: a number
+    picture=None # File to show for it; None: the middle one of `items`, if these are files
 )->Answer:
     """Return who it is, and remember the tracklet. Raises `ValueError` for a tracklet without pictures, one that ends
     before it begins, a name that is taken, and embeddings of another model"""
@@ -193,25 +207,33 @@ def identify(self:Identities,
     end = start if end is None else _seconds(end, 'end')
     if end<start:
         raise ValueError(f"The tracklet ends at {end:g} s, before it begins at {start:g} s: swap start and end")
+    items = _listed(items)
     cam,emb = '' if cam is None else str(cam),self._pooled(items)
+    if picture is None: picture = _files(items)[len(items)//2]
     key = self._new_track() if track is None else str(track)
     best = self._nearest(emb, cam, start, end)
     is_new = best is None or bool(best.similarity<self.threshold)
     pid = self._new_name() if is_new else best.pid
-    self._keep(emb, [key], pid, cam, start, end)
+    self._keep(emb, [key], pid, cam, start, end, files=[picture])
     return Answer(pid, is_new, math.nan if best is None else float(best.similarity), key)
 
+# %% ../../nbs/video/02_identities.ipynb #a6130f4d
 @patch
 def enroll(self:Identities,
-    pid,  # The person's name
-    items # A few photos, or their `Embeddings`
+    pid,   # The person's name
+    items, # A few photos, or their `Embeddings`
+    pictures=None # Files to show, one for each; None: `items`, if these are files
 ):
     "Make somebody known, by photos that are never forgotten; return self"
+    items = _listed(items)
     embs = items if isinstance(items, Embeddings) else self.gallery.embed(items)
     if not len(embs): raise ValueError(f"There is no photo of {pid}: give one or more")
+    files = _files(items) if pictures is None else list(pictures)
+    if len(files)!=len(embs): raise ValueError(f"{len(files)} pictures to show for {len(embs)} photos of {pid}")
     self.gallery._check_model(embs)
     first = self.gallery.store.next_id+1
-    self._keep(embs, [f'{pid}, photo {first+i}' for i in range(len(embs))], str(pid), enrolled=True)
+    keys = [f'{pid}, photo {first+i}' for i in range(len(embs))]
+    self._keep(embs, keys, str(pid), enrolled=True, files=files)
     return self
 
 # %% ../../nbs/video/02_identities.ipynb #815bc633
@@ -340,7 +362,7 @@ def cluster_tracklets(
 @patch
 def identify_together(self:Identities,
     embs,     # `Embeddings`, one for each tracklet
-    tracklets # Table with a row for each: `track`, `cam` (text), `start` and `end` (seconds); missing if unknown
+    tracklets # A row for each: `track`, `cam` (text), `start`, `end` (seconds), perhaps `picture`; missing if unknown
 )->list:      # The identity of each
     """Sort recorded tracklets into people, all at once, and remember them. Raises `ValueError` if there are tracklets
     already, and as `identify` does"""
@@ -354,6 +376,7 @@ def identify_together(self:Identities,
     people = cluster_tracklets(unit, self.threshold, impossible_pairs(tracklets, self.travel))
     pids = [f'person {number+1}' for number in people]
     columns = {name: tracklets[name].to_numpy() for name in ('start','end')}
+    if 'picture' in tracklets: columns['files'] = [None if pd.isna(file) else file for file in tracklets.picture]
     self._keep(embs, list(tracklets.track), pids, tracklets.cam.fillna('').astype(str).to_numpy(), **columns)
     self.n_named = int(max(people))+1
     return pids
