@@ -1,4 +1,4 @@
-"""Train the light model that pyramidreid ships: an EfficientNet-Lite0 pyramid, in stages of growing images.
+"""Train a light model that pyramidreid ships: an EfficientNet-Lite0 pyramid, in stages of growing images.
 `python benchmarks/light_model.py --data DIR [DIR] --weights FILE --run FOLDER [--minutes M]`
 Stopped or killed, the same command resumes it, also on another machine to which FOLDER was copied. `--hold-out 0.2`
 judges on people held out of the training set: settings are chosen there, and only there. With `--test` the official
@@ -29,7 +29,8 @@ ABOUT_DATA = {
     'cuhk03': "CUHK03 (Li et al., CVPR 2014) shows people on a campus in Hong Kong, by day, from pairs of cameras."}
 
 # Where the training of a pretrained model is noted
-RESULT_OF = {'market1501-lite0': 'light-model', 'market1501-lite0-192x96': 'light-model-192x96'}
+RESULT_OF = {'market1501-lite0': 'light-model', 'market1501-lite0-192x96': 'light-model-192x96',
+             'market1501-cuhk03-lite0': 'light-model-two'}
 
 def stage(text):
     "`HEIGHTxWIDTH:EPOCHS[:SCALE[:MIX]]` as (size, epochs, factor of the learning rates, fraction of random batches)"

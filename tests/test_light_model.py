@@ -46,6 +46,15 @@ def test_stopped_resumed_and_written(tmp_path, people, monkeypatch):
     assert model.size==(96,48) and model.about['neck'] and 'research only' in model.about['licence']
     assert '96×48 pixels' in (tmp_path/'model'/'README.md').read_text()
 
+@pytest.mark.parametrize('flip', [False, True])
+def test_onnxruntime_embeds_as_pytorch_does(flip, tmp_path, people):
+    import pyramidreid.all as lib
+    args = light_model.parse(['--data', str(people), '--run', str(tmp_path), '--arch', 'resnet10', '--n-parts', '3',
+                              '--emb-sz', '8', '--stages', '48x24:1', '--threads', '1'])
+    learn = light_model.make_learner(args, lib, 0, [])
+    by_onnx = light_model.with_onnx(learn, args)(learn.dls.valid, flip)
+    assert torch.allclose(by_onnx, learn.embed(learn.dls.valid, flip=flip).cpu(), atol=1e-5)
+
 @pytest.mark.slow
 def test_a_pretrained_model_goes_on(tmp_path, people, monkeypatch):
     "Its stages and minutes count, and training starts at its weights: at hardly any learning rate, they stay the same"
