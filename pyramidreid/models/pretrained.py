@@ -19,7 +19,7 @@ from .history import described_history, trained_on
 
 # %% ../../nbs/models/08_pretrained.ipynb #7e836f44
 PRETRAINED = Path(pyramidreid.__file__).parent/'pretrained' # Folder of the models that come with the package
-_PREFERRED = ('market1501-lite0', 'market1501-cuhk03-lite0') # Defaults, as they do on people none of them has seen
+_PREFERRED = ('market1501-lite0', 'market1501-cuhk03-lite0') # Defaults, the best on new people first
 
 def pretrained_names()->list:
     "Return the names of the models that come with the package"
