@@ -7,8 +7,10 @@ import json
 import numpy as np
 import pandas as pd
 from common import circumstances, markdown, results, write_table
+from multi_query import card
 
-from pyramidreid.all import evaluate, load_pretrained, market_table, pretrained_models, synth_persons
+from pyramidreid.all import load_pretrained, market_table, synth_persons
+from pyramidreid.models.pretrained import pretrained_names
 
 
 def parse(argv=None):
@@ -18,21 +20,20 @@ def parse(argv=None):
     parser.add_argument('--out', default='drawn-people', help='name of the results')
     return parser.parse_args(argv)
 
-def card(model, table):
+def model_card(model, table):
     "The protocol card of a model on the queries and gallery of a table"
     queries,gallery = (table[table.split==split] for split in ('query','gallery'))
-    embs = [np.asarray(model.embed(part.fn.tolist())) for part in (queries,gallery)]
-    columns = [part[name].to_numpy() for name in ('pid','cam') for part in (queries,gallery)]
-    return evaluate(*embs, *columns, progress_bar=False)
+    query_embs,gallery_embs = (np.asarray(model.embed(part.fn.tolist())) for part in (queries,gallery))
+    return card(queries, query_embs, gallery, gallery_embs)
 
 def main(argv=None):
     args,rows = parse(argv),[]
     for boxes,misalign in (('exact', 0.), ('misaligned', .5)):
         path = synth_persons(n_train=4, n_test=args.people, size=(256,128), misalign=misalign, seed=args.seed)
         table = market_table(path)
-        for name in pretrained_models().index:
+        for name in pretrained_names():
             model = load_pretrained(name)
-            found = card(model, table)
+            found = model_card(model, table)
             rows.append({'model': name, 'input': '{}×{}'.format(*model.size), 'boxes': boxes, 'mAP': found.mAP,
                          'rank-1': found.rank1, 'mINP': found.mINP, 'queries': found.n_query})
     (results/f'{args.out}.json').write_text(json.dumps(dict(circumstances(), people=args.people, rows=rows), indent=1))

@@ -16,6 +16,7 @@ from pathlib import Path
 from bodies import multiply_adds
 from common import circumstances, hardware, results
 from market1501 import callbacks, knob
+from report import LIGHT_MODELS
 
 from pyramidreid.evaluation.protocol_card import ReIDResult
 from pyramidreid.export.model_cards import RESEARCH_ONLY
@@ -27,10 +28,6 @@ ABOUT_DATA = {
               "some of them misaligned. There was little else to learn from: no night, no infrared, few children, "
               "old people or winter clothes.",
     'cuhk03': "CUHK03 (Li et al., CVPR 2014) shows people on a campus in Hong Kong, by day, from pairs of cameras."}
-
-# Where the training of a pretrained model is noted
-RESULT_OF = {'market1501-lite0': 'light-model', 'market1501-lite0-192x96': 'light-model-192x96',
-             'market1501-cuhk03-lite0': 'light-model-two'}
 
 def stage(text):
     "`HEIGHTxWIDTH:EPOCHS[:SCALE[:MIX]]` as (size, epochs, factor of the learning rates, fraction of random batches)"
@@ -46,7 +43,7 @@ def parse(argv=None):
     add = parser.add_argument
     add('--data', type=Path, nargs='+', required=True, help='folders of known datasets; the first is evaluated')
     add('--weights', help='file of ImageNet weights; without it, from scratch')
-    add('--start', choices=list(RESULT_OF), help='pretrained model to go on from; its stages and minutes count too')
+    add('--start', choices=list(LIGHT_MODELS), help='pretrained model to go on from; its stages and minutes count too')
     add('--run', type=Path, required=True, help='folder for checkpoints, finished stages and image caches')
     add('--stages', type=stage, nargs='+', metavar='HxW:EPOCHS[:SCALE[:MIX]]',
         default=[stage(text) for text in ('96x48:20', '192x96:20:0.5')])
@@ -199,7 +196,7 @@ def training_note(args, finished):
     "What was trained, with what a pretrained model to start from had been before"
     about,before = circumstances(),dict(stages=[], minutes=[], trained_on=[])
     if args.start:
-        before = json.loads((results/f'{RESULT_OF[args.start]}.json').read_text())
+        before = json.loads((results/f'{LIGHT_MODELS[args.start]}.json').read_text())
         about['command'] = f"{before['command']} && {about['command']}"
     return dict(
         about, stages=before['stages']+[[*size, epochs, scale] for size,epochs,scale,_ in args.stages],

@@ -8,6 +8,7 @@ __all__ = ['conflicts', 'Answer', 'Identities', 'impossible_pairs', 'cluster_tra
 # %% ../../nbs/video/02_identities.ipynb #15821c78
 import math
 import numbers
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,7 +164,7 @@ def _listed(items):
 def _files(items):
     "The file of each picture, None for those that are not files"
     if isinstance(items, Embeddings): return [None]*len(items)
-    return [item if isinstance(item, (str,Path)) else None for item in items]
+    return [item if isinstance(item, (str,os.PathLike)) else None for item in items]
 
 @patch
 def _pooled(self:Identities, items):
@@ -229,7 +230,8 @@ def enroll(self:Identities,
     embs = items if isinstance(items, Embeddings) else self.gallery.embed(items)
     if not len(embs): raise ValueError(f"There is no photo of {pid}: give one or more")
     files = _files(items) if pictures is None else list(pictures)
-    if len(files)!=len(embs): raise ValueError(f"{len(files)} pictures to show for {len(embs)} photos of {pid}")
+    if len(files)!=len(embs): raise ValueError(
+        f"{len(files)} pictures to show for {len(embs)} photos of {pid}: give one for each")
     self.gallery._check_model(embs)
     first = self.gallery.store.next_id+1
     keys = [f'{pid}, photo {first+i}' for i in range(len(embs))]
@@ -362,7 +364,7 @@ def cluster_tracklets(
 @patch
 def identify_together(self:Identities,
     embs,     # `Embeddings`, one for each tracklet
-    tracklets # A row for each: `track`, `cam` (text), `start`, `end` (seconds), perhaps `picture`; missing if unknown
+    tracklets # Row for each: `track`, `cam` (text), `start`, `end` (seconds; missing: unknown), maybe `picture` (file)
 )->list:      # The identity of each
     """Sort recorded tracklets into people, all at once, and remember them. Raises `ValueError` if there are tracklets
     already, and as `identify` does"""
