@@ -140,6 +140,8 @@ def written(name):
 
 def embedding(): return written('embedding')
 
+def embedding_larger(): return written('embedding-288x128')
+
 def drawn_people(): return written('drawn-people')
 
 def multi_query(): return written('multi-query')

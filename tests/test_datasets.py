@@ -363,7 +363,7 @@ def test_join_keeps_people_and_cameras_apart(market, duke):
         'query': ['Market-1501/3'],
         'gallery': [-1,'Market-1501/0','Market-1501/3']}
     assert set(images_of(df, 'train').cam)=={'Market-1501/1','DukeMTMC-reID/2'} and df.index.is_unique
-    assert df.attrs['name']=='Market-1501 + DukeMTMC-reID, validated on Market-1501'
+    assert (df.attrs['name'],df.attrs['valid_name'])==('Market-1501 + DukeMTMC-reID','Market-1501')
     assert market.attrs['name']=='Market-1501' and market.pid.dtype==np.int64 # as it was
 
 def test_join_validates_on_the_table_of_choice(market, duke):

@@ -24,7 +24,8 @@ from toys import quiet
 from pyramidreid.cli.inputs import _describe_model
 from pyramidreid.core import ReIDWarning
 from pyramidreid.data.datasets import market_table
-from pyramidreid.data.loaders import ReIDDataLoaders
+from pyramidreid.data.loaders import EncodeTarget, ReIDDataLoaders
+from pyramidreid.data.tables import join_tables, rows_to_evaluate
 from pyramidreid.evaluation.protocol_card import Card
 from pyramidreid.explain.interpretation import ReIDInterpretation
 from pyramidreid.explain.matching_bands import explain  # noqa: F401 adds learn.explain
@@ -308,6 +309,25 @@ def test_a_card_says_cross_domain(made, others, other_dls, few):
     assert cards['theirs']['domain']=='cross-domain: not trained on others' and 'domain' not in cards['ours']
     moved = quiet(learner_from(made.save_model(made.path/'m'), other_dls, path=made.path))
     assert moved.evaluate().about['domain']=='cross-domain: not trained on others'
+
+def test_a_card_of_joined_datasets_names_the_one_that_validates(make_learner, few, others):
+    "And the history names both, whichever validates"
+    joined = join_tables(market_table(few), market_table(others), valid=1)
+    dls = ReIDDataLoaders.from_table(joined, p=4, k=2, size=(48,24), num_workers=0)
+    learn = make_learner(dls)
+    learn.fit(1)
+    about = learn.evaluate().about
+    on_table = learn.evaluate(dls.test_dl(rows_to_evaluate(joined), with_labels=True)).about
+    assert about['data']==on_table['data']==joined.attrs['valid_name'] and 'domain' not in about
+    assert stages(learn)[0][0]==' + '.join(table.attrs['name'] for table in (market_table(few),market_table(others)))
+    held_out = ReIDDataLoaders.from_table(joined, valid_pct=.3, p=4, k=2, size=(48,24), num_workers=0)
+    assert make_learner(held_out).about(held_out.valid)['data']==held_out.data_name
+
+def test_loaders_of_an_earlier_version_have_one_name(make_learner, dls, monkeypatch):
+    learn = make_learner(dls)
+    encode = next(o for o in dls.valid.dataset.tls[1].tfms if isinstance(o, EncodeTarget))
+    monkeypatch.delattr(encode, 'valid_name')
+    assert learn.about(dls.valid)['data']==dls.data_name
 
 CROSS = [('Market-1501', 'Market-1501', False), ('Market-1501', 'market-1501', False), ('Market-1501', 'MSMT17', True),
          ('crops, 20% of the training identities held out', 'crops', False),

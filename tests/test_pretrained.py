@@ -436,7 +436,10 @@ def test_cards_cameras_and_texts_of_your_own(learn, card, made):
                       training='Two hours.', data='Drawn.')
     head,page = head_and_page(text)
     assert len(head['model-index'][0]['results'])==2 and "from_pretrained('ann/people')" in page
-    assert '### Plain' in page and '| flip | mean of both |' in page and 'Two hours.' in page and 'Drawn.' in page
+    assert '| metric, % | Plain | With flip |' in page and 'Two hours.' in page and 'Drawn.' in page
+    assert '| flip | none | mean of both |' in page and page.count('| distance |')==1
+    flipped = learn.evaluate(flip=True)
+    assert f'| rank-1 | {100*card.rank1:.2f} | {100*flipped.rank1:.2f} |' in page
     first = next(cameras.itertuples())
     assert f'| {first.query_cam} | {first.gallery_cam} | {first.queries} | {first.images} | {first.mAP:.2f} |' in page
     assert page.count('\n| 1 | ')==int((cameras.query_cam.astype(str)=='1').sum())
@@ -449,6 +452,12 @@ def test_licences_on_a_card(made, licence, entries):
     head,page = head_and_page(model_card(about, 'x'))
     assert {name:value for name,value in head.items() if name.startswith('license')}==entries
     assert ('Not stated' in page)==(licence is None) and 'Evaluate it before you use it' in page
+
+def test_the_head_names_each_dataset(made):
+    about = read_description(made)
+    about['history']['stages'][0]['data'] = 'Street 1 + Station, 20% of the training identities held out'
+    head,_ = head_and_page(model_card(about, 'x'))
+    assert head['datasets']==['station','street-1']
 
 def test_a_name_from_a_stranger_stays_text(made):
     "In the YAML and in the tables"

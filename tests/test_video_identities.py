@@ -17,6 +17,7 @@ pytest.importorskip('pyarrow', reason='needs the extra gallery')
 
 from pyramidreid.gallery.entries import Embeddings
 from pyramidreid.gallery.gallery import Gallery
+from pyramidreid.gallery.milvus import MilvusGallery
 from pyramidreid.video.identities import Identities, cluster_tracklets, conflicts, impossible_pairs
 
 FINGERPRINT = 'directions'
@@ -148,6 +149,9 @@ def test_all_goes_on_after_a_restart(tmp_path):
     again = Identities.load(tmp_path/'ids', Model())
     assert (again.far,again.fixed_threshold,again.travel)==(.02,.6,ids.travel)
     for walk in all_walks[25:]: assert feed(again, walk)==feed(whole, walk)
+
+def test_a_gallery_in_milvus_is_refused():
+    with pytest.raises(TypeError, match='use a Gallery'): Identities(gallery=MilvusGallery.__new__(MilvusGallery))
 
 def test_a_plain_gallery_is_refused(tmp_path):
     Gallery(Model()).add(pd.DataFrame(dict(key=['a'])), embs=seen(np.eye(4)[0])).save(tmp_path/'g')

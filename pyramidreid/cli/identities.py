@@ -67,13 +67,13 @@ def _times(column):
     "Seconds of a column of seconds, or of dates and times; NaN where it is missing. Raises `ValueError` if it has both"
     import pandas as pd
 
-    from pyramidreid.video.identities import _seconds
+    from pyramidreid.video.identities import to_seconds
     is_number = pd.to_numeric(column, errors='coerce').notna()
     if is_number.any() and (column.notna() & ~is_number).any(): raise ValueError(
         f"Some times are seconds, such as {column[is_number].iloc[0]}, and some are not, such as "
         f"{column[column.notna() & ~is_number].iloc[0]}: use one of them")
     if is_number.any(): return pd.to_numeric(column).tolist()
-    return [_seconds(None if pd.isna(value) else value, 'time') for value in column]
+    return [to_seconds(None if pd.isna(value) else value, 'time') for value in column]
 
 def _tracklets(df):
     """A table with a row for each tracklet, in the order in which they end: name, camera, times in seconds, its rows
@@ -166,7 +166,7 @@ def _identify_together(people, tracklets, embs):
     import numpy as np
 
     from pyramidreid.gallery.entries import Embeddings
-    rows = [people._pooled(embs[track]).values for track in tracklets.track]
+    rows = [people.pool_tracklet(embs[track]).values for track in tracklets.track]
     pooled = np.concatenate(rows) if rows else np.empty((0, 1))
     pids = people.identify_together(Embeddings(pooled, people.gallery.fingerprint), tracklets)
     answers = tracklets[['track','cam']].assign(pid=pids)

@@ -90,11 +90,11 @@ def held_out(
 ):
     """Return the queries and gallery of a table, and their name. Raises `ValueError` if there are none, or if a split
     is not valid"""
-    from pyramidreid.data.tables import hold_out, read_splits, rows_to_evaluate
-    name = df.attrs.get('name', 'a table')
+    from pyramidreid.data.tables import evaluated_name, hold_out, read_splits, rows_to_evaluate
     if fraction is not None:
         table = hold_out(df, fraction, seed)
-        return rows_to_evaluate(table),f"{name}, {table.attrs['held_out']}"
+        return rows_to_evaluate(table),f"{df.attrs.get('name', 'a table')}, {table.attrs['held_out']}"
+    name = evaluated_name(df)
     if read_splits(df.split).isin(['query','gallery']).any(): return rows_to_evaluate(df),name
     raise ValueError(f"{name} does not say which images are queries and which are the gallery. Use folders named "
                      "query and gallery, a CSV with a column 'split', or the people that the training held out: "

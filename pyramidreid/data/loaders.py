@@ -54,7 +54,8 @@ class EncodeTarget(Transform):
         pids,        # Person ids, in the order of their labels
         cams,        # Camera ids, in the order of their codes
         c,           # Number of training identities: the first `c` of `pids`
-        data_name='' # Name of the dataset, for the protocol card
+        data_name='', # Name of the dataset, for the protocol card
+        valid_name=None # Name of the dataset that validates, if it is only a part of that
     ): store_attr()
 
     def encodes(self, row:pd.Series): # Row with `label`, `camera` and `role`
@@ -340,13 +341,14 @@ def from_table(cls:ReIDDataLoaders,
     df = df.assign(split=read_splits(df.split))
     if on_bad=='skip': df = _drop_unreadable(df)
     df,name = _with_validation(df, name, valid_pct, seed)
+    valid_name = df.attrs.get('valid_name')
     df,pids,cams = encode_table(df)
     c = df.label[df.role==Role.TRAIN].nunique()
     _check_identities(c, p)
     check_match(df)
     _warn_of_trained_queries(df, c)
     item,batch = tfms(size, batch=cached)
-    opener,encode = _opener(pixel_range, df),EncodeTarget(pids, cams, c, name)
+    opener,encode = _opener(pixel_range, df),EncodeTarget(pids, cams, c, name, valid_name)
     block = _make_block(df, opener, encode, size, ifnone(item_tfms, item), ifnone(batch_tfms, batch), cached)
     if cached: kwargs = {'num_workers':0, **kwargs}
     dls = cls.from_dblock(block, df, path=path, p=p, k=k, mode=mode, **kwargs)

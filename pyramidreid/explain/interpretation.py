@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..core import Role, show_once
 from ..data.loaders import open_image
+from ..data.tables import evaluated_name
 from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocols import evaluate_cameras
@@ -74,7 +75,7 @@ class ReIDInterpretation:
     @cached_property
     def card(self):
         "The evaluation's `ReIDResult`"
-        about = {'data':self.items.attrs.get('name', 'a table')}
+        about = {'data':evaluated_name(self.items)}
         return evaluate_distances(self.dist, **self._ids(), about=about)
 
 # %% ../../nbs/explain/02_interpretation.ipynb #8eec363b

@@ -10,7 +10,7 @@ import json
 import re
 
 from ..core import shown_text
-from ..models.history import described_history, trained_on
+from ..models.history import dataset_names, described_history, trained_on
 
 # %% ../../nbs/export/03_model_cards.ipynb #d286425c
 def _cell(value): return shown_text(value).replace('|', '\\|')
@@ -22,17 +22,30 @@ def _table(rows, head):
 
 def _is_metric(value): return isinstance(value, (int,float)) and not isinstance(value, bool)
 
-def _result(title, entries):
-    "A protocol card in Markdown; `entries` are metrics as fractions, and choices as text"
-    metrics = [(name, f'{100*value:.2f}') for name,value in entries.items() if _is_metric(value)]
-    choices = [(name, value) for name,value in entries.items() if not _is_metric(value)]
-    return '\n\n'.join([f'### {_cell(title)}', _table(metrics, ('metric', '%')),
-                        'How this was measured:', _table(choices, ('choice', ''))])
+def _rows(cards):
+    "A row for each entry of `cards`: its name, and its value on each card as text, '' where a card has none"
+    names = dict.fromkeys(name for entries in cards.values() for name in entries)
+    return [[name, *(entries.get(name, '') for entries in cards.values())] for name in names]
+
+def _metrics_table(cards):
+    "The metrics of `cards`, fractions, in percent"
+    metrics = {title: {name: f'{100*value:.2f}' for name,value in entries.items() if _is_metric(value)}
+               for title,entries in cards.items()}
+    return _table(_rows(metrics), ('metric, %', *cards))
+
+def _choices_tables(cards):
+    "The choices of `cards`: those they share, then those in which they differ"
+    rows = _rows({title: {name: value for name,value in entries.items() if not _is_metric(value)}
+                  for title,entries in cards.items()})
+    shared = [row[:2] for row in rows if len(set(row[1:]))==1]
+    differing = [row for row in rows if len(set(row[1:]))>1]
+    res = ['How this was measured:', _table(shared, ('choice', ''))]
+    return [*res, 'Where the columns differ:', _table(differing, ('choice', *cards))] if differing else res
 
 def _results(cards, cameras):
     "The sections on results"
     if not cards: return ['## Results', 'None were saved with this model. Evaluate it before you use it.']
-    res = ['## Results', *(_result(title, entries) for title,entries in cards.items())]
+    res = ['## Results', _metrics_table(cards), *_choices_tables(cards)]
     if cameras is None: return res
     rows = [[f'{o:.2f}' if isinstance(o, float) else o for o in row] for row in cameras.itertuples(index=False)]
     rule = cameras.attrs.get('gallery')
@@ -66,11 +79,11 @@ def _index(name, cards):
 
 def _head(about, name, cards):
     "The YAML at the top, between two lines of dashes"
-    stages = described_history(about)['stages']
+    names = {name for stage in described_history(about)['stages'] for name in dataset_names(stage['data'])}
     entries = dict(
         **_licence_entries(about.get('licence')), library_name='pyramidreid', pipeline_tag='image-feature-extraction',
         tags=['person-re-identification', 'image-retrieval', about['arch']],
-        datasets=sorted({_slug(stage['data']) for stage in stages}), metrics=['mAP', 'rank-1'])
+        datasets=sorted(map(_slug, names)), metrics=['mAP', 'rank-1'])
     if cards: entries['model-index'] = _index(name, cards)
     lines = [f'{key}: {json.dumps(value, ensure_ascii=False)}' for key,value in entries.items()]
     return '\n'.join(['---', *lines, '---'])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['new_history', 'add_stage', 'is_trained', 'unrecorded_history', 'is_history', 'loaded_history', 'trained_on',
-           'is_cross_domain', 'history_entries', 'data_entries', 'described_history', 'warn_if_untrained']
+           'dataset_names', 'is_cross_domain', 'history_entries', 'data_entries', 'described_history',
+           'warn_if_untrained']
 
 # %% ../../nbs/models/06_history.ipynb #94f97738
 import copy
@@ -100,10 +101,12 @@ def trained_on(
 _PART_OF_A_SET = re.compile(
     r'(, [\d.]+% of the .*training identities.* held out|, all images|, validated on .*| \+ [\d,]+ distractors)$')
 
-def _set_names(data):
-    "Names of the datasets that the name `data` is made of"
+def dataset_names(
+    data # Name of the data of a stage, or of an evaluation
+)->set: # In lower case
+    "Return the names of the datasets that `data` is made of, without what was held out of them or added to them"
     shorter = _PART_OF_A_SET.sub('', data)
-    if shorter!=data: return _set_names(shorter)
+    if shorter!=data: return dataset_names(shorter)
     return {name.casefold() for name in data.split(' + ')}
 
 def is_cross_domain(
@@ -112,8 +115,8 @@ def is_cross_domain(
 )->bool:
     "Was the model trained, but on none of the datasets in `data`? False where that is not known"
     if not data or not history['recorded'] or not history['stages']: return False
-    trained = set().union(*(_set_names(stage['data']) for stage in history['stages']))
-    return not trained & _set_names(data)
+    trained = set().union(*(dataset_names(stage['data']) for stage in history['stages']))
+    return not trained & dataset_names(data)
 
 def history_entries(
     history,  # A history

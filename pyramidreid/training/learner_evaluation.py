@@ -15,7 +15,7 @@ from ..core import Role, with_progress
 from ..data.datasets import dataset_table, seems_published
 from ..data.folders import folder_table
 from ..data.loaders import is_one_item
-from ..data.tables import rows_to_evaluate
+from ..data.tables import evaluated_name, id_text, rows_to_evaluate
 from ..evaluation.distances import Distances
 from ..evaluation.plots import plot_ranking, rank_gallery
 from ..evaluation.protocol_card import compare_cards
@@ -109,6 +109,10 @@ def loader_image_size(
     return tuple(dl.new(bs=1, num_workers=0, shuffle=False).one_batch()[0].shape[-2:])
 
 # %% ../../nbs/training/06_learner_evaluation.ipynb #d9650a39
+def _validation_name(dls):
+    "Name of the data that `dls` validate on, which of joined datasets is one"
+    return getattr(dls, 'valid_name', None) or dls.data_name
+
 @patch
 def about(self:ReIDLearner,
     dl # Loader of the images to evaluate
@@ -116,7 +120,7 @@ def about(self:ReIDLearner,
     "Describe model and data for a protocol card"
     model = get_model(self.model)
     head,own_data = model.head,dl.dataset is self.dls.valid.dataset
-    data = self.dls.data_name if own_data else dl.dataset.items.attrs.get('name')
+    data = _validation_name(self.dls) if own_data else evaluated_name(dl.dataset.items, None)
     return {
         'data':data or 'another table',
         **history_entries(inner_model(model).full_history(), data),
@@ -136,13 +140,18 @@ def _same_dataset(name, trained_on):
     "Is `name` that of the dataset `trained_on`, which may go on with what was done to it, such as held-out people?"
     return bool(name) and (trained_on==name or trained_on.startswith(f'{name}, '))
 
+def _joined_id(name, pid):
+    "The id of a person of the dataset `name` among joined datasets, which `pid` may be already"
+    return pid if id_text(pid).startswith(f'{name}/') else f'{name}/{pid}'
+
 @patch
 def _trained_people(self:ReIDLearner, queries, about):
     "As an entry of the card, how many people of the table `queries` the model was trained on; nothing if none"
     trained_on = getattr(self.dls, 'data_name', '')
     if not trained_on or trained_on not in about['trained on']: return {}
     asked,trained,name = set(queries.pid[queries.label>=0]),set(self.dls.pids[:self.dls.c]),about['data']
-    n = len(asked & trained) if _same_dataset(name, trained_on) else len({f'{name}/{pid}' for pid in asked} & trained)
+    if not _same_dataset(name, trained_on): asked = {_joined_id(name, pid) for pid in asked}
+    n = len(asked & trained)
     return {'query identities trained on':f'{n:,} of {len(asked):,}'} if n else {}
 
 # %% ../../nbs/training/06_learner_evaluation.ipynb #35e3ccbf
@@ -246,7 +255,7 @@ def evaluate_on(self:ReIDLearner,
     cards = {}
     for name,table in tables.items():
         dl = self.dls.test_dl(table, with_labels=True)
-        about = {'data':table.attrs.get('name', name)} | kwargs.get('about', {})
+        about = {'data':evaluated_name(table, name)} | kwargs.get('about', {})
         cards[name] = self.evaluate(dl, **(kwargs | {'about':about}))
         if path is not None: cards[name].to_json(Path(path)/f'{name}.json')
     return compare_cards(cards)
