@@ -140,7 +140,7 @@ def written(name):
 
 def embedding(): return written('embedding')
 
-def embedding_larger(): return written('embedding-288x128')
+def embedding_288x128(): return written('embedding-288x128')
 
 def drawn_people(): return written('drawn-people')
 

@@ -453,6 +453,12 @@ def test_licences_on_a_card(made, licence, entries):
     assert {name:value for name,value in head.items() if name.startswith('license')}==entries
     assert ('Not stated' in page)==(licence is None) and 'Evaluate it before you use it' in page
 
+def test_choices_that_are_lists(made):
+    "A card of your own may say anything that JSON can"
+    about = read_description(made)
+    about['card'] |= {'cameras used': ['north','south']}
+    assert "| cameras used | ['north', 'south'] |" in model_card(about, 'x')
+
 def test_the_head_names_each_dataset(made):
     about = read_description(made)
     about['history']['stages'][0]['data'] = 'Street 1 + Station, 20% of the training identities held out'

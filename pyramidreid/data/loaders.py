@@ -51,10 +51,10 @@ class ReIDLabel(tuple):
 class EncodeTarget(Transform):
     "Turn a row of an encoded table into a `ReIDTarget`"
     def __init__(self,
-        pids,        # Person ids, in the order of their labels
-        cams,        # Camera ids, in the order of their codes
-        c,           # Number of training identities: the first `c` of `pids`
-        data_name='', # Name of the dataset, for the protocol card
+        pids,           # Person ids, in the order of their labels
+        cams,           # Camera ids, in the order of their codes
+        c,              # Number of training identities: the first `c` of `pids`
+        data_name='',   # Name of the dataset, for the protocol card
         valid_name=None # Name of the dataset that validates, if it is only a part of that
     ): store_attr()
 

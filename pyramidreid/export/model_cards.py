@@ -35,7 +35,7 @@ def _metrics_table(cards):
 
 def _choices_tables(cards):
     "The choices of `cards`: those they share, then those in which they differ"
-    rows = _rows({title: {name: value for name,value in entries.items() if not _is_metric(value)}
+    rows = _rows({title: {name: shown_text(value) for name,value in entries.items() if not _is_metric(value)}
                   for title,entries in cards.items()})
     shared = [row[:2] for row in rows if len(set(row[1:]))==1]
     differing = [row for row in rows if len(set(row[1:]))>1]

@@ -98,7 +98,7 @@ def trained_on(
     return f'{words}, from {start}' if start else words
 
 # %% ../../nbs/models/06_history.ipynb #81c6bc7a
-_PART_OF_A_SET = re.compile(
+_PART_OF_A_SET = re.compile( # "validated on" is in the files of earlier versions
     r'(, [\d.]+% of the .*training identities.* held out|, all images|, validated on .*| \+ [\d,]+ distractors)$')
 
 def dataset_names(
