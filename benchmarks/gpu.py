@@ -169,6 +169,8 @@ class Child:
 
 # ---- the run
 
+NOTED = ('date','code','hardware','torch') # What each part notes of its run
+
 class Run:
     "Runs parts in children and keeps `gpu.json`; `command` makes the command line of a child for some parts"
     def __init__(self, file, about, command, minutes=8, jobs=1, together=False, to_start=0):
@@ -182,13 +184,19 @@ class Run:
     def missing(self, parts, again=()):
         "The parts that have not passed, and those to be run again"
         repeated = {part.name for part in again}
-        return [part for part in parts
-                if part.name in repeated or self.entries.get(part.name, {}).get('status')!='passed']
+        return [part for part in parts if part.name in repeated or not self.passed(part)]
+
+    def passed(self, part):
+        "Has a part passed with this code, and on this kind of GPU as far as it is known?"
+        entry = self.entries.get(part.name, {})
+        machine = self.about.get('hardware')
+        return (entry.get('status')=='passed' and entry.get('code')==self.about['code']
+                and machine in (None, entry.get('hardware')))
 
     def record(self, name, entry):
         "Write `gpu.json` with the entry of a part, and print it"
         self.about.update(entry.pop('about', {}))
-        self.entries[name] = {**entry, 'date': self.about['date'], 'code': self.about['code']}
+        self.entries[name] = {**entry, **{key: self.about[key] for key in NOTED if key in self.about}}
         note = {**self.about, 'parts': self.entries}
         with atomic_write(self.file) as partial_file:
             partial_file.write_text(json.dumps(note, indent=1, ensure_ascii=False), encoding='utf-8')
@@ -230,10 +238,12 @@ def read_entries(file, about):
     "The parts in `gpu.json` so far. Raises `ValueError` if they were run on another device, or in the other form"
     note = read_json(file)
     if not note: return {}
+    if not isinstance(note, dict): raise ValueError(f"{file} is not of this script: choose another folder with --out")
     differ = [f'{key}: {note.get(key)!r} there, {about[key]!r} now' for key in ('device','reduced')
               if note.get(key)!=about[key]]
     if differ: raise ValueError(f"{file} has another run ({'; '.join(differ)}): choose another folder with --out")
-    return note.get('parts', {})
+    of_all = {key: note[key] for key in NOTED if key in note} # in a file of an earlier version
+    return {name: {**of_all, **entry} for name,entry in note.get('parts', {}).items()}
 
 # ---- tables
 
@@ -248,14 +258,16 @@ def table(rows):
 
 def summary(note, parts):
     "All parts with their state, and the tables of those that have one"
-    rows = []
+    entries,rows = note.get('parts', {}),[]
+    machines = {entry['hardware'] for entry in entries.values() if 'hardware' in entry}
     for part in parts:
-        entry = note['parts'].get(part.name, {'status': 'not run', 'seconds': 0})
-        rows.append({'part': part.name, 'status': entry['status'], 'seconds': f"{entry['seconds']:.0f}",
-                     'result': one_line(entry).replace('|', '/')})
+        entry = entries.get(part.name, {'status': 'not run', 'seconds': 0})
+        row = {'part': part.name, 'status': entry['status'], 'seconds': f"{entry['seconds']:.0f}"}
+        if len(machines)>1: row['machine'] = entry.get('hardware', '')
+        rows.append({**row, 'result': one_line(entry).replace('|', '/')})
     tables = [table(rows)]
     for part in parts:
-        found = (note['parts'].get(part.name, {}).get('result') or {}).get('rows')
+        found = (entries.get(part.name, {}).get('result') or {}).get('rows')
         if found: tables.append(f'**{part.name}**: {part.about}\n\n{table(found)}')
     about = [str(note[key]) for key in ('command','hardware','date','torch') if note.get(key)]
     return '\n\n'.join([' · '.join(about), *tables])
@@ -282,13 +294,15 @@ def parse(argv=None):
     for name in ('data','weights'):
         path = getattr(args, name)
         if path and not path.exists(): parser.error(f'--{name}: there is no {path}')
+    if args.jobs<1 or args.minutes<=0: parser.error('--jobs is at least 1, and --minutes above 0')
     if args.data and not (args.data/'bounding_box_train').is_dir():
         parser.error(f'--data: {args.data} has no folder bounding_box_train: give the folder of Market-1501 itself')
     return args
 
-def has_gpu():
+def gpu_name():
+    "The name of this machine's GPU; None: there is none"
     import torch
-    return torch.cuda.is_available()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 NO_GPU = """PyTorch finds no GPU here. On a machine with one, `nvidia-smi` lists it, and
   python -c 'import torch; print(torch.version.cuda, torch.cuda.is_available())'
@@ -323,17 +337,19 @@ def main(argv=None):
     if args.list:
         for part in chosen: print(f'{part.name:44} {part.seconds:4.0f} s  {part.about}')
         return 0
-    if device=='cuda' and not has_gpu():
+    machine = gpu_name() if device=='cuda' else None
+    if device=='cuda' and machine is None:
         print(NO_GPU, file=sys.stderr)
         return 2
-    return run_parts(args, device, parts, chosen, again)
+    return run_parts(args, device, parts, chosen, again, machine)
 
-def run_parts(args, device, parts, chosen, again):
+def run_parts(args, device, parts, chosen, again, machine=None):
     "Run the chosen parts and print the table; 0 if all of them passed, or had no data or no time"
     folder = args.out or (ROOT/'benchmarks'/'results' if device=='cuda' else ROOT/'demo'/f'gpu-{device}')
     arguments = [Path(arg).name for arg in sys.argv[1:]]
     about = dict(command=' '.join(['python benchmarks/gpu.py', *arguments]), date=time.strftime('%Y-%m-%d'),
                  device=device, reduced=args.reduced, code=version_of_code())
+    if machine: about['hardware'] = machine
     command = child_command(args, device, (folder/EXTRA_FOLDER).absolute())
     file = folder.absolute()/'gpu.json'
     to_start = COMPILES if device=='fakegpu' else 0

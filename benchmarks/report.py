@@ -46,7 +46,7 @@ def light_headline(name, peers):
     info = read(LIGHT_MODELS[name])
     height,width = info['stages'][-1][:2]
     card = info['cards']['plain']
-    return {'': f'Market-1501, `{name}` at {height}×{width}, {minutes_and_machine(info)}',
+    return {'': f'Market-1501, `{name}` at {height}×{width}, trained in {minutes_and_machine(info)}',
             'pyramidreid': f"mAP {percent(card['mAP'])}, rank-1 {percent(card['cmc'][0])}", 'compared with': peers}
 
 def headline():
@@ -62,14 +62,16 @@ def headline():
         *(light_headline(name, other) for name,other in zip(LIGHT_MODELS, peers)),
         {'': 'Pyramid head and losses, forward and backward, 64 images',
          'pyramidreid': f"{seconds(head['seconds']['fused'])}, {head['peak_mb']['fused']:.0f} MB",
-         'compared with': f"branch by branch: {seconds(head['seconds']['plain'])}, {head['peak_mb']['plain']:.0f} MB"},
+         'compared with': f"loop over the branches: {seconds(head['seconds']['plain'])}, "
+                          f"{head['peak_mb']['plain']:.0f} MB"},
         {'': 'mAP and CMC of 3,368 × 15,913 distances, first call',
          'pyramidreid': f"{seconds(metric['pyramidreid']['first'])}, {metric['pyramidreid']['peak_mb']:.0f} MB",
          'compared with': f"torchreid, Cython: {seconds(metric['torchreid, Cython']['first'])}, "
                       f"{metric['torchreid, Cython']['peak_mb']:.0f} MB"},
-        {'': f"Exact search among {exact['n']:,} × {exact['dim']:,}, per query, {batch['queries at once']} at once",
+        {'': f"Exact search, {exact['n']:,} entries of {exact['dim']:,} dimensions, time per query in batches of "
+             f"{batch['queries at once']}",
          'pyramidreid': f"{batch['gallery']:.2f} ms", 'compared with': f"plain FAISS: {batch['plain FAISS']:.2f} ms"},
-        {'': f"IVF search among {ivf['n']:,} × {ivf['dim']:,}, one query",
+        {'': f"IVF index, {ivf['n']:,} entries of {ivf['dim']:,} dimensions, one query",
          'pyramidreid': f"{ivf['ms_single']:.0f} ms at recall@10 {ivf['recall_at_10']:.3f}",
          'compared with': f"exact search: {ivf['exact_single_ms']:,.0f} ms"},
     ])
@@ -273,5 +275,5 @@ def recipes():
     info = read('recipes')
     rows = [{'': run['name'], 'mAP': percent(run['mAP'], 2), 'rank-1': percent(run['rank1'], 2),
              'settings': f"`{run['settings']}`"} for run in info['runs']]
-    first = info['runs'][0]
-    return f"{table(rows)}\n\n{source({**first, 'command': info['command']})}"
+    dates = ', '.join(sorted({run['date'] for run in info['runs']}))
+    return f"{table(rows)}\n\n{source({**info['runs'][0], 'command': info['command'], 'date': dates})}"

@@ -35,7 +35,7 @@ class Role(IntEnum):
 
     @classmethod
     def of(cls,
-        name:str # `'train'`, `'query'` or `'gallery'`, also `'training'` or `'probe'`; in any case, with spaces around
+        name:str # `'train'`, `'query'` or `'gallery'`, also `'training'` or `'probe'`; in upper or lower case
     ):
         """Return the role called `name`. Raises `ValueError` for any other name, such as `'test'`, which does not say
         which images are queries"""
@@ -159,8 +159,9 @@ def atomic_write(
     dest:str|Path # The file to write; missing folders are created
 ):
     """Yield a temporary path beside `dest`; it replaces `dest` if the block succeeds, and is removed if not. A file
-    that is replaced keeps its permissions"""
+    that is replaced keeps its permissions. Raises `IsADirectoryError` if `dest` is a folder"""
     dest = Path(dest)
+    if dest.is_dir(): raise IsADirectoryError(f"{dest} is a folder: give the name of a file")
     with partial_folder(dest.parent) as folder:
         tmp = folder/dest.name
         yield tmp
@@ -255,7 +256,8 @@ def read_regular(
     "Return the bytes of a file. Raises `ValueError` if it is not a regular file, or larger than `n_most`"
     size = regular_size(file, what)
     if size>n_most: raise ValueError(
-        f"{shown_text(file)} has {size:,} bytes, more than the {n_most:,} allowed for a {what}")
+        f"{shown_text(file)} has {size:,} bytes, more than the {n_most:,} allowed for a {what}: "
+        "split it, or check that it is the right file")
     with open(file, 'rb') as f: return f.read(n_most)
 
 # %% ../nbs/00_core.ipynb #551c7dbf

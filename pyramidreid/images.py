@@ -406,7 +406,9 @@ def deep_values(
 # %% ../nbs/01_images.ipynb #6961efb4
 def _some(items, n):
     "At most `n` of the items, evenly spaced"
-    return [items[i] for i in np.unique(np.linspace(0, len(items)-1, n).astype(int))] if len(items)>n else list(items)
+    if len(items)<=n: return list(items)
+    positions = np.linspace(0, len(items)-1, n).astype(int)
+    return [items[i] for i in np.unique(positions)]
 
 def measure_range(
     items,                   # Files, PIL images or arrays

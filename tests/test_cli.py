@@ -470,6 +470,9 @@ def test_training_continues_a_model(desk, people, cli, tmp_path):
     assert done.code==0, done.err
     assert open_model(done.json['model']).about['n_parts']==3
     assert cli(*base, '--out', tmp_path/'other', '--arch', 'resnet18').code==2
+    for arch in (f'local-dir:{tmp_path}', 'hf-hub:someone/net'): # no command could open the model
+        unknown = cli('train', people, *SMALLER, '--weights', 'none', '--out', tmp_path/'x', '--arch', arch)
+        assert is_error(unknown) and 'neither torchvision nor timm has this backbone' in unknown.err
     refused = cli(*base, '--out', tmp_path/'other', '--neck')
     assert refused.code==2 and 'has its own head, with or without a neck. Leave out --neck' in refused.err
 
@@ -681,6 +684,17 @@ def test_file_name_that_is_not_utf8(desk, tmp_path):
     done = subprocess.run([*PROGRAM,*args], cwd=desk.folder, env=env, capture_output=True, text=True)
     assert done.returncode==2 and 'caf\\udce9.jpg' in done.stderr and 'not UTF-8' in done.stderr
     assert not (desk.folder/'there').exists()
+
+@linux
+def test_a_csv_file_has_no_name_that_is_not_utf8(desk, cli, tmp_path, monkeypatch):
+    "It is refused before anything is embedded; the other formats keep it"
+    bad = os.fsdecode(os.fsencode(tmp_path)+b'/caf\xe9.jpg')
+    shutil.copy(desk.queries[0], bad)
+    assert cli('embed', desk.model, tmp_path, '--out', tmp_path/'e.npz').code==0
+    monkeypatch.setattr('pyramidreid.cli.inputs.embed_files', never)
+    done = cli('embed', desk.model, tmp_path, '--out', tmp_path/'e.csv')
+    assert is_error(done) and 'caf\\udce9.jpg' in done.err and '.npz or .safetensors' in done.err
+    assert not (tmp_path/'e.csv').exists()
 
 @pytest.mark.parametrize('existing', [False,True], ids=['new gallery','existing gallery'])
 def test_another_command_was_faster(desk, cli, tmp_path, monkeypatch, existing):

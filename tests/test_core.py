@@ -52,6 +52,12 @@ def test_the_content_is_there_after_the_block_only(tmp_path):
         assert tmp.name==dest.name and not dest.exists()
     assert dest.read_text()=='new' and files_below(tmp_path)==['deep/down/f.txt']
 
+def test_a_folder_is_not_written_over(tmp_path):
+    with pytest.raises(IsADirectoryError, match='models is a folder: give the name of a file'):
+        (tmp_path/'models').mkdir()
+        with atomic_write(tmp_path/'models'): raise AssertionError('the block is not run')
+    assert files_below(tmp_path)==[]
+
 @pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize('old', [None,'old'])
 def test_a_failed_block_changes_nothing(tmp_path, error, old):

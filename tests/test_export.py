@@ -406,6 +406,18 @@ def test_another_range_is_another_model(thermal, tmp_path):
     finally: learn.dls = dls
     assert learner_fingerprint(learn)==own
 
+@pytest.mark.parametrize('pixel_range', [None, (0,16383)])
+def test_weights_for_another_range_are_refused(thermal, make_dls, make_learner, tmp_path, pixel_range):
+    "And those that fit are taken"
+    learn,_ = thermal
+    folder = learn.save_model(tmp_path/'m')
+    def loaders(pixel_range): return ReIDDataLoaders.from_market(
+        learn.dls.path, p=4, k=4, size=(48,24), num_workers=0, pixel_range=pixel_range)
+    dls = make_dls(size=(48,24)) if pixel_range is None else loaders(pixel_range)
+    for load in (lambda: make_learner(dls).load_weights(folder), lambda: learner_from(folder, dls)):
+        with pytest.raises(ValueError, match='pixel_range=.*make them with the model.s pixel_range'): load()
+    assert learner_from(folder, loaders(THERMAL_RANGE)).dls.pixel_range==THERMAL_RANGE
+
 def test_the_range_goes_with_an_exported_learner(thermal, tmp_path):
     learn,files = thermal
     expected = learn.embed(files)

@@ -153,8 +153,8 @@ def test_filters(gallery, files):
     assert len(gallery.search([files.fn[0]]*2, 2, where='pid==2'))==4
 
 @pytest.mark.parametrize('args,message', [
-    (dict(k=7), 'k=7: the gallery has 6 entries'),
-    (dict(k=0), 'k=0'),
+    (dict(k=0), 'k must be at least 1'),
+    (dict(k=-1), 'k must be at least 1'),
     (dict(where='dor=="x"'), 'dor'),
     (dict(where='pid'), 'True or False'),
     (dict(where='pid=1'), 'compare with =='),
@@ -179,6 +179,11 @@ def test_search_errors(gallery, files, args, message):
 @pytest.mark.parametrize('k', [2.5,'3',None])
 def test_k_is_an_integer(gallery, files, k):
     with pytest.raises(TypeError, match='k must be an integer'): gallery.search(files.fn[0], k)
+
+def test_more_entries_than_there_are(gallery, files):
+    found = gallery.search(files.fn[0], 1000)
+    assert sorted(found.key)==sorted(gallery.table.key)
+    pd.testing.assert_frame_equal(gallery.search(files.fn[0], len(gallery)), found)
 
 def test_threshold_and_far_at_once(gallery, files):
     gallery.calibration = calibration_of(np.arange(10)/10, 6)

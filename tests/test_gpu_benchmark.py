@@ -138,6 +138,33 @@ def test_children_share_the_cores(monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '5')
     assert gpu.few_threads(4)['OMP_NUM_THREADS']=='5'
 
+@pytest.mark.parametrize('change,repeated', [({}, []), (dict(code='new'), ['first','last']),
+                                             (dict(hardware='another GPU'), ['first','last']),
+                                             (dict(hardware='a GPU'), [])])
+def test_what_passed_with_other_code_or_elsewhere_is_repeated(tmp_path, change, repeated):
+    does = dict(first=PASSES, last=PASSES)
+    parts = parts_of(does)
+    run,_ = make_run(tmp_path, does)
+    run.run(parts)
+    again,_ = make_run(tmp_path, does)
+    again.about.update(change)
+    assert [part.name for part in again.missing(parts)]==repeated
+    again.run(again.missing(parts)[:1])
+    noted = read_json(tmp_path/'gpu.json')['parts']
+    assert {noted[name]['code'] for name in noted}=={'abc', *([change['code']] if 'code' in change else [])}
+
+def test_the_machine_of_each_part_is_shown_where_they_differ():
+    parts = [Part('a', '', 1), Part('b', '', 1)]
+    entry = dict(status='passed', seconds=1.0, result=dict(text='fine'))
+    note = dict(hardware='new', parts=dict(a=dict(entry, hardware='old'), b=dict(entry, hardware='new')))
+    for row in ('| a | passed | 1 | old | fine |', '| b | passed | 1 | new |'): assert row in summary(note, parts)
+    assert 'machine' not in summary(dict(note, parts=dict(a=dict(entry, hardware='new'), b=entry)), parts)
+    assert '| a | not run | 0 |' in summary({}, parts)
+
+def test_a_file_of_something_else(tmp_path):
+    (tmp_path/'gpu.json').write_text('[1]')
+    with pytest.raises(ValueError, match='is not of this script'): make_run(tmp_path, {})
+
 def test_results_of_another_form_are_refused(tmp_path):
     (tmp_path/'gpu.json').write_text(json.dumps(dict(device='cpu', reduced=True, parts={})))
     with pytest.raises(ValueError, match=r"device: 'cpu' there, 'cuda' now; reduced: True there.*--out"):
@@ -218,7 +245,7 @@ def test_the_table():
 # ---- the command
 
 def test_without_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(gpu, 'has_gpu', lambda: False)
+    monkeypatch.setattr(gpu, 'gpu_name', lambda: None)
     assert gpu.main([])==2
     assert 'nvidia-smi' in capsys.readouterr().err
 
@@ -228,6 +255,7 @@ def test_the_list_needs_no_gpu(capsys):
 
 @pytest.mark.parametrize('words,message', [
     (['--device','cpu'], 'add --reduced'), (['--data','nowhere'], 'there is no nowhere'),
+    (['--jobs','0'], 'at least 1'), (['--minutes','0'], 'above 0'),
     (['--data',str(ROOT)], 'no folder bounding_box_train'), (['--device','tpu'], 'invalid choice')])
 def test_bad_arguments(words, message, capsys):
     with pytest.raises(SystemExit) as e: gpu.main(words)

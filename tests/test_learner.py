@@ -1,7 +1,7 @@
 "A learner: its progress table, training, show_results, predict, evaluate, save and load"
 import math
 import os
-import pickle
+import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,6 +24,8 @@ from PIL import Image
 from ranks import tiny
 from torchvision import models
 
+import pyramidreid.training.learner
+from pyramidreid.core import ReIDWarning
 from pyramidreid.data.datasets import market_table
 from pyramidreid.evaluation import retrieval as evaluation
 from pyramidreid.models.backbone import resnet10
@@ -546,7 +548,7 @@ def test_load_runs_no_code(make_tiny_learner, tmp_path):
     learn = make_tiny_learner()
     learn.save('x')
     torch.save(dict(model=learn.model.state_dict(), opt=Evil()), learn.path/'models'/'evil.pth')
-    with pytest.raises(pickle.UnpicklingError, match='[Ww]eights.only'): learn.load('evil')
+    with pytest.raises(ValueError, match='more than tensors and plain values'): learn.load('evil')
     assert not (tmp_path/'pwned').exists()
 
 @pytest.mark.parametrize('error', [OSError('disk full'),KeyboardInterrupt()])
@@ -734,6 +736,20 @@ def test_images_are_normalised_once(make_dls, make_learner):
     dls = make_dls()
     make_learner(dls, normalize=False)
     assert n_normalize(dls.train)==0
+
+def test_loaders_of_another_backbone_are_noticed(make_dls, monkeypatch, tmp_path):
+    "They normalise as the first learner's backbone expects; weights from scratch do not mind"
+    weights = tmp_path/'w.pth'
+    torch.save(resnet10().state_dict(), weights)
+    dls = make_dls(size=(96,48))
+    pyramid_learner(dls, resnet10, weights=weights)
+    monkeypatch.setattr(pyramidreid.training.learner, 'backbone_stats', lambda arch: ([.5]*3,[.5]*3))
+    with pytest.warns(ReIDWarning, match=r'resnet10 was trained with \[\[0.5, .*make new loaders for this one'):
+        pyramid_learner(dls, resnet10, weights=weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        pyramid_learner(dls, resnet10, pretrained=False)
+        pyramid_learner(dls, resnet10, weights=weights, normalize=False)
 
 def test_seeds(make_dls, make_tiny_learner):
     def run():

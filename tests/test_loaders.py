@@ -175,7 +175,7 @@ def test_published_counts_are_compared(market, capsys):
 
 def test_fewer_than_two_identities(df, folder):
     one = df[(df.pid==1) | (df.split!='train')]
-    with pytest.raises(ValueError, match='1 training identit'): from_split(one, p=1)
+    with pytest.raises(ValueError, match='A single training identity'): from_split(one, p=1)
     with pytest.raises(ValueError, match='0 training identit'): from_split(df[df.split!='train'])
     for person in 'BCDE': shutil.rmtree(folder/person)
     with pytest.raises(ValueError, match='1 of 1 identities'): from_folder(folder)

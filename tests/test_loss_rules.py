@@ -1,14 +1,17 @@
 "Rules beside the paper's: against autograd, plain versions and by hand; rules of one's own in a fit"
 import math
+from collections import deque
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
 from toys import Third, quiet, toy_learner
 
+from pyramidreid.core import ReIDWarning
 from pyramidreid.training.checkpoints import Checkpoints
-from pyramidreid.training.dynamic_losses import DynamicLossWeights
+from pyramidreid.training.dynamic_losses import DynamicLossWeights, LossDynamics
 from pyramidreid.training.loss_rules import *
 
 
@@ -177,6 +180,127 @@ def test_another_rule_is_another_run(make_learner, tmp_path):
     learn.fit(1, cbs=Checkpoints())
     other = quiet(make_learner(path=tmp_path, dynamic=MixedBatches(.25)))
     with pytest.raises(ValueError, match='fraction=0.25'): other.fit(1, cbs=Checkpoints(resume=True))
+
+class WithNumPy:
+    "A rule that keeps what NumPy returns"
+    def __init__(self): self.mean = 0.
+    def step(self, losses):
+        self.mean = np.mean([self.mean, losses['id']])
+        return dict(id=1., triplet=1.),'pk'
+
+class WithDeque(WithNumPy):
+    "A rule that keeps what cannot be saved"
+    def __init__(self): self.mean,self.last = 0.,deque([1.])
+
+class WithSlots:
+    __slots__ = ('mode',)
+    def step(self, losses): return dict(id=1., triplet=1.),'pk'
+
+class WithFixedMode(WithNumPy):
+    mode = property(lambda self: 'pk')
+
+RULES = [partial(FixedWeights, id=1, triplet=1), partial(FixedWeights, id=1, triplet=5), UncertaintyWeights,
+         partial(LossRatioWeights, 1), partial(LossRatioWeights, 2), partial(MixedBatches, .5),
+         partial(MixedBatches, .25), WithNumPy]
+
+@pytest.mark.parametrize('first', [*RULES, lambda: True], ids=range(len(RULES)+1))
+def test_the_state_of_another_rule_is_left_out(make_learner, tmp_path, first):
+    "The rule begins anew, as if there were no state, whatever was saved"
+    file = tmp_path/'saved'
+    learn = quiet(make_learner(path=tmp_path, dynamic=first()))
+    learn.fit(1)
+    learn.save(file)
+    for rule in RULES:
+        if rule is first: continue
+        other = quiet(make_learner(path=tmp_path, dynamic=rule()))
+        before = other.dynamic_loss_weights.state_dict()
+        with pytest.warns(ReIDWarning, match='begins anew: the saved state belongs to'): other.load(file)
+        assert other.dynamic_loss_weights.state_dict()==before
+        assert torch.equal(next(other.model.parameters()), next(learn.model.parameters()))
+
+def test_a_state_without_its_rule(make_learner, tmp_path):
+    "As an earlier version wrote it"
+    learn = quiet(make_learner(path=tmp_path, dynamic=MixedBatches(.25)))
+    learn.fit(1)
+    file = learn.save('old')
+    content = torch.load(file, weights_only=True)
+    torch.save({**content, 'dynamic':content['dynamic']['state']}, file)
+    same = quiet(make_learner(path=tmp_path, dynamic=MixedBatches(.25))).load('old')
+    assert same.dynamic_loss_weights.state_dict()==learn.dynamic_loss_weights.state_dict()
+    other = quiet(make_learner(path=tmp_path, dynamic=UncertaintyWeights()))
+    with pytest.warns(ReIDWarning, match='belongs to another one'): other.load('old')
+
+def test_a_checkpoint_of_another_rule(make_learner, tmp_path):
+    learn = quiet(make_learner(path=tmp_path, dynamic=MixedBatches(.5)))
+    learn.fit(1, cbs=Checkpoints())
+    file = next((tmp_path/'checkpoints').rglob('*.pth'))
+    same = quiet(make_learner(path=tmp_path, dynamic=MixedBatches(.5))).load(file)
+    assert same.dynamic_loss_weights.state_dict()==learn.dynamic_loss_weights.state_dict()
+    other = quiet(make_learner(path=tmp_path, dynamic=FixedWeights(id=1, triplet=1)))
+    with pytest.warns(ReIDWarning, match='MixedBatches, fraction=0.5'): other.load(file)
+    assert other.dynamic_loss_weights.mode=='pk'
+
+def test_numbers_of_numpy_are_saved(make_learner, tmp_path):
+    learn,other = (quiet(make_learner(path=tmp_path, dynamic=WithNumPy())) for _ in range(2))
+    learn.fit(1, cbs=Checkpoints())
+    other.load(learn.save('numpy'))
+    assert other.dynamic_loss_weights.dynamics.mean==learn.dynamic_loss_weights.dynamics.mean>0
+
+def test_a_state_that_cannot_be_saved(make_learner, tmp_path):
+    learn = quiet(make_learner(path=tmp_path, dynamic=WithDeque()))
+    with pytest.raises(TypeError, match='WithDeque.last is or has a deque.*state_dict'): learn.fit(1, cbs=Checkpoints())
+    assert not learn.dynamic_loss_weights.steps
+    learn.fit(1)
+    with pytest.raises(TypeError, match='WithDeque.last is or has a deque'): learn.save('deque')
+    assert not list(tmp_path.rglob('*deque*'))
+
+def test_a_rule_without_attributes(make_learner, tmp_path):
+    learn = quiet(make_learner(path=tmp_path, dynamic=WithSlots()))
+    learn.fit(1)
+    learn.load(learn.save('slots'))
+
+def test_a_mode_that_cannot_be_set(make_learner):
+    with pytest.raises(ValueError, match='WithFixedMode.mode cannot be set'):
+        quiet(make_learner(dynamic=WithFixedMode())).fit(1)
+
+@pytest.mark.parametrize('wrong', [1,.25,{},{'id':1.},[],UncertaintyWeights])
+def test_what_a_learner_does_not_take_as_a_rule(make_learner, wrong):
+    with pytest.raises(ValueError, match='a rule'): make_learner(dynamic=wrong)
+
+# ---- numbers at their limits
+
+def steps(rule, losses, n):
+    for _ in range(n): weights,_ = rule.step(losses)
+    assert all(math.isfinite(weight) and weight>=0 for weight in weights.values())
+    assert sum(weights.values())==pytest.approx(len(weights))
+    return weights
+
+@pytest.mark.parametrize('losses', [dict(id=1e3, triplet=1e3), dict(id=9e4, triplet=1.), dict(id=0., triplet=0.),
+                                    dict(id=1., triplet=0.), dict(id=1e-300, triplet=1e300)])
+@pytest.mark.parametrize('lr', [.01,1.,100.])
+def test_uncertainty_of_extreme_losses(losses, lr): steps(UncertaintyWeights(lr), losses, 5_000)
+
+@pytest.mark.parametrize('first,second', [(.001,1.5), (1e-150,1e150), (0.,1.), (1.,0.), (0.,0.)])
+@pytest.mark.parametrize('temperature', [1e-3,2.,1e9])
+def test_ratios_of_extreme_losses(first, second, temperature):
+    rule = LossRatioWeights(10, temperature)
+    steps(rule, dict(id=100., triplet=first), 10)
+    steps(rule, dict(id=100., triplet=second), 11)
+
+@pytest.mark.parametrize('make', [
+    lambda: UncertaintyWeights(0), lambda: UncertaintyWeights(math.nan), lambda: UncertaintyWeights('1'),
+    lambda: LossRatioWeights(temperature=0), lambda: LossRatioWeights(temperature=-1), lambda: LossRatioWeights(2.5),
+    lambda: LossRatioWeights(math.nan), lambda: FixedWeights(id='1'), lambda: MixedBatches('0.5'),
+    lambda: MixedBatches(math.nan), lambda: MixedBatches(parts='id'), lambda: MixedBatches(parts=('id','a','b'))])
+def test_settings_that_mean_nothing(make):
+    with pytest.raises(ValueError, match='give |choose |a weight is|a whole number'): make()
+
+def test_the_papers_rule_refuses_losses_below_zero():
+    rule = LossDynamics()
+    rule.step(dict(id=1.))
+    with pytest.raises(ValueError, match='below 0.*triplet.*-1.0'): rule.step(dict(id=1., triplet=-1.))
+
+# ---- in files
 
 def test_saved_and_loaded(make_learner, tmp_path):
     learn,other = (quiet(make_learner(path=tmp_path, dynamic=LossRatioWeights(2))) for _ in range(2))

@@ -219,6 +219,17 @@ def test_damage_is_answered_by_installing_again(shelf, learn, damage):
     if damage!='outside':
         with pytest.raises(ValueError, match=message): pyramid_learner(learn.dls, pretrained=NAME)
 
+@pytest.mark.parametrize('device', ['gpu', 'mps', 'xpu', 'nowhere:3'])
+def test_a_device_that_is_not_there_is_no_damage(shelf, device):
+    with pytest.raises(ValueError, match=f"^device='{device}' cannot be used.*Use 'cpu'"): load_pretrained(NAME, device)
+
+def test_a_model_moves_to_another_device(shelf, files):
+    "To the same one here, which makes its network anew"
+    model = load_pretrained(NAME)
+    before,net = model.embed(files[:3]),model.net
+    assert model.to(torch.device('cpu')) is model and model.net is not net
+    assert np.array_equal(model.embed(files[:3]), before)
+
 @onnx
 def test_the_same_as_onnx(shelf, files, tmp_path):
     model = load_pretrained(NAME)
@@ -253,6 +264,15 @@ def test_a_fine_tuned_model_keeps_start_and_licence(shelf, make_dls, tmp_path):
     assert about['licence']==RESEARCH_ONLY and about['history']['start'].startswith(f'pretrained model {NAME}')
     again = learner_from(tmp_path/'mine', make_dls(size=(192,48)))
     assert again.licence==RESEARCH_ONLY
+
+def test_the_licence_goes_through_save_and_load(shelf, learn, make_dls, tmp_path):
+    "The history knows the model that a learner started from"
+    quiet(pyramid_learner(learn.dls, pretrained=NAME, path=tmp_path)).save('mine')
+    other = quiet(pyramid_learner(learn.dls, resnet10, pretrained=False, emb_sz=32, neck=False, path=tmp_path))
+    assert 'licence' not in read_description(other.save_model(tmp_path/'random'))
+    other.load('mine')
+    assert read_description(other.save_model(tmp_path/'again'))['licence']==RESEARCH_ONLY
+    assert read_description(other.save_model(tmp_path/'told', licence='mit'))['licence']=='mit'
 
 @pytest.mark.parametrize('n_parts,levels,norm,emb_sz,stride', [
     (3, [1,3], 'whole', 4, 2), pytest.param(2, None, None, 5, 1, marks=pytest.mark.slow),
@@ -422,7 +442,7 @@ def test_the_card_has_what_is_known(learn, card, made):
     assert metrics['mAP']==round(100*card.mAP, 2) and metrics['rank-1']==round(100*card.rank1, 2)
     assert f'| rank-1 | {100*card.rank1:.2f} |' in page and '| distance | cosine |' in page
     for text in ('must not be used for', 'Research only', '40 identities, 6 epochs', '96×48', '21 branches',
-                 f'load_pretrained({NAME!r})', load_embedder(made).fingerprint): assert text in page, text
+                 f'load_embedder({NAME!r})', load_embedder(made).fingerprint): assert text in page, text
 
 def test_the_hub_reads_the_head(made):
     hub = pytest.importorskip('huggingface_hub')
@@ -452,6 +472,27 @@ def test_licences_on_a_card(made, licence, entries):
     head,page = head_and_page(model_card(about, 'x'))
     assert {name:value for name,value in head.items() if name.startswith('license')}==entries
     assert ('Not stated' in page)==(licence is None) and 'Evaluate it before you use it' in page
+
+@pytest.mark.parametrize('kwargs', [dict(cards=3), dict(traning='x'), dict(training=5)])
+def test_a_card_that_cannot_be_written_leaves_no_model(learn, tmp_path, kwargs):
+    with pytest.raises(TypeError): learn.save_pretrained(tmp_path/'model', **kwargs)
+    assert not (tmp_path/'model').exists()
+
+def test_cards_by_title_are_a_dict(made, card):
+    with pytest.raises(TypeError, match='cards is a .*give a dict of protocol cards by title'):
+        model_card(read_description(made), 'x', card)
+
+def test_how_a_card_says_to_load(shelf, made):
+    "A model of the package, a repository, a folder"
+    def page(name): return model_card(read_description(made), name)
+    assert f'load_pretrained({NAME!r})' in page(NAME) and "from_pretrained('ann/x')" in page('ann/x')
+    assert "load_embedder('mine') # the folder" in page('mine')
+
+def test_names_without_latin_letters(made):
+    about = read_description(made) | dict(licence='仅供研究: 不得商用')
+    about['history']['stages'][0]['data'] = '街道'
+    head,_ = head_and_page(model_card(about, 'x'))
+    assert head['license_name']=='other' and head['datasets']==['other']
 
 def test_choices_that_are_lists(made):
     "A card of your own may say anything that JSON can"
@@ -538,6 +579,16 @@ def test_there_and_back(hub, learn, card, files, truth, tmp_path):
     assert not (tmp_path/'mine'/'ann'/'people'/'code.py').exists()
     assert abs(model.embed(files)-truth).max()<1e-3 and model.licence=='apache-2.0'
     assert learner_fingerprint(learner_from(download_model('ann/people'), learn.dls))==model.fingerprint
+
+@pytest.mark.parametrize('name,message', [
+    (NAME, f"comes with the package: use load_pretrained\\('{NAME}'\\)"), (None, "'None' is not a repository"),
+    ('', 'is not a repository'), ('a/b/c', "give the name of a repository, 'user/name'")])
+def test_what_is_not_a_repository(hub, shelf, name, message):
+    with pytest.raises(ValueError, match=message): from_pretrained(name)
+    assert hub.calls==[]
+
+def test_a_folder_is_not_a_repository(hub, made):
+    with pytest.raises(ValueError, match='load_embedder opens a model in a folder'): from_pretrained(str(made))
 
 def test_an_embedder_is_uploaded(hub, made, files):
     model = load_embedder(made)

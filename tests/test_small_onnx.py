@@ -144,6 +144,20 @@ def test_few_images_warn_and_none_are_an_error(made, tmp_path):
         quantize_onnx(made.plain, tmp_path/'n.onnx', [])
     assert not (tmp_path/'n.onnx').exists()
 
+def test_a_network_without_convolutions(make_dls, make_learner, tmp_path):
+    "Nothing in a transformer is quantised, so the file would be one in half precision that says int8"
+    with pytest.warns(ReIDWarning, match='has not been trained'):
+        file = make_learner(make_dls(size=(64,32)), 'vit_tiny_patch16_224', n_parts=2).to_onnx(tmp_path/'vit.onnx')
+    images = [np.zeros((64,32,3), np.uint8)]*2
+    with pytest.raises(ValueError, match='vit.onnx has no convolutions that can compute in int8.*half=True'):
+        quantize_onnx(file, tmp_path/'int8.onnx', images)
+    assert not (tmp_path/'int8.onnx').exists()
+
+def test_a_single_image_to_calibrate_with(made, tmp_path):
+    one = Runtime(quantize_onnx(made.plain, tmp_path/'one.onnx', str(made.images[0])))
+    assert one.about['made_from']['how'].endswith('with 1 images')
+    with pytest.raises(OSError, match=f'{tmp_path}.*folder'): quantize_onnx(made.plain, tmp_path/'two.onnx', tmp_path)
+
 def test_what_cannot_be_quantised(made, tmp_path):
     out = tmp_path/'m.onnx'
     with pytest.raises(ValueError, match='int8.onnx was converted already .int8 calibrated'):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fastai.vision.all import resnet18, resnet34, resnet50
 from safetensors.torch import save_file
+from torchvision.models import swin_t
 
 from pyramidreid.core import NotRegularError, ReIDWarning
 from pyramidreid.models import backbone, weight_files
@@ -369,6 +370,40 @@ def packed(source, dest, **options):
     "The same archive, with other options for its entries"
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(dest, 'w', **options) as new:
         for name in old.namelist(): new.writestr(name, old.read(name))
+
+def test_a_state_dict_is_not_a_file(source):
+    with pytest.raises(TypeError, match='The weights are a dict: give the name of a file'):
+        create_backbone(resnet10, weights=dict(source))
+
+def test_a_damaged_torch_file(source, tmp_path):
+    "torch.load does not look at the checksums in it"
+    file = tmp_path/'w.pth'
+    torch.save(source, file)
+    content = bytearray(file.read_bytes())
+    middle = len(content)//2
+    content[middle:middle+1000] = bytes(255-o for o in content[middle:middle+1000])
+    file.write_bytes(content)
+    assert not all(torch.equal(a, b) for a,b in zip(torch.load(file, weights_only=True).values(), source.values()))
+    with pytest.raises(ValueError, match='w.pth.*the checksum of w/data/.* is wrong. Download or copy it again'):
+        read_weights(file)
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite(source, tmp_path, value):
+    broken = {**source, 'layer1.0.conv1.weight': source['layer1.0.conv1.weight'].clone()}
+    broken['layer1.0.conv1.weight'][0,0] = value
+    torch.save(broken, tmp_path/'w.pth')
+    with pytest.raises(ValueError, match=r'1 not finite \(layer1.0.conv1.weight\)'):
+        create_backbone(resnet10, weights=tmp_path/'w.pth')
+
+@pytest.mark.parametrize('head', ['none','other'])
+def test_a_swin_of_torchvision_without_its_classifier(tmp_path, head):
+    weights = swin_t().state_dict()
+    if head=='none': weights = {name:value for name,value in weights.items() if not name.startswith('head.')}
+    else: weights |= {'head.weight':torch.zeros(751,768), 'head.bias':torch.zeros(751)}
+    torch.save(weights, tmp_path/'w.pth')
+    body = create_backbone(swin_t, weights=tmp_path/'w.pth', last_stride=2)
+    first = next(value for name,value in weights.items() if name.endswith('features.0.0.weight'))
+    assert torch.equal(next(body.parameters()), first)
 
 def test_a_small_file_that_unpacks_to_a_large_one(tmp_path):
     "torch would read it: 4 MB from a few thousand bytes, or gigabytes from some millions"

@@ -136,7 +136,8 @@ def _own_text(e):
 def _error_message(e):
     "Describe an error to a person"
     if isinstance(e, ModuleNotFoundError):
-        return f"{_shown(e.name, False)} is not installed, but this command needs it: pip install pyramidreid"
+        name = _shown(e.name, False)
+        return f"{name} is not installed, but this command needs it: pip install {name}, or the extra that brings it"
     if isinstance(e, OSError) and e.strerror is not None:
         return _shown(f"{e.filename}: {e.strerror}" if e.filename else e.strerror, False)
     return _own_text(e)

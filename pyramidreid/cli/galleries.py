@@ -238,8 +238,10 @@ def add_command(console, folder, files, model, table, pid, cam, cam_pat, pid_pat
     """Add images to GALLERY, a folder that is created if needed. The images are FILES, including those in folders,
     and the rows of a table. Either all are added or none. The key of an entry is that of the table, or else the path
     of its file. --cam-pat and --pid-pat search the paths of images below a folder of FILES, or of files as typed."""
-    if cam is not None and cam_pat is not None: raise click.UsageError('--cam and --cam-pat both set the camera')
-    if pid is not None and pid_pat is not None: raise click.UsageError('--pid and --pid-pat both set the person')
+    if cam is not None and cam_pat is not None: raise click.UsageError(
+        '--cam and --cam-pat both set the camera: use only one of them')
+    if pid is not None and pid_pat is not None: raise click.UsageError(
+        '--pid and --pid-pat both set the person: use only one of them')
     df = _entries(files, table, cam_pat, pid_pat)
     model = gallery_model(console, folder, model, device)
     people = _open_or_create(folder, model)
@@ -318,7 +320,7 @@ def search_command(console, folder, image, model, k, exclude_cam, since, where, 
     people = Gallery.load(folder, gallery_model(console, folder, model, device))
     cam_kind = people.store.kinds.get('cam')
     cams = [_parse_value(o, cam_kind, '--exclude-cam') for o in exclude_cam] or None
-    if len(people): found = people.search(image, min(k, len(people)), cams, since, where, threshold, far)
+    if len(people): found = people.search(image, k, cams, since, where, threshold, far)
     else: found = people.table
     return CommandResult(text=_matches_text(found) if len(found) else 'Nobody was found.',
                          data=dict(query=image, matches=_records(found)), code=0 if len(found) else 1)

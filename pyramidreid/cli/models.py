@@ -104,8 +104,7 @@ def _backbone(name):
     from pyramidreid.models.backbone import resnet10
     if name=='resnet10': return resnet10
     if name in torchvision.models.list_models(torchvision.models): return torchvision.models.get_model_builder(name)
-    on_hub = ':' in name or '/' in name
-    if not on_hub and not timm.is_model(name):
+    if not timm.is_model(name):
         raise ValueError(f"--arch {name}: neither torchvision nor timm has this backbone. "
                          "Try resnet50, or our own resnet10")
     return name
@@ -288,6 +287,14 @@ def _write_csv(file, names, embeddings, fingerprint):
     import pandas as pd
     pd.DataFrame(embeddings, names).rename_axis('fn').to_csv(file)
 
+def _check_utf8(files):
+    "Raise a `ValueError` if a file's name is not UTF-8, so that no CSV file can hold it"
+    for file in files:
+        try: str(file).encode()
+        except UnicodeEncodeError as e: raise ValueError(
+            f"{str(file)!r}: the file name is not UTF-8 and cannot be stored in a CSV file. Rename the file, or choose "
+            "an --out that ends in .npz or .safetensors") from e
+
 _EMBEDDING_WRITERS = {'.safetensors':_write_safetensors, '.npz':_write_npz, '.csv':_write_csv}
 
 def _write_embeddings(file, names, embeddings, fingerprint):
@@ -312,7 +319,9 @@ def embed_command(console, model, files, out, flip, device):
         raise click.BadParameter(f'{out} is not a .safetensors, .npz or .csv file', param_hint='--out')
     from pyramidreid.cli.inputs import embed_files, image_files, open_model
     from pyramidreid.models.history import described_history, warn_if_untrained
-    files,model = image_files(files),open_model(model, device)
+    files = image_files(files)
+    if out.suffix=='.csv': _check_utf8(files)
+    model = open_model(model, device)
     warn_if_untrained(described_history(model.about))
     console.say(f"Embedding {len(files):,} image{'' if len(files)==1 else 's'} …")
     embeddings = embed_files(console, model, files, flip)

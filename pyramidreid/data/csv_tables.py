@@ -31,9 +31,11 @@ _not_text = {
 _marks = {b'\xef\xbb\xbf': 'utf-8-sig', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32',
           b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'} # the longer ones first
 
+_CONTENT = 'write the names of the columns in the first line, then a row for each image'
+
 def _check_is_text(content, file):
     "Raise a `ValueError` if `content` is empty, or another kind of file"
-    if not content.strip(): raise ValueError(f"{file} is empty")
+    if not content.strip(): raise ValueError(f"{file} is empty: {_CONTENT}")
     for start,kind in _not_text.items():
         if content.startswith(start): raise ValueError(f"{file} is not a CSV table but {kind}. Save it as CSV (UTF-8)")
 
@@ -61,7 +63,7 @@ def _read_text(file):
     _check_is_text(content, file)
     text,warning = _decode(content, file)
     text = text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n')
-    if not text.strip(): raise ValueError(f"{file} is empty")
+    if not text.strip(): raise ValueError(f"{file} is empty: {_CONTENT}")
     control = re.search('[\x00-\x08\x0e-\x1f]', text)
     if control:
         line = text[:control.start()].count('\n')+1
@@ -126,9 +128,10 @@ def _split_header(text, file):
         excel = re.fullmatch(r'"?sep=(.)"?', line.strip(' '), re.I)
         if excel: separator = excel[1]
         elif len(line)>_MOST_HEADER:
-            raise ValueError(f"{file}, line {n}: a header of {len(line):,} characters is not that of a table")
+            raise ValueError(f"{file}, line {n}: a header of {len(line):,} characters is not that of a table: "
+                             f"{_CONTENT}")
         elif line.strip(): return separator,line,n
-    raise ValueError(f"{file} has no header")
+    raise ValueError(f"{file} has no header: {_CONTENT}")
 
 # %% ../../nbs/data/03_csv_tables.ipynb #b4eb886e
 def _need_full_rows(text, separator, names, n_skipped, file):
@@ -222,7 +225,7 @@ def read_csv(
     df = _parse_rows(content, separator, names, n_lines, name)
     df.columns = names
     df = df[[name for name in names if name]]
-    if df.empty: raise ValueError(f"{name} has a header, {_column_names(df.columns)}, but no rows")
+    if df.empty: raise ValueError(f"{name} has a header, {_column_names(df.columns)}, but no rows: {_CONTENT}")
     paths = _to_paths(df.fn, file)
     if not text: df = _infer_types(df)
     return df.reset_index(drop=True).assign(fn=paths)

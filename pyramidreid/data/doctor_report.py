@@ -84,8 +84,8 @@ def _with_commas(value): return value if isinstance(value, str) else f'{value:,}
 
 def _format_spread(splits, what):
     "Smallest, median and largest number as one text for each split"
-    columns = splits[[f'min_{what}', f'median_{what}', f'max_{what}']]
-    return [' · '.join(f'{v:g}' for v in row) if row[0]==row[0] else '–' for row in columns.itertuples(index=False)]
+    def text(row): return '–' if row.isna().any() else ' · '.join(f'{value:g}' for value in row)
+    return [text(row) for _,row in splits[[f'min_{what}', f'median_{what}', f'max_{what}']].iterrows()]
 
 @patch
 def _tables(self:DataReport):

@@ -254,7 +254,8 @@ def _check_split_names(path, images, spans):
     unlike = [_mask(rel, len(top)+1 if top else 0, rel.rfind('/'), pair)
               for rel,top,*pair in zip(images.rel, images.top, *spans)]
     parts = {part for folders in set(unlike) for part in folders.split('/') if '*' not in part}
-    bad = {part for part in parts if _hints_at_split(part)} or {pid for pid in images.pid.unique() if split_word(pid)}
+    bad = {part for part in parts if _hints_at_split(part)}
+    if not bad: bad = {pid for pid in images.pid.unique() if split_word(pid)} # a person's folder
     if not bad: return
     folders = sorted({_upto(rel, part) for rel in images.rel for part in bad & set(rel.split('/'))})
     example = {folder: _likely_role(folder.split('/')[-1]) for folder in folders[:4]}

@@ -266,9 +266,9 @@ _P_AND_K = "a training batch holds p·k images, so choose p and k; val_bs is the
 _MODES = "training batches are always drawn: mode='random' draws them regardless of who is in the images"
 _REFUSED = {
     'bs': _P_AND_K, 'batch_size': _P_AND_K, 'shuffle': _MODES, 'shuffle_train': _MODES,
-    'val_shuffle': "validation goes through all images in order",
-    'drop_last': "training batches are always full, and validation leaves no image out",
-    'dl_type': "only `PKDataLoader` draws P×K batches"}
+    'val_shuffle': "validation goes through all images in order; leave it out",
+    'drop_last': "training batches are always full, and validation leaves no image out; leave it out",
+    'dl_type': "only `PKDataLoader` draws P×K batches; leave it out"}
 _FASTAIS = ('device', 'dl_kwargs', 'n', 'num_workers', 'persistent_workers', 'pin_memory', 'pin_memory_device', 'share',
             'timeout', 'val_bs', 'verbose', *DataLoader._methods)
 
@@ -302,8 +302,10 @@ def _with_validation(df, name, valid_pct, seed):
     return df,f"{name}, {df.attrs['held_out']}"
 
 def _check_identities(c, p):
-    if c==0: raise ValueError("0 training identities: a table of queries and gallery can be evaluated, not trained on")
-    if c<2: raise ValueError(f"{c} training identities: training needs at least two")
+    if c==0: raise ValueError(
+        "0 training identities: a table of queries and gallery can be evaluated, not trained on. "
+        "Add rows with split='train'")
+    if c<2: raise ValueError("A single training identity: training needs at least two, so add images of others")
     if c<p: raise ValueError(f"A batch of p={p} identities cannot be filled: the training split has {c}. "
                              f"Pass p={c} or less, and a larger k to keep the batch size")
 

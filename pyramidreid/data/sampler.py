@@ -7,6 +7,7 @@ __all__ = ['ShuffledDeck', 'pk_idxs', 'rank_share', 'SingleModeDataLoader', 'PKD
 
 # %% ../../nbs/data/07_sampler.ipynb #965c6b0e
 import heapq
+import math
 import os
 import random
 import warnings
@@ -85,8 +86,9 @@ def rank_share(
     res = []
     for start in range(0, len(idxs), bs*ranks):
         batch = idxs[start:start+bs*ranks]
-        n = -(-len(batch)//ranks) # rounded up
-        res += (batch*ranks)[rank*n:(rank+1)*n]
+        n = math.ceil(len(batch)/ranks)
+        padded = batch*ranks # long enough for every rank
+        res += padded[rank*n:(rank+1)*n]
     return res
 
 # %% ../../nbs/data/07_sampler.ipynb #9d61f4d4

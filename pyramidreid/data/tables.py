@@ -147,7 +147,7 @@ def queries_and_gallery(
 # %% ../../nbs/data/01_tables.ipynb #eb404733
 def _check_fraction(pct):
     if not 0<pct<1: raise ValueError(
-        f"valid_pct={pct} is not a valid fraction of the identities: give a number between 0 and 1, e.g. 0.2")
+        f"{pct} is not a valid fraction of the identities: give a number between 0 and 1, e.g. 0.2")
 
 def _training_rows(df):
     "The training images of `df`, all if it has no splits, without junk"
@@ -195,7 +195,7 @@ def hold_out(
 def _distinct_names(tables):
     "The name of each table; no two may be equal"
     names = [df.attrs.get('name', f'set {i}') for i,df in enumerate(tables, 1)]
-    if not names: raise ValueError("No tables to join")
+    if not names: raise ValueError("No tables to join: give at least one")
     repeated = {name for name in names if names.count(name)>1}
     if repeated: raise ValueError(f"{', '.join(map(repr, repeated))} names two tables, whose people would be mixed up. "
                                   "Give each table its own name: df.attrs['name'] = …")
@@ -245,7 +245,7 @@ def join_tables(
     if valid is None: joined['split'] = None
     else:
         if not {'query','gallery'} <= set(joined.split): raise ValueError(
-            f"{valid} has no queries or no gallery to validate with")
+            f"{valid} has no queries or no gallery to validate with: choose another, or leave out `valid`")
         joined.attrs['valid_name'] = valid
     return joined
 

@@ -162,10 +162,13 @@ def erase_boxes(
     "Draw random boxes to erase"
     areas = torch.empty(n, tries).uniform_(*area)*h*w
     ratios = torch.empty(n, tries).uniform_(*map(math.log, ratio)).exp()
-    heights,widths = (areas*ratios).sqrt().round(),(areas/ratios).sqrt().round()
+    heights = (areas*ratios).sqrt().round()
+    widths = (areas/ratios).sqrt().round()
     fits = (heights<h) & (widths<w)
-    first,any_fits = fits.int().argmax(1, keepdim=True),fits.any(1, keepdim=True)
-    height,width = heights.gather(1, first)*any_fits,widths.gather(1, first)*any_fits
+    first = fits.int().argmax(1, keepdim=True)
+    any_fits = fits.any(1, keepdim=True)
+    height = heights.gather(1, first)*any_fits
+    width = widths.gather(1, first)*any_fits
     top = (torch.rand(n, 1)*(h-height+1)).floor()
     left = (torch.rand(n, 1)*(w-width+1)).floor()
     return torch.cat([top, left, height, width], 1).long()

@@ -129,7 +129,7 @@ def dir_at(
     if k<1: raise ValueError(f"k={k}: give a number of ranks from 1")
     if not len(self.genuine):
         raise ValueError("There is no detection rate: no query's person is in the gallery, "
-                         "or only from the query's own camera")
+                         "or only from the query's own camera. Calibrate on people seen by two cameras")
     return float(((self.genuine>=threshold) & (self.place<=k)).mean())
 
 @patch
@@ -150,7 +150,9 @@ def verification(
     """Return `(threshold, true-accept rate)` per pair of images, not per search. Pairs share images, so there is no
     interval. Raises `ValueError` if `far` is below the lowest rate of the table"""
     _check_far(far)
-    if not len(self.pairs): raise ValueError("There are no pairs of both kinds, of one person and of different people")
+    if not len(self.pairs): raise ValueError(
+        "There are no pairs of both kinds, of one person and of different people. "
+        "Calibrate on people seen by two cameras")
     within = self.pairs[self.pairs[:,1]<=far]
     if not len(within):
         raise ValueError(f"far={far:g} is out of reach: the lowest rate per pair here is {self.pairs[0,1]:.2g}")
@@ -342,7 +344,8 @@ def plot_roc(
 ):
     "Draw the verification ROC, true accepts over false accepts per pair of images; return the axes"
     if not len(self.pairs):
-        raise ValueError("There is no ROC: it needs pairs of one person and pairs of different people")
+        raise ValueError("There is no ROC: it needs pairs of one person and pairs of different people. "
+                         "Calibrate on people seen by two cameras")
     ax = _axes(ax, xlabel='false accepts per pair of different people', ylabel='true accepts\nper pair of one person',
                xscale='log', ylim=(0,1.02))
     _,false_accepts,true_accepts = self.pairs[self.pairs[:,1]>0].T

@@ -218,7 +218,8 @@ def _trial_ranks(dist, ranking, trials, seed):
             ranks.append(_chunk_ranks(dist, ranking, i, elsewhere[picks], match, own_generator))
     ranks = torch.cat(ranks)
     if len(ranks): return ranks
-    raise NoMatchError("Nothing to evaluate: all matches are at infinite distance, or left out by the mask")
+    raise NoMatchError(
+        "Nothing to evaluate: all matches are at infinite distance, or left out by the mask. Check both")
 
 # %% ../../nbs/evaluation/05_protocols.ipynb #43de75b3
 @delegates(Ranking)

@@ -183,9 +183,10 @@ def _encode(source, near, idx, far, k1, chunk):
     half = torch.cat([half, torch.full_like(half[:1], n)]) # what entry N brings: nothing
     images = torch.arange(n, device=idx.device)
     added = torch.cat([_added(i, core[i], half) for i in images.split(chunk)])
+    added_row,added_column = added//n,added%n # a pair is one number
     at = (core<n).nonzero(as_tuple=True)
-    row,column = torch.cat([at[0], added//n]),torch.cat([core[at], added%n])
-    weight = torch.cat([near[at], source.pairs(added//n, added%n)]).div_(-far[row]).exp_()
+    row,column = torch.cat([at[0], added_row]),torch.cat([core[at], added_column])
+    weight = torch.cat([near[at], source.pairs(added_row, added_column)]).div_(-far[row]).exp_()
     weight /= weight.new_zeros(n).index_add_(0, row, weight)[row]
     return torch.sparse_coo_tensor(torch.stack([row,column]), weight, (n,n), check_invariants=False).coalesce()
 

@@ -225,8 +225,8 @@ def add(self:Ranking,
 def scored(self:Ranking):
     """Return the positions (n,) of the queries scored so far, and their scores.
     Raises `NoMatchError` if none of them has a match"""
-    if not self.positions:
-        raise NoMatchError("Nothing to evaluate: all matches are at infinite distance, or left out by the mask")
+    if not self.positions: raise NoMatchError(
+        "Nothing to evaluate: all matches are at infinite distance, or left out by the mask. Check both")
     return torch.cat(self.positions),QueryScores(*map(torch.cat, zip(*self.scores)))
 
 @patch

@@ -210,8 +210,8 @@ def confused(
     table = pd.DataFrame(dict(pid=rows[a], other=cols[b], above=above[a,b], of=of[a,b], share=share[a,b]))
     table = table.sort_values(['share','above'], ascending=False, kind='stable', ignore_index=True).head(n)
     by_label = pd.DataFrame(share.numpy(), index=rows.numpy(), columns=cols.numpy())
-    directions = zip(table.other, table.pid)
-    table['back'] = [float(by_label.loc[a,b]) if a in rows and b in cols else np.nan for a,b in directions]
+    def share_of(pid, other): return float(by_label.loc[pid,other]) if pid in rows and other in cols else np.nan
+    table['back'] = [share_of(other, pid) for pid,other in zip(table.pid, table.other)]
     pid = self.items.drop_duplicates('label').set_index('label').pid
     return table.assign(pid=table.pid.map(pid), other=table.other.map(pid))
 

@@ -6,6 +6,7 @@
 __all__ = ['download_model', 'from_pretrained']
 
 # %% ../../nbs/export/05_hub.ipynb #3d04225f
+import re
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastcore.basics import patch
 import pyramidreid.export.pretrained_models  # adds save_pretrained # noqa: F401
 from ..core import clean_errors, require_extra
 from .model_files import Embedder, load_embedder, read_description
+from ..models.pretrained import pretrained_names
 from ..training.learner import ReIDLearner
 
 # %% ../../nbs/export/05_hub.ipynb #5bd752ba
@@ -83,6 +85,16 @@ def push_to_hub(self:Embedder, # noqa: F811
     return _upload(save, repo_id, private, revision, token, message)
 
 # %% ../../nbs/export/05_hub.ipynb #38cbd785
+def _check_repo(repo_id):
+    "Raise a `ValueError` for what is not the name of a repository, but that of a folder or of a model of the package"
+    if repo_id in pretrained_names(): raise ValueError(
+        f"{repo_id} comes with the package: use load_pretrained({repo_id!r})")
+    if isinstance(repo_id, str) and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', repo_id): return
+    folder = isinstance(repo_id, (str,Path)) and Path(repo_id).is_dir()
+    advice = 'load_embedder opens a model in a folder' if folder else "give the name of a repository, 'user/name'"
+    raise ValueError(f"{str(repo_id)!r:.200} is not a repository of the Hub: {advice}")
+
+# %% ../../nbs/export/05_hub.ipynb #2fe23055
 def download_model(
     repo_id,       # Repository of the model, 'user/name'
     revision=None, # Branch, tag or commit; None: main
@@ -91,6 +103,7 @@ def download_model(
 )->Path:
     "Download a model and return its folder, as for `load_embedder` and `learner_from`"
     hub = require_extra('huggingface_hub', 'hub')
+    _check_repo(repo_id)
     with _hub_errors(repo_id, revision):
         folder = hub.snapshot_download(repo_id, revision=revision, token=token, cache_dir=cache_dir,
                                        allow_patterns=_FILES, library_name='pyramidreid')

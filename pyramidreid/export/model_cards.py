@@ -11,6 +11,7 @@ import re
 
 from ..core import shown_text
 from ..models.history import dataset_names, described_history, trained_on
+from ..models.pretrained import pretrained_names
 
 # %% ../../nbs/export/03_model_cards.ipynb #d286425c
 def _cell(value): return shown_text(value).replace('|', '\\|')
@@ -54,7 +55,7 @@ def _results(cards, cameras):
 # %% ../../nbs/export/03_model_cards.ipynb #99a50c28
 RESEARCH_ONLY = 'research only, as its training data: no commercial use'
 
-def _slug(text): return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')
+def _slug(text): return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-') or 'other' # 'other': no Latin letter
 
 def _licence_entries(licence):
     "The licence as the Hub has it: one that it knows, or another one by its name"
@@ -117,11 +118,13 @@ def _network(about):
             ('fingerprint', f"`{about['fingerprint']}`")]
 
 def _usage(name):
-    "Lines of Python: of a repository on the Hub, if the name is like one, or else of the package"
-    load = 'from_pretrained' if '/' in name else 'load_pretrained'
+    "Lines of Python for a repository on the Hub, if the name is like one, for a model of the package, or for a folder"
+    if '/' in name: load,where = 'from_pretrained',''
+    elif name in pretrained_names(): load,where = 'load_pretrained',''
+    else: load,where = 'load_embedder',' # the folder of this card'
     return f"""```python
 from pyramidreid.all import {load}
-model = {load}({name!r})
+model = {load}({name!r}){where}
 a,b = model.embed(['ann.jpg', 'who.jpg']) # two pictures of one person each, cropped
 print(a@b)                                # their similarity, at most 1
 ```"""
@@ -136,6 +139,8 @@ def model_card(
     data=None      # More about the training data, in Markdown
 )->str:
     "Return the model card of a model, in Markdown with a head in YAML"
+    if cards is not None and not isinstance(cards, dict): raise TypeError(
+        f"cards is a {type(cards).__name__}: give a dict of protocol cards by title, or a single one as card=")
     cards = {title: {**card.metrics(), **card.words()} for title,card in (cards or {}).items()}
     if not cards and about.get('card'): cards = {about['card'].get('data', 'Evaluation'): about['card']}
     trained = f"Trained on {_cell(trained_on(described_history(about)))}."

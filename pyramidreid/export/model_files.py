@@ -52,7 +52,7 @@ from ..models.pyramid import PyramidNet, neck_misfit, pyramid_windows
 from ..training.learner import ReIDLearner, pyramid_learner
 
 # %% ../../nbs/export/02_model_files.ipynb #f0a8
-from ..models.pretrained import find_arch
+from ..models.pretrained import find_arch, start_licence
 
 # %% ../../nbs/export/02_model_files.ipynb #ac0df2f0
 from functools import cached_property
@@ -216,7 +216,7 @@ def portable_model(
     shareable_weights(model.state_dict(), 'The model')
     with no_random():
         about = describe_model(learn, card)
-        licence = licence or getattr(learn, 'licence', None) # of the pretrained model that the learner started from
+        licence = licence or getattr(learn, 'licence', None) or start_licence(about['history'])
         if licence: about |= dict(format=FORMAT, licence=licence)
         parse_description(description_json(about), 'This learner') # what cannot be read must not be written
         net = PixelNet(copy.deepcopy(model).cpu().float(), input_stats(learn))
@@ -233,7 +233,7 @@ def _check_agreement(run, net, size, what, tolerance=_TOLERANCE):
         gap = abs(expected - np.asarray(run(images))).max()/max(1, abs(expected).max())
         if not gap<=tolerance:
             raise RuntimeError(f"{what} gives embeddings that differ from the learner's by {gap:.1e}: nothing was "
-                               "written")
+                               "written. Try another format, and report this with the name of the backbone")
 
 # %% ../../nbs/export/02_model_files.ipynb #f0a2half
 _HALF_TOLERANCE = 1e-2 # Largest difference that rounding may make to any component of an embedding
@@ -420,8 +420,20 @@ class Embedder(BaseEmbedder):
         device='cpu' # Where to compute
     ):
         super().__init__(about)
-        self.model,self.device = model.to(device).eval(),device
-        self.net = PixelNet(self.model, self.stats).to(device)
+        self.model = model.eval()
+        self.to(device)
+
+    def to(self,
+        device # Where to compute from now on
+    ):
+        "Move the model to another device; return it. Raises `ValueError` if the device is not there"
+        try: self.model.to(device)
+        except (RuntimeError, AssertionError) as e: raise ValueError(
+            f"device={str(device)!r} cannot be used: {str(e).splitlines()[0][:200]}. Use 'cpu', or a device that "
+            "PyTorch finds here") from e
+        self.device,self.net = device,PixelNet(self.model, self.stats).to(device)
+        self.__dict__.pop('_fast_net', None) # of the device before
+        return self
 
     @cached_property
     def _fast_net(self):
@@ -474,6 +486,9 @@ def _take_weights(learn, shared, where):
     if rounded_stats(stats)!=rounded_stats(shared.stats):
         raise ValueError(f"The model in {where} was trained on pixels normalised by {shared.stats}, and this learner's "
                          f"are by {stats} (mean and std). Use learner_from to normalise as that model does")
+    if (shared.pixel_range and list(shared.pixel_range))!=(input_range(learn) and list(input_range(learn))):
+        raise ValueError(f"The model in {where} has pixel_range={shared.pixel_range}, and this learner's loaders have "
+                         f"{input_range(learn)}: make them with the model's pixel_range")
     if own.windows!=other.windows:
         raise ValueError(f"The model in {where} has n_parts={other.n_parts}, levels={other.levels}, and this learner "
                          f"n_parts={own.n_parts}, levels={own.levels}: their branches see different windows")

@@ -262,7 +262,7 @@ def _new_session(ort, data, threads, providers):
     options.log_severity_level = 3
     # Weights outside the file are looked for in a folder that has none
     options.add_session_config_entry('session.model_external_initializers_file_folder_path', os.devnull)
-    if threads: options.intra_op_num_threads = threads
+    if threads: options.intra_op_num_threads = int(threads)
     return ort.InferenceSession(data, options, providers=providers)
 
 # %% ../../nbs/export/01_onnx_runtime.ipynb #9448594e
@@ -357,7 +357,9 @@ def _foreign_size(port, size, layout, file):
 def _three(values, name):
     "Three numbers as floats. Raises `ValueError` for anything else"
     found = [float(o) for o in values] if np.shape(values)==(3,) else values
-    if _numbers(found, 3, float, -1e6, 1e6): return found
+    if _numbers(found, 3, float, -1e6, 1e6):
+        if max(found)<=10: return found
+        raise ValueError(f"{name}={values!r}: these are for pixels from 0 to 255. Divide them by 255")
     raise ValueError(f"{name}={values!r}: give three numbers, for red, green and blue from 0 to 1")
 
 def _describe_foreign(session, file, settings):

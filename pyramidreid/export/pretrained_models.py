@@ -28,15 +28,17 @@ def load_pretrained(
     device='cpu' # Where to compute
 )->Embedder:
     """Return a model that comes with the package, to embed images with. Raises `ValueError`, with the names there are,
-    for any other name, and for a damaged file"""
+    for any other name, for a damaged file, and for a device that is not there"""
     about = pretrained_description(name)
     find_arch(about['arch_from'], about['arch']) # a timm that lacks the network is no damage
-    with reinstall_if_damaged(name): return load_embedder(pretrained_folder(name), device)
+    with reinstall_if_damaged(name): model = load_embedder(pretrained_folder(name))
+    return model if device=='cpu' else model.to(device)
 
 # %% ../../nbs/export/04_pretrained_models.ipynb #3567ab61
 def _write_all(net, about, folder, name, half, **kwargs):
     "Write description, weights and model card; return the folder"
     folder = Path(folder)
+    model_card(about, name or folder.absolute().name, **kwargs) # an error now, before anything is written
     write_model(net, about, folder, half, 'model.safetensors')
     text = model_card(read_description(folder), name or folder.absolute().name, **kwargs)
     with atomic_write(folder/'README.md') as partial_file: partial_file.write_text(text, encoding='utf-8')

@@ -27,7 +27,7 @@ from pyramidreid.export.onnx_runtime import (
     parse_description,
     read_onnx_file,
 )
-from ..images import load_pixels
+from ..images import as_images, load_pixels
 
 # %% ../../nbs/export/06_small_onnx.ipynb #197d029c
 _LEAST_SIMILARITY = .9 # Mean cosine of the embeddings of a conversion that did not break the model
@@ -107,6 +107,12 @@ def _left_as_they_are(graph):
     return first + [node.name for node in graph.node if node.op_type in ('Clip', 'Relu') and not follows(node)]
 
 # %% ../../nbs/export/06_small_onnx.ipynb #bf62a3c4
+def _with_int8(proto, file):
+    "Return an ONNX model. Raises a `ValueError` if nothing in it computes in int8"
+    if any(node.op_type=='QuantizeLinear' for node in proto.graph.node): return proto
+    raise ValueError(f"{file} has no convolutions that can compute in int8, as a transformer has none: use "
+                     "to_onnx(…, half=True) for a smaller file")
+
 def _quantized(file, runtime, pixels):
     "The ONNX model of `file` with its convolutions in int8"
     import onnx
@@ -122,7 +128,7 @@ def _quantized(file, runtime, pixels):
             nodes_to_exclude=_left_as_they_are(onnx.load(plain).graph),
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
             calibrate_method=quantization.CalibrationMethod.MinMax)
-        return onnx.load(made)
+        return _with_int8(onnx.load(made), file)
 
 def _halve_rest(graph):
     "Store the weights that are still floats, and have more than one dimension, in half precision"
@@ -139,7 +145,7 @@ _FEW_IMAGES = 100 # Fewer than these do not show the range of feature maps well
 
 def _calibration_pixels(images, runtime):
     "The calibration images as pixels. Raises `ValueError` if there are none, warns if there are few"
-    pixels = load_pixels(images, runtime.size, pixel_range=runtime.pixel_range)
+    pixels = load_pixels(as_images(images), runtime.size, pixel_range=runtime.pixel_range)
     if not len(pixels): raise ValueError("There are no images to calibrate with: give a few hundred of your crops")
     if len(pixels)<_FEW_IMAGES:
         warnings.warn(f"The ranges of int8 are measured on {len(pixels)} images only: give {_FEW_IMAGES} crops or "
@@ -197,7 +203,7 @@ def reseal_onnx(
     if not file.is_file(): raise FileNotFoundError(f"There is no model {file}")
     proto = _parsed(read_onnx_file(file), file)
     about = _known_about(proto, file, source)
-    pixels = None if images is None else load_pixels(images, source.size, pixel_range=source.pixel_range)
+    pixels = None if images is None else load_pixels(as_images(images), source.size, pixel_range=source.pixel_range)
     if pixels is None:
         warnings.warn(f"{file} was not compared with its original: pass original= and images=, a few crops",
                       ReIDWarning, stacklevel=3)

@@ -184,7 +184,8 @@ def _column_values(name, values, n):
     "A list of `n` values, or the one value for all `n` entries"
     if not pd.api.types.is_list_like(values): return values
     values = list(values)
-    if len(values)!=n: raise ValueError(f"{name} has {len(values)} values for {n} entries")
+    if len(values)!=n: raise ValueError(
+        f"{name} has {len(values)} values for {n} entries: give one for all, or one for each")
     return values
 
 def _is_path(item): return isinstance(item, (str,os.PathLike))
@@ -202,7 +203,7 @@ def _entry_keys(df, keys, images):
     elif images is not None and all(_is_path(o) for o in images): keys = images
     else: raise ValueError("Entries without a file need a name each: pass keys=[…], or a column 'key'")
     keys = pd.Series(list(keys), dtype=object)
-    if keys.isna().any(): raise ValueError(f"{keys.isna().sum()} entries have no key")
+    if keys.isna().any(): raise ValueError(f"{keys.isna().sum()} entries have no key: give one for each")
     return pd.Series([str(o) for o in keys], dtype=object)
 
 # %% ../../nbs/gallery/01_entries.ipynb #e53ba877
@@ -303,7 +304,8 @@ def known_cameras(
 
 def _from_cameras(table, cams):
     "Which entries come from one of `cams`"
-    if 'cam' not in table: raise ValueError("exclude_cam needs a column 'cam', and no entry has one")
+    if 'cam' not in table: raise ValueError(
+        "exclude_cam needs a column 'cam', and no entry has one: add entries with cam=…, or leave it out")
     cams,known = known_cameras(cams),table.cam.dropna()
     for cam in cams:
         if len(known) and isinstance(cam, str)!=isinstance(known.iloc[0], str): raise ValueError(
@@ -313,7 +315,8 @@ def _from_cameras(table, cams):
 
 def _not_before(table, since):
     "Which entries are not older than `since`"
-    if 'time' not in table: raise ValueError("since needs a column 'time', and no entry has one")
+    if 'time' not in table: raise ValueError(
+        "since needs a column 'time', and no entry has one: add entries with time=…, or leave it out")
     try: return table.time>=parse_time(since)
     except (ValueError,TypeError) as e: raise ValueError(
         f"since={since!r} cannot be compared with the column 'time' ({e}): give a date and time "

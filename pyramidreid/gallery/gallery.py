@@ -66,7 +66,7 @@ class Gallery:
 # %% ../../nbs/gallery/05_gallery.ipynb #0bcf4ae7
 @patch
 def __repr__(self:Gallery):
-    search = 'searched exactly' + (' for want of FAISS' if getattr(self.store, 'index', None) else '')
+    search = 'searched exactly' + (' (FAISS is not installed)' if getattr(self.store, 'index', None) else '')
     if self.index is not None:
         n_later = int((self.store.table.index>=self.index.note['upto']).sum())
         search = f'{self.index}; {n_later:,} entries were added later'
@@ -104,7 +104,8 @@ def add(self:Gallery,
         raise ValueError("There is nothing to embed: the table has no column 'fn'. Add it, or pass `embs`")
     if embs is None: embs = self.embed(images, bs)
     else: self._check_model(embs)
-    if len(embs)!=len(df): raise ValueError(f"{len(embs)} embeddings for {len(df)} entries")
+    if len(embs)!=len(df): raise ValueError(
+        f"{len(embs)} embeddings for {len(df)} entries: give one for each entry")
     if len(df): self._append(self._normalized(embs), *typed)
     return self
 
@@ -163,7 +164,9 @@ def _normalized(self:Gallery, embs):
     "The values of `embs` scaled to length one; raise `ValueError` if their dimension is wrong"
     dim = embs.values.shape[1]
     if self.store.dim not in (None,dim):
-        raise ValueError(f"The embeddings have {dim} dimensions, and this gallery's have {self.store.dim}")
+        raise ValueError(
+            f"The embeddings have {dim} dimensions, and this gallery's have {self.store.dim}: "
+            "embed with the gallery's model")
     return normalize_rows(embs.values)
 
 @patch
@@ -199,7 +202,8 @@ def _known_keys(self:Gallery, keys):
     existing = set(self._existing(keys))
     missing = [k for k in keys if k not in existing]
     if not missing: return keys
-    raise ValueError(f"{len(missing)} of {len(keys)} keys are not in the gallery, the first is {missing[0]!r}")
+    raise ValueError(f"{len(missing)} of {len(keys)} keys are not in the gallery, the first is {missing[0]!r}; "
+                     "`table.key` of the gallery lists them")
 
 # %% ../../nbs/gallery/05_gallery.ipynb #bd17efc4
 @patch
@@ -229,7 +233,7 @@ def _is_several(query):
 @patch
 def search(self:Gallery,
     query,            # A file, an image, `Embeddings`, or a list or column of files and images
-    k=10,             # Number of entries to return for each query; fewer if the filters leave fewer
+    k=10,             # Entries to return for each query, at most
     exclude_cam=None, # Leave out entries from this camera, or these cameras; usually the query's own
     since=None,       # Leave out entries before this date and time
     where=None,       # Only entries for which it holds: an expression over the columns, or a function of the table
@@ -240,14 +244,14 @@ def search(self:Gallery,
 )->pd.DataFrame:
     "Return the most similar entries: `key`, `similarity` and all columns; for several queries also `query`, a number"
     several = _is_several(query)
-    self._check_k(k)
+    k = self._checked_k(k)
     threshold = self._checked_threshold(threshold, far)
     if isinstance(query, Embeddings): self._check_model(query)
     else: query = self.embed(list(query) if several else [query])
-    if not len(query): raise ValueError("There is no query")
+    if not len(query): raise ValueError("There is no query: give at least one picture")
     q,several = self._normalized(query),several and not as_one
     if as_one: q = normalize_rows(q.mean(0, keepdims=True))
-    found = self._search_groups(q, int(k), per, exclude_cam, since, where)
+    found = self._search_groups(q, k, per, exclude_cam, since, where)
     if threshold is not None: found = found[found.similarity>=threshold].reset_index(drop=True)
     first = ['query','key','similarity']
     others = [c for c in found if c not in first]
@@ -255,11 +259,12 @@ def search(self:Gallery,
 
 # %% ../../nbs/gallery/05_gallery.ipynb #aa23e7d8
 @patch
-def _check_k(self:Gallery, k):
-    if len(self)==0: raise ValueError("The gallery is empty: there is nobody to find")
+def _checked_k(self:Gallery, k):
+    "The number of entries to look for: `k`, or all if there are fewer"
+    if len(self)==0: raise ValueError("The gallery is empty, so there is nobody to find: `add` entries first")
     if not isinstance(k, numbers.Integral): raise TypeError(f"k={k!r}: k must be an integer, the number of entries")
-    if not 1<=k<=len(self):
-        raise ValueError(f"k={k}: the gallery has {len(self)} entries, so k must be between 1 and {len(self)}")
+    if k<1: raise ValueError(f"k={k}: k must be at least 1, the number of entries to find")
+    return min(int(k), len(self))
 
 @patch
 def _checked_threshold(self:Gallery, threshold, far):
@@ -475,6 +480,6 @@ def show(self:Gallery,
     "Draw the query and the entries found; return the figure"
     if _is_several(query): raise ValueError(f"{len(query)} queries: show draws one; use search for several")
     from pyramidreid.gallery.plots import plot_strip
-    found = self.search(query, min(k, max(1, len(self))), **kwargs)
+    found = self.search(query, k, **kwargs)
     image = None if isinstance(query, Embeddings) else query
     return plot_strip(image, found, pid=pid, size=size, ncols=ncols)

@@ -41,7 +41,7 @@ class MilvusGallery(Gallery):
         self.embedder = None if embedder is None else as_embedder(embedder)
         info = self._read_info()
         if info is None and self.embedder is None:
-            raise ValueError(f"{uri} holds no gallery {name!r}, and a new one needs a model")
+            raise ValueError(f"{uri} holds no gallery {name!r}: pass a model to make a new one, or check `name`")
         self.store = _CollectionInfo(self.embedder.fingerprint) if info is None else _CollectionInfo(**info)
         self.calibration = stored_calibration(self.store.calibration)
         self._check_model(self.embedder)
@@ -305,7 +305,8 @@ def _milvus_where(where, kinds):
 # %% ../../nbs/gallery/06_milvus.ipynb #e52737e2
 def _camera_filter(kinds, exclude_cam):
     "An expression that leaves out cameras; None if all of them are unknown"
-    if 'cam' not in kinds: raise ValueError("exclude_cam needs a column 'cam', and no entry has one")
+    if 'cam' not in kinds: raise ValueError(
+        "exclude_cam needs a column 'cam', and no entry has one: add entries with cam=…, or leave it out")
     cams = [o.item() if isinstance(o, np.generic) else o for o in known_cameras(exclude_cam)]
     if any(isinstance(o, str)!=(kinds['cam']=='text') for o in cams):
         raise ValueError(
@@ -323,7 +324,8 @@ def milvus_filter(
     if exclude_cam is not None: filters.append(_camera_filter(kinds, exclude_cam))
     if since is not None:
         kind = kinds.get('time', '')
-        if not kind.startswith('time'): raise ValueError("since needs a column 'time', and no entry has one")
+        if not kind.startswith('time'): raise ValueError(
+            "since needs a column 'time', and no entry has one: add entries with time=…, or leave it out")
         filters.append(f"time >= {_time_number(since, kind, f'since={since!r}')}")
     if where is not None:
         if callable(where):

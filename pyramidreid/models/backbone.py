@@ -149,7 +149,7 @@ def arch_name(arch): # A function such as `resnet50`, or the name of a timm mode
 
 def arch_source(arch): # A function such as `resnet50`, or the name of a timm model
     "Return where `arch` is found by its name: 'timm', 'torchvision' or 'pyramidreid'; 'own' for any other function"
-    if isinstance(arch, str): return 'timm'
+    if isinstance(arch, str): return 'timm' if timm.is_model(arch) else 'own' # such as hf-hub:user/name
     if arch is resnet10: return 'pyramidreid'
     name,module = arch_name(arch),torchvision.models
     in_torchvision = name in module.list_models(module) and module.get_model_builder(name) is arch
@@ -267,9 +267,10 @@ def _what_else(body, name):
     own_size = getattr(body, 'own_size', None)
     if own_size is None: return "Choose a CNN, e.g. resnet50"
     stride = max(_reductions(body))
+    others = "a body such as vit_small_patch16_224, swin_tiny_patch4_window7_224 or a CNN"
+    if tuple(body.size)==tuple(own_size): return f"{name} cannot be the body of a pyramid: choose {others}"
     if any(o%stride for o in body.size): return _fitting_sizes(body.size, stride, stride)
-    return (f"{name} is made for images of {_size_text(own_size)} pixels. Make loaders of that size, or choose a "
-            "body that takes others, e.g. vit_small_patch16_224, swin_tiny_patch4_window7_224 or a CNN")
+    return f"{name} is made for images of {_size_text(own_size)} pixels. Make loaders of that size, or choose {others}"
 
 def _check_map(body, name):
     "Raise a `ValueError` unless `body` returns a feature map (N, C, H, W)"
@@ -450,7 +451,8 @@ def create_backbone(
     """Return the body of `arch`, whose feature map is (N, C, H, W). Raises `ValueError` if `arch` is not suitable or
     cannot be built for `size`, `DownloadError` if there is no connection to download weights."""
     if last_stride not in (1,2):
-        raise ValueError(f"last_stride={last_stride}: 1 keeps the resolution in the last stage, 2 halves it")
+        raise ValueError(
+            f"last_stride={last_stride}: choose 1, which keeps the resolution in the last stage, or 2, which halves it")
     with _download_errors(arch): model = _new_model(arch, pretrained and weights is None)
     if weights is not None and isinstance(arch, str): model = _load_file(model, arch, weights, size)
     elif weights is not None: load_backbone_weights(model, weights)

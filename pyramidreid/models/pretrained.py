@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRETRAINED', 'ARCHITECTURE', 'pretrained_names', 'pretrained_folder', 'default_pretrained',
            'reinstall_if_damaged', 'pretrained_description', 'pretrained_models', 'pretrained_by_fingerprint',
-           'find_arch', 'load_pretrained_weights']
+           'start_licence', 'find_arch', 'load_pretrained_weights']
 
 # %% ../../nbs/models/08_pretrained.ipynb #ffc57ba0
 import difflib
@@ -93,6 +93,15 @@ def pretrained_by_fingerprint(
     return found[0] if found else None
 
 # %% ../../nbs/models/08_pretrained.ipynb #ef03c3a6
+def start_licence(
+    history # Of a model, a dict
+):
+    "Return the licence of the pretrained model that a model started from, or None"
+    start = history.get('start') or ''
+    for name in pretrained_names():
+        if f'{start} '.startswith(f'pretrained model {name} '): return pretrained_description(name).get('licence')
+    return None
+
 def find_arch(
     source, # 'pyramidreid', 'torchvision' or 'timm'
     name    # Name of a backbone there

@@ -50,7 +50,8 @@ def _rename_weights(sd):
         elif branch_key: branches[branch_key] = value
         else: unknown.append(key)
     if not unknown: return body,branches
-    raise ValueError(f"{len(unknown)} names do not belong to a released checkpoint: {', '.join(unknown[:3])}")
+    raise ValueError(f"{len(unknown)} names do not belong to a released checkpoint: {', '.join(unknown[:3])}. "
+                     "Other projects' weights load with pyramid_learner(weights=file)")
 
 def _check_complete(body, branches, n_branches):
     "Raise a `ValueError` if the checkpoint lacks a weight of a branch or the backbone"
@@ -59,7 +60,8 @@ def _check_complete(body, branches, n_branches):
     if missing:
         names = ', '.join(missing[:3])
         raise ValueError(f"The checkpoint is incomplete: it lacks {len(missing)} weights of branches ({names})")
-    if not body: raise ValueError("The checkpoint has no backbone: no name begins with base.")
+    if not body: raise ValueError(
+        "The checkpoint has no backbone: no name begins with base. Load it with pyramid_learner(weights=file)")
 
 def released_state_dict(sd): # State dict of a released checkpoint; names may begin with `module.`
     """Return the weights for a `PyramidNet` on torchvision's ResNet, with their history as the model keeps it.

@@ -36,17 +36,21 @@ The weights may be saved['model'] or saved['teacher'] instead, or saved.state_di
 def _damaged(fname, reason):
     return ValueError(f"{fname} contains no safetensors or torch weights, or is cut off: {reason}")
 
-def _check_packed(fname):
-    "Raise a `ValueError` for an archive that unpacks to more bytes than it has: `torch.save` does not pack"
+def _check_archive(fname):
+    """Raise a `ValueError` for an archive that unpacks to more bytes than it has, as `torch.save` does not pack, and
+    for one with a wrong checksum, which `torch.load` does not look at"""
     if not is_zipfile(fname): return # written by a torch before 1.6
-    with ZipFile(fname) as archive: n_bytes = sum(entry.file_size for entry in archive.infolist())
-    if n_bytes>os.path.getsize(fname): raise ValueError(f'it is packed, and would unpack to {n_bytes:,} bytes')
+    with ZipFile(fname) as archive:
+        n_bytes = sum(entry.file_size for entry in archive.infolist())
+        if n_bytes>os.path.getsize(fname): raise ValueError(f'it is packed, and would unpack to {n_bytes:,} bytes')
+        damaged = archive.testzip()
+    if damaged: raise ValueError(f'the checksum of {damaged} in it is wrong. Download or copy it again')
 
 def _load_content(fname):
     "What a file holds. Raises `ValueError` if it is damaged or could run code"
     try:
         if str(fname).endswith('.safetensors'): return load_file(fname)
-        _check_packed(fname)
+        _check_archive(fname)
         return torch.load(fname, map_location='cpu', weights_only=True)
     except UnpicklingError as e: # torch's own message recommends to load the file without protection
         found = _OBJECT_NAME.search(str(e))
@@ -83,6 +87,8 @@ def read_weights(
     """Return the tensors in a file by name. A tensor in dicts within dicts, up to four deep, is named by all of them,
     as in `state_dict.conv1.weight`. Raises `ValueError` if the file is damaged, could run code or holds no tensors by
     name, `FileNotFoundError` if there is none."""
+    if not isinstance(fname, (str,os.PathLike)): raise TypeError(
+        f"The weights are a {type(fname).__name__}: give the name of a file. torch.save writes a state dict to one")
     try: regular_size(fname, 'weight file')
     except FileNotFoundError as e: raise FileNotFoundError(f"There is no weight file {fname}") from e
     content = _load_content(fname)
@@ -135,7 +141,8 @@ def _classifier_prefixes(model):
     "What the names of the classifier's weights begin with"
     if isinstance(model, nn.Sequential): return (f'{len(model)-1}.',)
     of_timm = getattr(model, 'pretrained_cfg', {}).get('classifier') or ()
-    more = (of_timm,) if isinstance(of_timm, str) else of_timm
+    more = [of_timm] if isinstance(of_timm, str) else list(of_timm)
+    if isinstance(getattr(model, 'head', None), nn.Linear): more.append('head') # as in torchvision's Swin
     return ('fc.','classifier.','head.fc.', *(f'{name}.' for name in more))
 
 def _not_used(weights, own, prefixes, classifier):
@@ -189,8 +196,10 @@ def _resnet(names):
     "The ResNet that has weights of such names; None: not a known one"
     pattern = re.compile(r'(?:^|\.)layer([1-4])\.(\d{1,3})\.conv([123])\.weight$')
     convs = {found.groups() for found in map(pattern.search, names) if found}
-    blocks = tuple(len({block for layer,block,_ in convs if layer==i}) for i in '1234')
-    return _RESNETS.get((blocks, any(conv=='3' for *_,conv in convs)))
+    def n_blocks(layer): return len({block for found,block,_ in convs if found==layer})
+    blocks = tuple(n_blocks(layer) for layer in '1234')
+    has_bottlenecks = any(conv=='3' for *_,conv in convs)
+    return _RESNETS.get((blocks, has_bottlenecks))
 
 def _kind(names):
     "What weights of such names belong to, and what to pass for it; None: not known"
@@ -206,8 +215,11 @@ def _misfits(found, body, unknown):
               for name,value in found.items() if value.shape!=body[name].shape]
     types = [f'{name} {value.dtype}' for name,value in found.items()
              if body[name].is_floating_point() and not value.is_floating_point()]
+    infinite = [name for name,value in found.items() if value.shape==body[name].shape and value.is_floating_point()
+                and not value.isfinite().all()]
     missing = [name for name in body if name not in found and not name.endswith(_COUNTER)]
-    return {'missing':missing, 'unknown':unknown, 'of another shape':shapes, 'not floating point':types}
+    return {'missing':missing, 'unknown':unknown, 'of another shape':shapes, 'not floating point':types,
+            'not finite':infinite}
 
 def _advice(names, own):
     "What a file that does not fit seems to hold, and what to do"

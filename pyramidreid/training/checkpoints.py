@@ -24,7 +24,7 @@ from fastai.callback.schedule import ParamScheduler
 from ..core import atomic_write, remove_leftovers
 from ..data.sampler import PKDataLoader, SingleModeDataLoader
 from ..models.fingerprints import inner_model
-from .dynamic_losses import LossDynamics, is_fitting, read_losses, set_loss, stop_fit
+from .dynamic_losses import is_fitting, read_losses, rule_text, set_loss, stop_fit
 from .learner_files import from_first_rank, load_opt_state, on_all_ranks
 
 # %% ../../nbs/training/10_checkpoints.ipynb #fa6317ad
@@ -113,17 +113,9 @@ def _data_config(learn):
     return {'people':people, 'images':f'{len(items):,}', 'batch':batch}
 
 # %% ../../nbs/training/10_checkpoints.ipynb #0071e933
-def _rule_text(learn):
-    "Settings of the rule of dynamic training"
-    rule = getattr(getattr(learn, 'dynamic_loss_weights', None), 'dynamics', None)
-    if rule is None: return 'off'
-    if type(rule) is LossDynamics:
-        return ', '.join(f'{name}={getattr(rule, name)}' for name in ('weighting','alpha','gamma','delta'))
-    given = [name for name in inspect.signature(type(rule).__init__).parameters if name in vars(rule)]
-    return ', '.join([type(rule).__name__, *(f'{name}={getattr(rule, name)}' for name in given)])
-
 def _loss_config(learn):
-    return {'loss':_settings_text(learn.loss_func), 'dynamic training':_rule_text(learn)}
+    rule = getattr(getattr(learn, 'dynamic_loss_weights', None), 'dynamics', None)
+    return {'loss':_settings_text(learn.loss_func), 'dynamic training':rule_text(rule)}
 
 def _opt_config(learn):
     opt_func,hypers = getattr(learn.opt_func, 'func', learn.opt_func),learn.opt.hypers
@@ -174,10 +166,19 @@ def _plain_attributes(cb):
         except TypeError: pass
     return res
 
+# %% ../../nbs/training/10_checkpoints.ipynb #2541d80a
+def _state_of(cb):
+    "What a callback's `state_dict` returns; None if it has none. Raises `TypeError` if that cannot be saved"
+    if not _has_state(cb): return None
+    state = cb.state_dict()
+    try: return _to_plain(state)
+    except TypeError as e: raise TypeError(
+        f"{type(cb).__name__}.state_dict() has a {e}, which a checkpoint cannot keep: let it return numbers, texts, "
+        "tensors, and lists and dicts of them") from e
+
 def _get_cb_states(cbs):
     "State of each callback, by its name"
-    return {cb.name:dict(values=_plain_attributes(cb), state=_to_plain(cb.state_dict()) if _has_state(cb) else None)
-            for cb in cbs}
+    return {cb.name:dict(values=_plain_attributes(cb), state=_state_of(cb)) for cb in cbs}
 
 def _set_cb_states(cbs, states):
     "Restore the callbacks of which there is a state"
@@ -403,6 +404,7 @@ def _cbs_to_mute(self:Checkpoints):
 def _epochs_done(self:Checkpoints):
     "Number of epochs of this fit that need not be trained again"
     self.config = run_config(self.learn)
+    for cb in self._others: _state_of(cb) # an error now, rather than after an epoch
     if not self.found or self.found['fit']<self.n_fits: return 0
     if self.found['fit']>self.n_fits: return self.n_epoch
     self._check_config(self.found['config'])

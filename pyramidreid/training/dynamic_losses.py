@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['focal_weight', 'LossDynamics', 'check_finite', 'is_fitting', 'autocast_depth', 'leave_autocast', 'stop_fit',
-           'LossReading', 'read_losses', 'set_loss', 'KnownSmoothLoss', 'DynamicLossWeights']
+           'LossReading', 'read_losses', 'set_loss', 'KnownSmoothLoss', 'DynamicLossWeights', 'rule_text']
 
 # %% ../../nbs/training/01_dynamic_losses.ipynb #5b891ee2
 import inspect
@@ -90,9 +90,13 @@ def step(self:LossDynamics,
 ):
     """Return this batch's weights, a dict, and the mode of the next batch, 'random' or 'pk'.
 
-    Raises `ValueError` if a measured loss is not finite."""
+    Raises `ValueError` if a measured loss is not finite, or below 0."""
     drawn,measured = self.mode,self.measured
     check_finite({name:losses[name] for name in measured}, self.n_steps)
+    negative = {name:losses[name] for name in measured if losses[name]<0}
+    if negative: raise ValueError(
+        f"The paper's rule compares losses by their ratio, and these are below 0: {negative}. Use another rule, or "
+        "dynamic=False")
     for name in measured: self._observe(name, losses[name])
     self.n_steps += 1
     gated_off = self._is_gated_off()
@@ -285,6 +289,7 @@ class DynamicLossWeights(Callback):
     ):
         settings = dict(alpha=alpha, gamma=gamma, delta=delta, weighting=weighting, parts=parts)
         self.dynamics = LossDynamics(**settings) if rule is None else _checked_rule(rule, settings)
+        self.rule_text = rule_text(self.dynamics)
         self.steps,self.measured = [],None
 
     def before_fit(self):
@@ -311,19 +316,65 @@ class DynamicLossWeights(Callback):
         return getattr(self.dynamics, 'mode', 'pk')
 
 # %% ../../nbs/training/01_dynamic_losses.ipynb #a2ca2012
+def _plain(o, what):
+    "A copy of `o`, with Python's own numbers for NumPy's. Raises `TypeError` if it is not made of plain values"
+    if isinstance(o, np.generic): return o.item()
+    if o is None or type(o) in (bool,int,float,str): return o
+    if isinstance(o, torch.Tensor): return o.detach().clone()
+    if type(o) is dict: return {_plain(k, what):_plain(v, what) for k,v in o.items()}
+    if type(o) in (list,tuple): return type(o)(_plain(v, what) for v in o)
+    raise TypeError(f"{what} is or has a {type(o).__name__}, which is not saved. Give the rule a `state_dict` that "
+                    "returns numbers, texts, tensors, and lists and dicts of them, and a `load_state_dict`")
+
 @patch
 def state_dict(self:DynamicLossWeights):
-    "State of the rule: what its own `state_dict` returns, or else its attributes"
-    rule = self.dynamics
-    return rule.state_dict() if hasattr(rule, 'state_dict') else deepcopy(vars(rule))
+    """State of the rule: what its own `state_dict` returns, or else its attributes.
+    Raises `TypeError` if these are not plain values or tensors"""
+    rule,name = self.dynamics,type(self.dynamics).__name__
+    if hasattr(rule, 'state_dict'): return _plain(rule.state_dict(), f'{name}.state_dict()')
+    return {key:_plain(value, f'{name}.{key}') for key,value in getattr(rule, '__dict__', {}).items()}
 
 @patch
 def load_state_dict(self:DynamicLossWeights,
     sd # From `state_dict`
 ):
+    "Set the state of the rule, which has to be the same rule with the same settings"
     rule = self.dynamics
     if hasattr(rule, 'load_state_dict'): rule.load_state_dict(sd)
-    else: vars(rule).update(deepcopy(sd))
+    else:
+        for name,value in deepcopy(sd).items(): setattr(rule, name, value)
+
+# %% ../../nbs/training/01_dynamic_losses.ipynb #f855dc4b
+def rule_text(
+    rule # A rule; None: there is no dynamic training
+):
+    "The class of a rule and its settings, as text"
+    if rule is None: return 'off'
+    if type(rule) is LossDynamics:
+        return ', '.join(f'{name}={getattr(rule, name)}' for name in ('weighting','alpha','gamma','delta'))
+    known = getattr(rule, '__dict__', {})
+    settings = [name for name in inspect.signature(type(rule).__init__).parameters if name in known]
+    return ', '.join([type(rule).__name__, *(f'{name}={known[name]}' for name in settings)])
+
+@patch
+def saved_state(self:DynamicLossWeights):
+    "The rule as text, as it was when the callback was made, and its state: for a file"
+    return dict(rule=self.rule_text, state=self.state_dict())
+
+@patch
+def fitting_state(self:DynamicLossWeights,
+    saved # From `saved_state`, or a state that an earlier version saved without the rule
+):
+    "Return the state in `saved`; None, with a warning, if it belongs to another rule, which then begins anew"
+    if saved.keys()=={'rule','state'}:
+        state,owner = saved['state'],saved['rule']
+        fits = owner==self.rule_text
+    else:
+        state,owner = saved,'another one'
+        fits = saved.keys()-{'mode'}==self.state_dict().keys()-{'mode'}
+    if fits: return state
+    warnings.warn(f"The rule of dynamic training begins anew: the saved state belongs to {owner}, and this learner has "
+                  f"{self.rule_text}", ReIDWarning, stacklevel=2)
 
 # %% ../../nbs/training/01_dynamic_losses.ipynb #d615b3fc
 @patch
@@ -359,8 +410,11 @@ def _decide(self:DynamicLossWeights, losses):
     rule = self.dynamics
     decision = rule.step(dict(losses))
     self._check_decision(decision, losses)
-    weights,rule.mode = decision
-    self.dls.train.mode = rule.mode
+    weights,mode = decision
+    try: rule.mode = mode
+    except AttributeError as e: raise ValueError(
+        f"{type(rule).__name__}.mode cannot be set ({e}): make it an attribute, or give the property a setter") from e
+    self.dls.train.mode = mode
     return {**dict.fromkeys(losses, 1.), **{name:float(weight) for name,weight in weights.items()}}
 
 @patch
@@ -467,7 +521,7 @@ def plot(self:DynamicLossWeights,
     figsize=(8,5) # Width and height of the figure, inches
 ):
     "Plot losses, their progress FL or else their weights, and the decisions over the steps; return the figure"
-    if not self.steps: raise ValueError("Nothing to plot yet: train first, with dynamic=True")
+    if not self.steps: raise ValueError("Nothing to plot yet: no step is recorded, so train first")
     fig,(losses,below,decisions) = plt.subplots(
         3, 1, figsize=figsize, sharex=True, height_ratios=(3,3,1.2), layout='constrained')
     self._plot_losses(losses)
@@ -508,7 +562,8 @@ def _decision_kinds(self:DynamicLossWeights):
         every = 'both' if len(names)==2 else 'all'
         return ('P×K: ' if mode=='pk' else 'random: ') + (every if len(trained)==len(names)>1 else ' + '.join(trained))
     kinds = [words(row['mode'], [row[f'weight_{name}'] for name in names]) for row in self.steps]
-    return pd.Series(kinds, history.index),sorted(set(kinds), key=lambda o: (o[0]=='P', 'both' in o or 'all' in o, o))
+    def place(kind): return kind.startswith('P×K'), kind.endswith(('both','all')), kind
+    return pd.Series(kinds, history.index),sorted(set(kinds), key=place)
 
 @patch
 def _plot_decisions(self:DynamicLossWeights, ax):

@@ -7,11 +7,14 @@ __all__ = ['pyramid_learner']
 
 # %% ../../nbs/training/08_learner.ipynb #f26a1d5c
 import inspect
+import warnings
 from functools import wraps
+from types import SimpleNamespace
 
 from fastai.vision.all import *
 
 import pyramidreid.training.learner_files  # adds save and load # noqa: F401
+from ..core import ReIDWarning
 from ..models.backbone import arch_name, arch_source, backbone_stats, create_backbone, start_words
 from ..models.fingerprints import inner_model, input_stats, rounded_stats
 from ..models.history import new_history
@@ -104,10 +107,20 @@ def _check_loaders(dls):
         f"{type(dls).__name__}. Make them with ReIDDataLoaders.from_folder, from_df, from_table or from_market")
 
 # %% ../../nbs/training/08_learner.ipynb #be9c5795
+def _normalise_for(dls, arch, trained):
+    "Normalise the images of loaders as a backbone expects. Warns if they are normalised otherwise and it is `trained`"
+    wanted = [list(o) for o in backbone_stats(arch)]
+    found = input_stats(SimpleNamespace(dls=dls))
+    if found is None: dls.add_tfms([Normalize.from_stats(*wanted)], 'after_batch')
+    elif trained and rounded_stats(found)!=rounded_stats(wanted): warnings.warn(
+        f"These loaders normalise pixels by {found}, and {arch_name(arch)} was trained with {wanted} (mean and std). "
+        "If another learner added that, make new loaders for this one", ReIDWarning, stacklevel=4)
+
 def _dynamic_cbs(dynamic, cbs):
     "The callback for dynamic training, unless it is switched off or among `cbs` already"
     if hasattr(dynamic, 'step') and not isinstance(dynamic, Callback): return L(DynamicLossWeights(rule=dynamic))
-    if isinstance(dynamic, str) and dynamic!='mix': raise ValueError(
+    is_callback = isinstance(dynamic, Callback) or isinstance(dynamic, type) and issubclass(dynamic, Callback)
+    if not is_callback and dynamic not in ('mix',None) and not isinstance(dynamic, bool): raise ValueError(
         f"dynamic={dynamic!r}: choose 'mix', True for the paper's rule, False for a fixed sum, a rule such as "
         "MixedBatches(0.25), or DynamicLossWeights(weighting='paper')")
     if dynamic is not True and dynamic!='mix': return L(dynamic or None)
@@ -197,8 +210,7 @@ def pyramid_learner(
     model = PyramidNet(body, dls.c, n_parts, emb_sz, levels, drop, norm, neck)
     model.history = new_history(start_words(arch, pretrained, weights))
     model.check_size(loader_image_size(dls.valid)[0]) # draws the numbers that it always drew here
-    if normalize and not dls.after_batch.fs.filter(risinstance(Normalize)):
-        dls.add_tfms([Normalize.from_stats(*backbone_stats(arch))], 'after_batch')
+    if normalize: _normalise_for(dls, arch, trained=pretrained or weights is not None)
     loss_func = ifnone(loss_func, PyramidLoss())
     loss_parts = LossParts(getattr(loss_func, 'part_names', ('id','triplet')))
     cbs = L(loss_parts) + _dynamic_cbs(dynamic, cbs) + L(cbs)

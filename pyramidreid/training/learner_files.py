@@ -93,7 +93,7 @@ def save(self:ReIDLearner,
     file = join_path_file(file, self.path/self.model_dir, ext='.pth') # Makes the folder
     state = dict(model=inner_model(self.model).state_dict())
     if with_opt and self.opt is not None: state['opt'] = _to_builtin(self.opt.state_dict())
-    if hasattr(self, 'dynamic_loss_weights'): state['dynamic'] = self.dynamic_loss_weights.state_dict()
+    if hasattr(self, 'dynamic_loss_weights'): state['dynamic'] = self.dynamic_loss_weights.saved_state()
     with atomic_write(file) as partial_file: torch.save(state, partial_file, **kwargs)
     return file
 
@@ -142,7 +142,9 @@ def _saved_parts(state, model, classifier, file):
         return {'model':state['model']}
     _check_classifiers(state['model'], own, file)
     dynamic = state.get('cbs', {}).get('dynamic_loss_weights') # in a file of `Checkpoints`
-    return state if dynamic is None else {**state, 'dynamic':dynamic['state']}
+    if dynamic is None: return state
+    rule = state.get('config', {}).get('dynamic training')
+    return {**state, 'dynamic':dict(rule=rule, state=dynamic['state'])}
 
 # %% ../../nbs/training/07_learner_files.ipynb #4beb43f7
 @patch
@@ -170,7 +172,10 @@ def _read_saved(self:ReIDLearner, file, device, **kwargs):
     "Path and content of a file that `save` wrote"
     file = self._saved_file(file)
     if not Path(file).exists(): raise FileNotFoundError(f"There is no saved learner at {file}")
-    return file,torch.load(file, map_location=device, **kwargs)
+    try: return file,torch.load(file, map_location=device, **kwargs)
+    except pickle.UnpicklingError as e: # torch's own message recommends to load the file without protection
+        raise ValueError(f"{file} holds more than tensors and plain values, or is damaged. If you wrote it yourself, "
+                         "load(…, weights_only=False) reads it, and runs whatever code is in it") from e
 
 @patch
 def _take_over(self:ReIDLearner, state, file, device, with_opt, strict, classifier):
@@ -182,11 +187,12 @@ def _take_over(self:ReIDLearner, state, file, device, with_opt, strict, classifi
         f"{file} was not written by `save`. Load backbone weights with pyramid_learner(weights=…), "
         "and released checkpoints with released_state_dict")
     if strict: _check_neck(state['model'], model.state_dict(), file)
+    has_rule = 'dynamic' in state and hasattr(self, 'dynamic_loss_weights')
+    dynamic = self.dynamic_loss_weights.fitting_state(state['dynamic']) if has_rule else None
     model.load_state_dict(state['model'], strict=strict)
     model.history = _history_in(state['model'], file)
     if with_opt and 'opt' in state:
         self.model.to(self.dls.device) # An optimizer's state lies where the weights are
         if self.opt is None: self.create_opt()
         load_opt_state(self.opt, state['opt'])
-    if 'dynamic' in state and hasattr(self, 'dynamic_loss_weights'):
-        self.dynamic_loss_weights.load_state_dict(state['dynamic'])
+    if dynamic is not None: self.dynamic_loss_weights.load_state_dict(dynamic)

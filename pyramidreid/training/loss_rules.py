@@ -8,13 +8,14 @@ __all__ = ['FixedWeights', 'MixedBatches', 'UncertaintyWeights', 'LossRatioWeigh
 # %% ../../nbs/training/14_loss_rules.ipynb #33e8a72b
 import math
 import random
+from numbers import Integral, Real
 
 from fastcore.basics import store_attr
 
 # %% ../../nbs/training/14_loss_rules.ipynb #bd44bd84
 def _check_weights(weights):
     "Raise a `ValueError` unless all weights are finite, none is negative, and one is positive"
-    bad = {name:weight for name,weight in weights.items() if not (math.isfinite(weight) and weight>=0)}
+    bad = [w for w in weights.values() if not (isinstance(w, Real) and math.isfinite(w) and w>=0)]
     if bad or not any(weights.values()): raise ValueError(
         f"weights={weights}: a weight is a finite number of at least 0, and one of them is above 0")
 
@@ -47,7 +48,10 @@ class MixedBatches:
         seed=None,             # A number: random batches by chance, the same for the same seed; None: evenly spaced
         parts=('id','triplet') # Names of the main loss, which is always trained, and of the loss that needs P×K batches
     ):
-        if not 0<=fraction<=1: raise ValueError(f"fraction={fraction}: choose the fraction of random batches, 0 to 1")
+        if not isinstance(fraction, Real) or not 0<=fraction<=1:
+            raise ValueError(f"fraction={fraction!r}: choose the fraction of random batches, 0 to 1")
+        if isinstance(parts, str) or len(parts)!=2:
+            raise ValueError(f"parts={parts!r}: give the names of two losses, the main one and that for P×K batches")
         store_attr()
         self.n_steps,self.mode = 0,self._mode(0)
 
@@ -78,17 +82,25 @@ class MixedBatches:
     ): self.n_steps,self.mode = sd['n_steps'],sd['mode']
 
 # %% ../../nbs/training/14_loss_rules.ipynb #1fa5b9ec
+def _check_positive(**settings):
+    "Raise a `ValueError` unless all are finite numbers above 0"
+    for name,value in settings.items():
+        if not isinstance(value, Real) or not 0<value<math.inf:
+            raise ValueError(f"{name}={value!r}: give a finite number above 0")
+
 def _scaled(weights):
     "The same weights with a mean of 1"
     mean = sum(weights.values())/len(weights)
     return {name:weight/mean for name,weight in weights.items()}
 
 class UncertaintyWeights:
-    "Weights by a learnt variance of each loss, on P×K batches (Kendall et al., CVPR 2018)"
+    """Weights by a learnt variance of each loss, on P×K batches (Kendall et al., CVPR 2018).
+    Raises `ValueError` unless `lr` is above 0"""
     mode = 'pk'
     def __init__(self,
         lr=0.01 # Learning rate of the logarithms of the variances
     ):
+        _check_positive(lr=lr)
         self.lr,self.log_variance = lr,{}
 
     @property
@@ -101,18 +113,22 @@ class UncertaintyWeights:
         weights = {name:math.exp(-self.log_variance.get(name, 0.)) for name in losses}
         for name,loss in losses.items():
             slope = 1-weights[name]*loss
-            self.log_variance[name] = self.log_variance.get(name, 0.) - self.lr*slope
+            moved = self.log_variance.get(name, 0.) - self.lr*slope
+            self.log_variance[name] = min(max(moved, -20.), 20.)
         return _scaled(weights),self.mode
 
 # %% ../../nbs/training/14_loss_rules.ipynb #369da15e
 class LossRatioWeights:
-    "Weights by how much each loss fell from one period to the next, on P×K batches (DWA: Liu et al., CVPR 2019)"
+    """Weights by how much each loss fell from one period to the next, on P×K batches (DWA: Liu et al., CVPR 2019).
+    Raises `ValueError` unless `period` is a whole number from 1 on, and `temperature` above 0"""
     mode = 'pk'
     def __init__(self,
         period=100,     # Steps over which a loss is averaged: those of an epoch in the paper
         temperature=2.  # T: larger values make the weights more alike
     ):
-        if period<1: raise ValueError(f"period={period}: a loss is averaged over at least one step")
+        if not isinstance(period, Integral) or period<1:
+            raise ValueError(f"period={period!r}: a loss is averaged over a whole number of steps, at least one")
+        _check_positive(temperature=temperature)
         store_attr()
         self.sums,self.means,self.weights,self.n_steps = {},[],{},0
 
@@ -133,4 +149,5 @@ class LossRatioWeights:
         if len(self.means)<2: return
         before,last = self.means
         ratios = {name:last[name]/before[name] if before[name] else 1. for name in last}
-        self.weights = _scaled({name:math.exp(ratio/self.temperature) for name,ratio in ratios.items()})
+        most = max(ratios.values()) # so that no exponent is above 0
+        self.weights = _scaled({name:math.exp((ratio-most)/self.temperature) for name,ratio in ratios.items()})

@@ -176,7 +176,7 @@ def _check_loaded(self:EMA, params):
     differing = sorted(self.weights.keys() ^ params.keys())
     if differing: raise ValueError(
         "The averaged weights that were loaded are of another model: "
-        f"{', '.join(differing[:3])} … are in only one of the two")
+        f"{', '.join(differing[:3])} … are in only one of the two. Load them with the same arch, n_parts and emb_sz")
 
 @patch
 def _is_on(self:EMA): return self.active and is_fitting(self.learn)

@@ -28,8 +28,8 @@ def _search_ids(shape, *ids, junk_pid, **kwargs):
     junk = is_junk_id(ranking.pids, junk_pid)
     query,gallery = ranking.query.numpy(),ranking.gallery.numpy()
     asking,kept = np.flatnonzero(~junk[query]),np.flatnonzero(~junk[gallery])
-    if not len(asking): raise ValueError("Nothing to calibrate with: all queries are junk")
-    if not len(kept): raise ValueError("Nothing to calibrate with: all gallery images are junk")
+    if not len(asking): raise ValueError("Nothing to calibrate with: all queries are junk. Check `junk_pid`")
+    if not len(kept): raise ValueError("Nothing to calibrate with: all gallery images are junk. Check `junk_pid`")
     keys = [(q.numpy(),g.numpy()[kept]) for q,g in ranking.codes.values()]
     return SimpleNamespace(ranking=ranking, query=query, gallery=gallery[kept], asking=asking, kept=kept, keys=keys)
 
@@ -145,7 +145,8 @@ def calibrate_distances(
 def _no_impostor(unknown):
     "The reason why there is no impostor search"
     if unknown=='hide':
-        return "There is no search for an unknown person: the gallery only shows the person who searches"
+        return ("There is no search for an unknown person: the gallery only shows the person who searches. "
+                "Add other people to it")
     return ("There is no search for an unknown person: every query's person is in the gallery. "
             "Use unknown='hide', or add queries of people who are not in the gallery")
 

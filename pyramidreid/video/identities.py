@@ -381,7 +381,8 @@ def identify_together(self:Identities,
     already, and as `identify` does"""
     if len(self.gallery): raise ValueError(
         f"There are {len(self.gallery):,} tracklets already: identify the others one by one, or begin with none")
-    if len(embs)!=len(tracklets): raise ValueError(f"{len(embs)} embeddings for {len(tracklets)} tracklets")
+    if len(embs)!=len(tracklets): raise ValueError(
+        f"{len(embs)} embeddings for {len(tracklets)} tracklets: give one for each")
     if not len(embs): return []
     self.gallery._check_model(embs)
     if (tracklets.end<tracklets.start).any(): raise ValueError("A tracklet ends before it begins: swap start and end")

@@ -205,7 +205,7 @@ def search_answer(
         if not len(gallery): return dict(rows=[], n_entries=0, line=None, near=0, warning='')
         passing,(line,warning) = _passing(gallery, asked, without),_threshold(gallery, asked)
         where = None if passing is None else lambda table: passing
-        found = gallery.search(query, min(asked.k, len(gallery)), where=where, per=asked.per)
+        found = gallery.search(query, asked.k, where=where, per=asked.per)
         embs,pyramid = shared.embeddings_of(found.key).values,model_pyramid(gallery.embedder)
         one = query.values[0]/np.linalg.norm(query.values[0])
         bands = [[]]*len(found) if pyramid is None else match_bands(one, embs, pyramid)

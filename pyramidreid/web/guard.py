@@ -184,12 +184,12 @@ def check_post(self:Guard,
     site   # What the browser says of where it comes from, 'none' if nothing
 ):
     "Raise `Refused` unless a request that changes something comes from this page"
-    if scope['path'] not in self.posts: raise Refused(405, "Nothing is sent to this address", allow='GET, HEAD')
+    if scope['path'] not in self.posts: raise Refused(405, "This address accepts no data", allow='GET, HEAD')
     if site not in ('none','same-origin'): raise Refused(403, "Only this page itself may send this")
     if 'origin' not in head: raise Refused(403, "Only this page itself may send this: the header Origin is missing")
     origin = urlsplit(head['origin'])
     if origin.scheme not in ('http','https') or origin.netloc.lower()!=head['host'].lower(): raise Refused(
-        403, "Only this page itself may send this: the header Origin is another one's")
+        403, "Only this page itself may send this: the header Origin names another site")
     wanted,_ = self.posts[scope['path']]
     if head.get('content-type', '').split(';')[0].strip().lower()!=wanted: raise Refused(
         415, f"The content must be of type {wanted}")
