@@ -221,9 +221,18 @@ def run_grid(fname, configs, jobs, call=train_synthetic, settings=None, minutes=
                            f"The first: {grid.failed[0]}")
     return pd.DataFrame(grid.done)
 
+def without_minutes(command):
+    "A command without its time limit, which changes no result"
+    words = shlex.split(command)
+    if '--minutes' in words:
+        i = words.index('--minutes')
+        del words[i:i+2]
+    return shlex.join(words)
+
 def write_runs(fname, runs, settings):
     "Write all rows with the conditions of the last, and the commands, machines and dates of all"
     info,file = circumstances(),results/fname
+    info['command'] = without_minutes(info['command'])
     for key in ('hardware', 'date'):
         info[key] = ', '.join(dict.fromkeys([*(run[key] for run in runs if key in run), info[key]]))
     if file.exists():

@@ -310,8 +310,8 @@ prints a version and True; if it prints None, install a build of PyTorch for CUD
 To try the script without a GPU: --device cpu --reduced, or --device fakegpu --reduced"""
 
 def version_of_code():
-    "Short hash of the package's source, which changes with any module"
-    modules = sorted((ROOT/'pyramidreid').rglob('*.py'))
+    "Short hash of the source of the package and of this benchmark, which changes with any module"
+    modules = [*sorted((ROOT/'pyramidreid').rglob('*.py')), *sorted((ROOT/'benchmarks').glob('gpu*.py'))]
     return hashlib.sha1(b''.join(module.read_bytes() for module in modules)).hexdigest()[:7]
 
 def child_command(args, device, folder):

@@ -157,6 +157,15 @@ def plot(runs, asked, title):
     fig.suptitle(title, fontsize=9, x=.01, ha='left')
     return fig
 
+def made_elsewhere(runs):
+    "A sentence on the runs of other machines than that of most; '' if there are none"
+    usual = runs.hardware.mode()[0]
+    texts = []
+    for hardware,others in runs[runs.hardware!=usual].groupby('hardware'):
+        named = [f"{name} (seed {', '.join(map(str, group.seed))})" for name,group in others.groupby('name')]
+        texts.append(f" Computed on {hardware}, the other runs on {usual}: {'; '.join(named)}.")
+    return ''.join(texts)
+
 def report(out, asked, about):
     runs = pd.DataFrame(noted(f'{out}.json'))
     if runs.empty or BASE not in set(runs.name): return
@@ -165,6 +174,7 @@ def report(out, asked, about):
     if moved is not None: text += (
         f' Trained again with other seeds, the fixed sum moved by {moved:.3f} of mAP (root mean square): a difference '
         'that is not clearly larger is not shown to matter.')
+    text += made_elsewhere(runs)
     write_table(out, 'ID loss and triplet loss: how to combine them', tables(runs, asked), text)
     wrapped = about.replace('; ', ';\n').replace(', batches', ',\nbatches')
     band = '' if moved is None else '; grey: twice what chance alone does'

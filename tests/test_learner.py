@@ -12,10 +12,12 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.vision.all import (
     CrossEntropyLossFlat,
+    DisplayedTransform,
     EarlyStoppingCallback,
     Normalize,
     ProgressCallback,
     SaveModelCallback,
+    TensorImage,
     load_learner,
     resnet18,
     set_seed,
@@ -28,7 +30,7 @@ import pyramidreid.training.learner
 from pyramidreid.core import ReIDWarning
 from pyramidreid.data.datasets import market_table
 from pyramidreid.evaluation import retrieval as evaluation
-from pyramidreid.models.backbone import resnet10
+from pyramidreid.models.backbone import create_backbone, resnet10
 from pyramidreid.training import metrics as reid_metrics
 from pyramidreid.training.base_learner import *
 from pyramidreid.training.dynamic_losses import DynamicLossWeights, LossDynamics
@@ -740,16 +742,28 @@ def test_images_are_normalised_once(make_dls, make_learner):
 def test_loaders_of_another_backbone_are_noticed(make_dls, monkeypatch, tmp_path):
     "They normalise as the first learner's backbone expects; weights from scratch do not mind"
     weights = tmp_path/'w.pth'
-    torch.save(resnet10().state_dict(), weights)
+    torch.save(models.resnet18().state_dict(), weights)
     dls = make_dls(size=(96,48))
-    pyramid_learner(dls, resnet10, weights=weights)
-    monkeypatch.setattr(pyramidreid.training.learner, 'backbone_stats', lambda arch: ([.5]*3,[.5]*3))
-    with pytest.warns(ReIDWarning, match=r'resnet10 was trained with \[\[0.5, .*make new loaders for this one'):
-        pyramid_learner(dls, resnet10, weights=weights)
+    pyramid_learner(dls, resnet10, pretrained=False)
+    learner = pyramidreid.training.learner
+    monkeypatch.setattr(learner, 'backbone_stats', lambda arch: ([.5]*3,[.5]*3))
+    body = create_backbone(models.resnet18, pretrained=False)
+    monkeypatch.setattr(learner, 'create_backbone', lambda *args: body) # in place of a download
+    with pytest.warns(ReIDWarning, match=r'resnet18 was trained with \[\[0.5, .*make new loaders for this one'):
+        pyramid_learner(dls, models.resnet18)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        pyramid_learner(dls, resnet10, pretrained=False)
-        pyramid_learner(dls, resnet10, weights=weights, normalize=False)
+        for kwargs in (dict(pretrained=False), dict(weights=weights), dict(normalize=False)):
+            pyramid_learner(dls, models.resnet18, **kwargs)
+
+def test_another_transform_with_mean_and_std_does_not_normalise(make_dls, make_learner):
+    class Noise(DisplayedTransform):
+        order,split_idx,mean,std = 20,0,0.,.1
+        def encodes(self, x:TensorImage): return x
+    dls = make_dls()
+    dls.add_tfms([Noise()], 'after_batch')
+    make_learner(dls)
+    assert sum(isinstance(tfm, Normalize) for tfm in dls.train.after_batch.fs)==1
 
 def test_seeds(make_dls, make_tiny_learner):
     def run():

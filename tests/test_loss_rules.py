@@ -1,6 +1,6 @@
 "Rules beside the paper's: against autograd, plain versions and by hand; rules of one's own in a fit"
 import math
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from functools import partial
 
 import numpy as np
@@ -257,15 +257,67 @@ def test_a_state_that_cannot_be_saved(make_learner, tmp_path):
 def test_a_rule_without_attributes(make_learner, tmp_path):
     learn = quiet(make_learner(path=tmp_path, dynamic=WithSlots()))
     learn.fit(1)
-    learn.load(learn.save('slots'))
+    with pytest.raises(TypeError, match='A WithSlots has no attributes that could be saved'): learn.save('slots')
+
+class Network(torch.nn.Module):
+    "A rule with weights, whose `state_dict` is an `OrderedDict`"
+    def __init__(self, weigh=max):
+        super().__init__()
+        self.weigh,self.weight = weigh,torch.nn.Parameter(torch.zeros(2))
+        self.register_buffer('n', torch.zeros(()))
+    def step(self, losses):
+        self.n += 1
+        return dict(id=1., triplet=1.),'pk'
+
+class WithContainers(WithNumPy):
+    "What torch reads without running code"
+    def __init__(self):
+        super().__init__()
+        self.seen,self.names,self.order,self.shape = Counter(a=1),{'x'},OrderedDict(b=2),torch.Size([3])
+
+@pytest.mark.parametrize('rule', [Network, WithContainers])
+def test_states_of_other_types(make_learner, tmp_path, rule):
+    learn,other = (quiet(make_learner(path=tmp_path, dynamic=rule())) for _ in range(2))
+    learn.fit(1)
+    other.load(learn.save('state'))
+    was,now = (o.dynamic_loss_weights.state_dict() for o in (learn, other))
+    assert was.keys()==now.keys() and was
+    for name,value in was.items():
+        same = torch.equal(now[name], value) if isinstance(value, torch.Tensor) else now[name]==value
+        assert same and type(now[name]) is type(value), name
+
+def test_a_learner_pickled_by_an_earlier_version(make_learner, tmp_path):
+    learn = quiet(make_learner(path=tmp_path))
+    learn.fit(1)
+    del learn.dynamic_loss_weights.rule_text
+    saved = learn.save('old')
+    state = learn.dynamic_loss_weights.state_dict()
+    again = quiet(make_learner(path=tmp_path)).load(saved)
+    assert again.dynamic_loss_weights.state_dict()==state
+    del again.dynamic_loss_weights.rule_text
+    assert again.load(saved).dynamic_loss_weights.state_dict()==state
+
+def test_a_function_as_a_setting_is_named():
+    text = DynamicLossWeights(rule=Network()).rule_text
+    assert text=='Network, weigh=max' and '0x' not in DynamicLossWeights(rule=Network(quiet)).rule_text
+    assert DynamicLossWeights(gamma=2).rule_text==DynamicLossWeights(gamma=2.).rule_text
 
 def test_a_mode_that_cannot_be_set(make_learner):
     with pytest.raises(ValueError, match='WithFixedMode.mode cannot be set'):
         quiet(make_learner(dynamic=WithFixedMode())).fit(1)
 
-@pytest.mark.parametrize('wrong', [1,.25,{},{'id':1.},[],UncertaintyWeights])
+@pytest.mark.parametrize('wrong', [1,.25,{'id':1.},[DynamicLossWeights(),3],UncertaintyWeights])
 def test_what_a_learner_does_not_take_as_a_rule(make_learner, wrong):
     with pytest.raises(ValueError, match='a rule'): make_learner(dynamic=wrong)
+
+@pytest.mark.parametrize('off', [0,None,[],np.bool_(False)])
+def test_what_switches_dynamic_training_off(make_learner, off):
+    assert not hasattr(make_learner(dynamic=off), 'dynamic_loss_weights')
+
+def test_callbacks_as_dynamic(make_learner):
+    rule = DynamicLossWeights(rule=MixedBatches(.25))
+    assert make_learner(dynamic=[rule]).dynamic_loss_weights is rule
+    assert make_learner(dynamic=DynamicLossWeights).dynamic_loss_weights.dynamics.weighting=='gate'
 
 # ---- numbers at their limits
 

@@ -230,6 +230,18 @@ def test_a_model_moves_to_another_device(shelf, files):
     assert model.to(torch.device('cpu')) is model and model.net is not net
     assert np.array_equal(model.embed(files[:3]), before)
 
+def test_a_device_without_room_leaves_the_model_where_it_is(shelf, files, monkeypatch):
+    model = load_pretrained(NAME)
+    before = model.embed(files[:2])
+    moved = []
+    def to(device):
+        moved.append(device)
+        if device!='cpu': raise RuntimeError('out of memory')
+    monkeypatch.setattr(model.model, 'to', to)
+    with pytest.raises(ValueError, match='out of memory.*has room'): model.to('full')
+    assert model.device=='cpu' and moved==['full','cpu']
+    assert np.array_equal(model.embed(files[:2]), before)
+
 @onnx
 def test_the_same_as_onnx(shelf, files, tmp_path):
     model = load_pretrained(NAME)

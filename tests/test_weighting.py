@@ -142,3 +142,18 @@ def test_every_scheme_trains(tmp_path, people):
     weighting.main(args)
     assert json.loads((tmp_path/'tiny.json').read_text())['runs']==note['runs']
     with pytest.raises(ValueError, match='another configuration'): weighting.main([*args, '--lr', '1'])
+
+def test_runs_of_another_machine_are_named():
+    rows = [('a',0,'CPU'), ('b',0,'CPU'), ('c',0,'CPU'), ('a',1,'GPU'), ('a',2,'GPU'), ('b',1,'GPU')]
+    runs = pd.DataFrame(rows, columns=['name','seed','hardware'])
+    named = 'a (seed 1, 2); b (seed 1)'
+    assert weighting.made_elsewhere(runs[:5])==' Computed on GPU, the other runs on CPU: a (seed 1, 2).'
+    assert weighting.made_elsewhere(runs[:3])==''
+    assert weighting.made_elsewhere(pd.concat([runs, runs[:1]])).endswith(f'CPU: {named}.')
+
+def test_the_time_limit_is_no_part_of_a_command():
+    from common import without_minutes
+    command = "python benchmarks/weighting.py --jobs 2 --only 'fixed sum 1 : 1' PCGrad"
+    assert without_minutes(command)==command
+    assert without_minutes(command.replace('--jobs 2', '--jobs 2 --minutes 12.5'))==command
+    assert without_minutes(f'{command} --minutes 3')==command

@@ -137,7 +137,7 @@ def _error_message(e):
     "Describe an error to a person"
     if isinstance(e, ModuleNotFoundError):
         name = _shown(e.name, False)
-        return f"{name} is not installed, but this command needs it: pip install {name}, or the extra that brings it"
+        return f"{name} is not installed, but this command needs it: install it, or the extra that brings it"
     if isinstance(e, OSError) and e.strerror is not None:
         return _shown(f"{e.filename}: {e.strerror}" if e.filename else e.strerror, False)
     return _own_text(e)

@@ -90,7 +90,7 @@ def _check_repo(repo_id):
     if repo_id in pretrained_names(): raise ValueError(
         f"{repo_id} comes with the package: use load_pretrained({repo_id!r})")
     if isinstance(repo_id, str) and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', repo_id): return
-    folder = isinstance(repo_id, (str,Path)) and Path(repo_id).is_dir()
+    folder = repo_id and isinstance(repo_id, (str,Path)) and Path(repo_id).is_dir()
     advice = 'load_embedder opens a model in a folder' if folder else "give the name of a repository, 'user/name'"
     raise ValueError(f"{str(repo_id)!r:.200} is not a repository of the Hub: {advice}")
 

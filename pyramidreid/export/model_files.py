@@ -426,11 +426,12 @@ class Embedder(BaseEmbedder):
     def to(self,
         device # Where to compute from now on
     ):
-        "Move the model to another device; return it. Raises `ValueError` if the device is not there"
+        "Move the model to another device; return it. Raises `ValueError` if the device is not there, or has no room"
         try: self.model.to(device)
-        except (RuntimeError, AssertionError) as e: raise ValueError(
-            f"device={str(device)!r} cannot be used: {str(e).splitlines()[0][:200]}. Use 'cpu', or a device that "
-            "PyTorch finds here") from e
+        except (RuntimeError, AssertionError) as e:
+            self.model.to(vars(self).get('device', 'cpu')) # some of it may have been moved
+            raise ValueError(f"device={str(device)!r} cannot be used: {str(e).splitlines()[0][:200]}. Use 'cpu', or a "
+                             "device that PyTorch finds here and that has room") from e
         self.device,self.net = device,PixelNet(self.model, self.stats).to(device)
         self.__dict__.pop('_fast_net', None) # of the device before
         return self

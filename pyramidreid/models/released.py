@@ -61,7 +61,7 @@ def _check_complete(body, branches, n_branches):
         names = ', '.join(missing[:3])
         raise ValueError(f"The checkpoint is incomplete: it lacks {len(missing)} weights of branches ({names})")
     if not body: raise ValueError(
-        "The checkpoint has no backbone: no name begins with base. Load it with pyramid_learner(weights=file)")
+        "The checkpoint has no backbone: no name begins with base. Get the complete checkpoint")
 
 def released_state_dict(sd): # State dict of a released checkpoint; names may begin with `module.`
     """Return the weights for a `PyramidNet` on torchvision's ResNet, with their history as the model keeps it.

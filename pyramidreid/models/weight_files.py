@@ -43,7 +43,8 @@ def _check_archive(fname):
     with ZipFile(fname) as archive:
         n_bytes = sum(entry.file_size for entry in archive.infolist())
         if n_bytes>os.path.getsize(fname): raise ValueError(f'it is packed, and would unpack to {n_bytes:,} bytes')
-        damaged = archive.testzip()
+        has_checksums = any(entry.CRC for entry in archive.infolist()) # torch can be told to write none
+        damaged = archive.testzip() if has_checksums else None
     if damaged: raise ValueError(f'the checksum of {damaged} in it is wrong. Download or copy it again')
 
 def _load_content(fname):
@@ -249,10 +250,13 @@ def load_backbone_weights(
     left,unknown = _not_used(weights, own, prefixes, classifier)
     prefix = prefixes[0]
     found = {name:weights[prefix+name] for name in body if prefix+name in weights}
-    problems = [f'{len(names)} {what} ({_first_three(names)})'
-                for what,names in _misfits(found, body, unknown).items() if names]
-    if problems: raise ValueError(
-        f"{fname} does not fit {type(model).__name__}: {_n_fitting(found, needed)} of the backbone's {len(needed)} "
-        f"weights fit{_under(prefix)}; {'; '.join(problems)}. {_advice(weights, own)}")
+    misfits = {what:names for what,names in _misfits(found, body, unknown).items() if names}
+    if misfits:
+        problems = '; '.join(f'{len(names)} {what} ({_first_three(names)})' for what,names in misfits.items())
+        diverged = "The file is damaged, or its training has diverged: use another one"
+        raise ValueError(
+            f"{fname} does not fit {type(model).__name__}: {_n_fitting(found, needed)} of the backbone's {len(needed)} "
+            f"weights fit{_under(prefix)}; {problems}. "
+            f"{diverged if list(misfits)==['not finite'] else _advice(weights, own)}")
     _warn_of_others(fname, left, prefix)
     model.load_state_dict({**own, **{name:value.to(own[name].dtype) for name,value in found.items()}})

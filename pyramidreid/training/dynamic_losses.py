@@ -10,6 +10,7 @@ __all__ = ['focal_weight', 'LossDynamics', 'check_finite', 'is_fitting', 'autoca
 import inspect
 import math
 import warnings
+from collections import Counter, OrderedDict
 from copy import deepcopy
 from numbers import Real
 from weakref import WeakKeyDictionary, ref
@@ -317,12 +318,12 @@ class DynamicLossWeights(Callback):
 
 # %% ../../nbs/training/01_dynamic_losses.ipynb #a2ca2012
 def _plain(o, what):
-    "A copy of `o`, with Python's own numbers for NumPy's. Raises `TypeError` if it is not made of plain values"
+    "A copy of `o`, with Python's own numbers for NumPy's. Raises `TypeError` if `torch.load` would refuse it"
     if isinstance(o, np.generic): return o.item()
     if o is None or type(o) in (bool,int,float,str): return o
     if isinstance(o, torch.Tensor): return o.detach().clone()
-    if type(o) is dict: return {_plain(k, what):_plain(v, what) for k,v in o.items()}
-    if type(o) in (list,tuple): return type(o)(_plain(v, what) for v in o)
+    if type(o) in (dict,OrderedDict,Counter): return type(o)({_plain(k, what):_plain(v, what) for k,v in o.items()})
+    if type(o) in (list,tuple,set,torch.Size): return type(o)([_plain(v, what) for v in o])
     raise TypeError(f"{what} is or has a {type(o).__name__}, which is not saved. Give the rule a `state_dict` that "
                     "returns numbers, texts, tensors, and lists and dicts of them, and a `load_state_dict`")
 
@@ -332,7 +333,9 @@ def state_dict(self:DynamicLossWeights):
     Raises `TypeError` if these are not plain values or tensors"""
     rule,name = self.dynamics,type(self.dynamics).__name__
     if hasattr(rule, 'state_dict'): return _plain(rule.state_dict(), f'{name}.state_dict()')
-    return {key:_plain(value, f'{name}.{key}') for key,value in getattr(rule, '__dict__', {}).items()}
+    if not hasattr(rule, '__dict__'): raise TypeError(
+        f"A {name} has no attributes that could be saved: give it a `state_dict` and a `load_state_dict`")
+    return {key:_plain(value, f'{name}.{key}') for key,value in vars(rule).items()}
 
 @patch
 def load_state_dict(self:DynamicLossWeights,
@@ -351,30 +354,37 @@ def rule_text(
     "The class of a rule and its settings, as text"
     if rule is None: return 'off'
     if type(rule) is LossDynamics:
-        return ', '.join(f'{name}={getattr(rule, name)}' for name in ('weighting','alpha','gamma','delta'))
+        numbers = [f'{name}={float(getattr(rule, name))}' for name in ('alpha','gamma','delta')]
+        return ', '.join([f'weighting={rule.weighting}', *numbers])
     known = getattr(rule, '__dict__', {})
     settings = [name for name in inspect.signature(type(rule).__init__).parameters if name in known]
-    return ', '.join([type(rule).__name__, *(f'{name}={known[name]}' for name in settings)])
+    def text(value): return getattr(value, '__qualname__', value) # a function prints its address
+    return ', '.join([type(rule).__name__, *(f'{name}={text(known[name])}' for name in settings)])
+
+@patch(as_prop=True)
+def _own_text(self:DynamicLossWeights):
+    "The rule as text, as it was when the callback was made, or as it is in a learner pickled by an earlier version"
+    return vars(self).get('rule_text') or rule_text(self.dynamics)
 
 @patch
 def saved_state(self:DynamicLossWeights):
     "The rule as text, as it was when the callback was made, and its state: for a file"
-    return dict(rule=self.rule_text, state=self.state_dict())
+    return dict(rule=self._own_text, state=self.state_dict())
 
 @patch
 def fitting_state(self:DynamicLossWeights,
     saved # From `saved_state`, or a state that an earlier version saved without the rule
 ):
     "Return the state in `saved`; None, with a warning, if it belongs to another rule, which then begins anew"
-    if saved.keys()=={'rule','state'}:
+    if isinstance(saved, dict) and saved.keys()=={'rule','state'} and saved['rule'] is not None:
         state,owner = saved['state'],saved['rule']
-        fits = owner==self.rule_text
+        fits = owner==self._own_text
     else:
         state,owner = saved,'another one'
-        fits = saved.keys()-{'mode'}==self.state_dict().keys()-{'mode'}
+        fits = hasattr(self.dynamics, 'state_dict') or self.state_dict().keys()-{'mode'} <= saved.keys()
     if fits: return state
     warnings.warn(f"The rule of dynamic training begins anew: the saved state belongs to {owner}, and this learner has "
-                  f"{self.rule_text}", ReIDWarning, stacklevel=2)
+                  f"{self._own_text}", ReIDWarning, stacklevel=2)
 
 # %% ../../nbs/training/01_dynamic_losses.ipynb #d615b3fc
 @patch

@@ -110,17 +110,21 @@ def _check_loaders(dls):
 def _normalise_for(dls, arch, trained):
     "Normalise the images of loaders as a backbone expects. Warns if they are normalised otherwise and it is `trained`"
     wanted = [list(o) for o in backbone_stats(arch)]
+    if not dls.after_batch.fs.filter(risinstance(Normalize)):
+        dls.add_tfms([Normalize.from_stats(*wanted)], 'after_batch')
+        return
     found = input_stats(SimpleNamespace(dls=dls))
-    if found is None: dls.add_tfms([Normalize.from_stats(*wanted)], 'after_batch')
-    elif trained and rounded_stats(found)!=rounded_stats(wanted): warnings.warn(
+    if trained and rounded_stats(found)!=rounded_stats(wanted): warnings.warn(
         f"These loaders normalise pixels by {found}, and {arch_name(arch)} was trained with {wanted} (mean and std). "
         "If another learner added that, make new loaders for this one", ReIDWarning, stacklevel=4)
 
 def _dynamic_cbs(dynamic, cbs):
     "The callback for dynamic training, unless it is switched off or among `cbs` already"
     if hasattr(dynamic, 'step') and not isinstance(dynamic, Callback): return L(DynamicLossWeights(rule=dynamic))
-    is_callback = isinstance(dynamic, Callback) or isinstance(dynamic, type) and issubclass(dynamic, Callback)
-    if not is_callback and dynamic not in ('mix',None) and not isinstance(dynamic, bool): raise ValueError(
+    if isinstance(dynamic, np.bool_): dynamic = bool(dynamic)
+    def is_callback(o): return isinstance(o, Callback) or isinstance(o, type) and issubclass(o, Callback)
+    known = dynamic=='mix' if isinstance(dynamic, str) else dynamic is True or not dynamic
+    if not known and not all(map(is_callback, L(dynamic))): raise ValueError(
         f"dynamic={dynamic!r}: choose 'mix', True for the paper's rule, False for a fixed sum, a rule such as "
         "MixedBatches(0.25), or DynamicLossWeights(weighting='paper')")
     if dynamic is not True and dynamic!='mix': return L(dynamic or None)
@@ -210,7 +214,7 @@ def pyramid_learner(
     model = PyramidNet(body, dls.c, n_parts, emb_sz, levels, drop, norm, neck)
     model.history = new_history(start_words(arch, pretrained, weights))
     model.check_size(loader_image_size(dls.valid)[0]) # draws the numbers that it always drew here
-    if normalize: _normalise_for(dls, arch, trained=pretrained or weights is not None)
+    if normalize: _normalise_for(dls, arch, pretrained and weights is None and arch_source(arch)!='own')
     loss_func = ifnone(loss_func, PyramidLoss())
     loss_parts = LossParts(getattr(loss_func, 'part_names', ('id','triplet')))
     cbs = L(loss_parts) + _dynamic_cbs(dynamic, cbs) + L(cbs)

@@ -143,8 +143,7 @@ def _saved_parts(state, model, classifier, file):
     _check_classifiers(state['model'], own, file)
     dynamic = state.get('cbs', {}).get('dynamic_loss_weights') # in a file of `Checkpoints`
     if dynamic is None: return state
-    rule = state.get('config', {}).get('dynamic training')
-    return {**state, 'dynamic':dict(rule=rule, state=dynamic['state'])}
+    return {**state, 'dynamic':dict(rule=state['config']['dynamic training'], state=dynamic['state'])}
 
 # %% ../../nbs/training/07_learner_files.ipynb #4beb43f7
 @patch
@@ -174,8 +173,9 @@ def _read_saved(self:ReIDLearner, file, device, **kwargs):
     if not Path(file).exists(): raise FileNotFoundError(f"There is no saved learner at {file}")
     try: return file,torch.load(file, map_location=device, **kwargs)
     except pickle.UnpicklingError as e: # torch's own message recommends to load the file without protection
-        raise ValueError(f"{file} holds more than tensors and plain values, or is damaged. If you wrote it yourself, "
-                         "load(…, weights_only=False) reads it, and runs whatever code is in it") from e
+        advice = "If you wrote it yourself, load(…, weights_only=False) reads it, and runs whatever code is in it"
+        if not kwargs.get('weights_only'): advice = "Save the learner again, or load another file"
+        raise ValueError(f"{file} holds more than tensors and plain values, or is damaged. {advice}") from e
 
 @patch
 def _take_over(self:ReIDLearner, state, file, device, with_opt, strict, classifier):

@@ -8,14 +8,16 @@ __all__ = ['FixedWeights', 'MixedBatches', 'UncertaintyWeights', 'LossRatioWeigh
 # %% ../../nbs/training/14_loss_rules.ipynb #33e8a72b
 import math
 import random
-from numbers import Integral, Real
+from numbers import Real
 
 from fastcore.basics import store_attr
 
 # %% ../../nbs/training/14_loss_rules.ipynb #bd44bd84
+def _is_number(o): return isinstance(o, Real) or hasattr(o, 'item') # NumPy's and PyTorch's, too
+
 def _check_weights(weights):
     "Raise a `ValueError` unless all weights are finite, none is negative, and one is positive"
-    bad = [w for w in weights.values() if not (isinstance(w, Real) and math.isfinite(w) and w>=0)]
+    bad = [w for w in weights.values() if not (_is_number(w) and math.isfinite(w) and w>=0)]
     if bad or not any(weights.values()): raise ValueError(
         f"weights={weights}: a weight is a finite number of at least 0, and one of them is above 0")
 
@@ -48,7 +50,7 @@ class MixedBatches:
         seed=None,             # A number: random batches by chance, the same for the same seed; None: evenly spaced
         parts=('id','triplet') # Names of the main loss, which is always trained, and of the loss that needs P×K batches
     ):
-        if not isinstance(fraction, Real) or not 0<=fraction<=1:
+        if not _is_number(fraction) or not 0<=fraction<=1:
             raise ValueError(f"fraction={fraction!r}: choose the fraction of random batches, 0 to 1")
         if isinstance(parts, str) or len(parts)!=2:
             raise ValueError(f"parts={parts!r}: give the names of two losses, the main one and that for P×K batches")
@@ -85,7 +87,7 @@ class MixedBatches:
 def _check_positive(**settings):
     "Raise a `ValueError` unless all are finite numbers above 0"
     for name,value in settings.items():
-        if not isinstance(value, Real) or not 0<value<math.inf:
+        if not _is_number(value) or not 0<value<math.inf:
             raise ValueError(f"{name}={value!r}: give a finite number above 0")
 
 def _scaled(weights):
@@ -126,7 +128,7 @@ class LossRatioWeights:
         period=100,     # Steps over which a loss is averaged: those of an epoch in the paper
         temperature=2.  # T: larger values make the weights more alike
     ):
-        if not isinstance(period, Integral) or period<1:
+        if not _is_number(period) or not (period>=1 and period%1==0):
             raise ValueError(f"period={period!r}: a loss is averaged over a whole number of steps, at least one")
         _check_positive(temperature=temperature)
         store_attr()
