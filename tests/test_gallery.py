@@ -854,7 +854,7 @@ def test_an_index_without_faiss(large, tmp_path, monkeypatch):
         m.setitem(sys.modules, 'faiss', None)
         hint = r"cannot be used: faiss is not installed.*pip install 'pyramidreid\[gallery"
         with pytest.warns(ReIDWarning, match=hint): found = Gallery.load(path, BandModel(dim=8))
-        assert 'searched exactly for want of FAISS' in repr(found)
+        assert 'searched exactly (FAISS is not installed)' in repr(found)
         assert found.search(embs[7], 3).key[0]=='7'
         found.add(pd.DataFrame(dict(key=['late'], cam=[9])), embs=Embeddings(-embs[7].values, 'a model'))
         found.save()

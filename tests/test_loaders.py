@@ -217,7 +217,7 @@ def test_hold_out_needs_people_with_a_possible_match(df):
 
 @pytest.mark.parametrize('pct', [0,1,20,-.1])
 def test_the_held_out_fraction_is_between_0_and_1(df, pct):
-    with pytest.raises(ValueError, match=f'valid_pct={pct}'): from_split(df, valid_pct=pct)
+    with pytest.raises(ValueError, match=f'^{pct} is not a valid fraction'): from_split(df, valid_pct=pct)
 
 def test_missing_columns(df):
     message = "no column 'person', 'camera'; it has 'fn', 'pid', 'cam', 'split'"
