@@ -15,8 +15,9 @@ repository, the data and the weights; PYTHONPATH=. stands in for an installation
 
 Each part runs in a process of its own, which is killed when its time is over, so one that crashes, hangs or runs out of
 memory takes no other with it. Results are in OUT/gpu.json after each part; what the parts print, and the checkpoints of
-the training, are in OUT/gpu/. The same command again runs the parts that have not passed yet: Market-1501 goes on where
-it stopped. `--again PART` repeats a part that passed, `--only PART` runs no other, and `case` stands for all cases.
+the training, are in OUT/gpu/. The same command again runs the parts that have not passed yet with this code on this
+kind of GPU: Market-1501 goes on where it stopped. `--again PART` repeats a part that passed, `--only PART` runs no
+other, and `case` stands for all cases.
 
 `--device cpu --reduced` and `--device fakegpu --reduced` try the script itself, small, where no GPU is."""
 import argparse

@@ -25,7 +25,7 @@ from pyramidreid.evaluation.retrieval import evaluate
 from pyramidreid.export.model_files import *
 from pyramidreid.export.onnx_runtime import *
 from pyramidreid.images import load_pixels
-from pyramidreid.models.backbone import resnet10
+from pyramidreid.models.backbone import arch_source, resnet10
 from pyramidreid.models.fingerprints import fingerprint, input_stats, learner_fingerprint
 from pyramidreid.synth.dataset import synth_persons
 from pyramidreid.training.learner import pyramid_learner
@@ -170,6 +170,10 @@ def test_timm_models(make_dls, make_learner, crops, tmp_path):
     assert model.about['arch_from']=='timm'
     assert abs(model.embed(crops[0][:9])-truth).max()<=1e-4
     assert abs(Runtime(learn.to_onnx(tmp_path/'m.onnx')).embed(crops[0][:9])-truth).max()<=1e-4
+
+def test_where_a_backbone_is_found():
+    assert [arch_source(o) for o in ('resnet50', 'resnet50.a1_in1k', 'hf-hub:ann/net', resnet10)]==[
+        'timm', 'timm', 'own', 'pyramidreid']
 
 def test_a_timm_name_that_would_download_is_refused(exported, tmp_path):
     for name in ('hf_hub:someone/resnet', 'hf-hub:someone/resnet', f'local-dir:{tmp_path}', '../resnet50'):

@@ -111,6 +111,7 @@ TOLD = dict(size=SIZE, **STATS, color='rgb', layout='nchw')
     (('n',3,*SIZE), dict(layout=None), "'nchw' or 'nhwc'"),
     (('n',3,*SIZE), dict(color=None), "'rgb' or 'bgr'"), (('n',3,*SIZE), dict(mean=None), 'three numbers'),
     (('n',3,*SIZE), dict(std=(1,1)), 'three numbers'), (('n',3,*SIZE), dict(std=(1,0,1)), 'above 0'),
+    (('n',3,*SIZE), dict(mean=(123.7,116.3,103.5)), 'from 0 to 255. Divide them by 255'),
     (('n',3,'h','w'), dict(size=(0,5)), 'height and width')])
 def test_what_was_told_wrongly(tmp_path, shape, change, said):
     file = network(tmp_path/'f.onnx', shape)

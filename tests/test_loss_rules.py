@@ -240,6 +240,16 @@ def test_a_checkpoint_of_another_rule(make_learner, tmp_path):
     with pytest.warns(ReIDWarning, match='MixedBatches, fraction=0.5'): other.load(file)
     assert other.dynamic_loss_weights.mode=='pk'
 
+def test_a_checkpoint_that_does_not_name_its_rule(make_learner, tmp_path):
+    learn = quiet(make_learner(path=tmp_path, dynamic=MixedBatches(.5)))
+    learn.fit(1, cbs=Checkpoints())
+    file = next((tmp_path/'checkpoints').rglob('*.pth'))
+    content = torch.load(file, weights_only=True)
+    del content['config']['dynamic training']
+    torch.save(content, tmp_path/'early.pth')
+    same = quiet(make_learner(path=tmp_path, dynamic=MixedBatches(.5))).load(tmp_path/'early.pth')
+    assert same.dynamic_loss_weights.dynamics.n_steps==len(learn.dynamic_loss_weights.steps)
+
 def test_numbers_of_numpy_are_saved(make_learner, tmp_path):
     learn,other = (quiet(make_learner(path=tmp_path, dynamic=WithNumPy())) for _ in range(2))
     learn.fit(1, cbs=Checkpoints())

@@ -376,7 +376,7 @@ def fitting_state(self:DynamicLossWeights,
     saved # From `saved_state`, or a state that an earlier version saved without the rule
 ):
     "Return the state in `saved`; None, with a warning, if it belongs to another rule, which then begins anew"
-    if isinstance(saved, dict) and saved.keys()=={'rule','state'} and saved['rule'] is not None:
+    if isinstance(saved, dict) and saved.keys()=={'rule','state'}:
         state,owner = saved['state'],saved['rule']
         fits = owner==self._own_text
     else:

@@ -143,7 +143,8 @@ def _saved_parts(state, model, classifier, file):
     _check_classifiers(state['model'], own, file)
     dynamic = state.get('cbs', {}).get('dynamic_loss_weights') # in a file of `Checkpoints`
     if dynamic is None: return state
-    return {**state, 'dynamic':dict(rule=state['config']['dynamic training'], state=dynamic['state'])}
+    rule = state.get('config', {}).get('dynamic training') # not in one of an early version
+    return {**state, 'dynamic':dict(rule=rule, state=dynamic['state']) if rule else dynamic['state']}
 
 # %% ../../nbs/training/07_learner_files.ipynb #4beb43f7
 @patch
